@@ -1,0 +1,38 @@
+"""arrest-hub: make any pretrained image classifier robust to adversarial examples while keeping its clean accuracy.
+
+The public names are loaded on first use, so that `arrest-finetune --help` does not wait for torch. The CIFAR
+architectures are in timm's registry once `arrest_hub.architectures` is imported, which every name below does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError, HubError
+
+if TYPE_CHECKING:
+    from arrest_hub.backbones import load_backbone
+    from arrest_hub.finish import RunDir
+    from arrest_hub.train import finetune
+
+__version__ = "0.1.0"
+__all__ = [
+    "ArrestError",
+    "BackboneError",
+    "ConfigError",
+    "DataError",
+    "FinetuneConfig",
+    "HubError",
+    "RunDir",
+    "finetune",
+    "load_backbone",
+]
+_LAZY = {"finetune": "train", "load_backbone": "backbones", "RunDir": "finish"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"arrest_hub.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'arrest_hub' has no attribute {name!r}")

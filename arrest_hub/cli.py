@@ -1,0 +1,180 @@
+"""The command line: flags -> FinetuneConfig -> train. Everything heavy is imported after the flags are known good."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from arrest_hub.config import GROUPS, FinetuneConfig, flag, load_config, resolve, resume_config, unknown_key
+from arrest_hub.errors import ArrestError, ConfigError
+from arrest_hub.recipe_files import list_recipes, read_recipe, recipe_for_dataset
+
+EPILOG = """\
+examples:
+  arrest-finetune --recipe quickstart
+  arrest-finetune --model timm/resnet50.a1_in1k --dataset imagenet
+  arrest-finetune --model ./my-model --dataset ./my-images --standard-epochs 3 --eps 4/255
+  accelerate launch --num_processes 2 -m arrest_hub finetune --recipe cifar10_resnet18
+
+recipes: {recipes}
+A flag beats the recipe, the recipe beats the default. Without --recipe, the dataset's own is taken."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ConfigError instead of exiting, so that all problems are reported together."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def finetune_parser() -> argparse.ArgumentParser:
+    """One flag for each field of FinetuneConfig, in its groups; every value arrives as text and is converted later."""
+    parser = _Parser(
+        prog="arrest-finetune",
+        description="Make a pretrained image classifier robust to adversarial examples, keeping its clean accuracy.",
+        epilog=EPILOG.format(recipes=", ".join(list_recipes())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for field in dataclasses.fields(FinetuneConfig):
+        meta = field.metadata
+        help_text = meta["help"]
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        if meta["kind"] == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        elif meta["kind"] == "mapping":
+            options |= {"nargs": "+", "metavar": "KEY=VALUE"}
+        else:
+            names = {"int": "N", "float": "X", "fraction": "A/B", "str": "NAME"}
+            options["metavar"] = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else names[meta["kind"]]
+            if field.default not in (None, ""):
+                help_text += f" (default: {field.default})"
+        groups[meta["group"]].add_argument(flag(field.name), help=help_text, **options)
+    return parser
+
+
+def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
+    """Flags -> configuration, plus sentences to print about where it came from.
+
+    Raises:
+        ConfigError: every problem found in flags and recipe at once.
+    """
+    problems: list[str] = []
+    namespace, unknown = finetune_parser().parse_known_args(list(argv))
+    flags: dict[str, Any] = vars(namespace)
+    for word in unknown:
+        if word.startswith("--"):
+            problems.append(unknown_key(word[2:].split("=")[0].replace("_", "-"), "flag"))
+        elif not any(word in other for other in unknown if other.startswith("--")) and not _follows_flag(argv, word):
+            problems.append(f"{word!r} is not a flag: every option is written --name value. See --help.")
+    if "model_args" in flags:
+        flags["model_args"] = _read_mapping(flags["model_args"], problems)
+
+    if flags.get("resume") and "recipe" not in flags:
+        saved = Path(flags.get("output_dir", "")) / "config.yaml"
+        if flags.get("output_dir") and saved.is_file():
+            config = _collect(problems, lambda: resume_config(load_config(saved), flags))
+            return config, [f"resuming with the configuration of {saved}"]
+    name = flags.get("recipe")
+    notes = []
+    if name is None:
+        name = recipe_for_dataset(flags.get("dataset"))
+        notes.append(f"recipe: {name}, the one for this dataset (another: --recipe NAME)")
+    else:
+        notes.append(f"recipe: {name}")
+    recipe: dict[str, Any] = {}
+    try:
+        recipe = read_recipe(name)
+    except ConfigError as error:
+        problems += error.problems
+    config = _collect(problems, lambda: resolve(flags, recipe, name))
+    if "model" in flags and flags["model"] != recipe.get("model"):
+        dropped = [key for key in ("model_args", "image_size", "standard_epochs") if key in recipe and key not in flags]
+        if dropped:
+            notes.append(
+                f"the recipe's {', '.join(dropped)} belong to its own model and are not used for {config.model}"
+            )
+    if config.resume and (saved := Path(config.output_dir) / "config.yaml").is_file():
+        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        config = resume_config(load_config(saved), given)
+    return config, notes
+
+
+def _collect(problems: list[str], build: Callable[[], FinetuneConfig]) -> FinetuneConfig:
+    """Run ``build`` and raise what it finds together with what was found before."""
+    try:
+        config = build()
+    except ConfigError as error:
+        # a misspelt flag often is also the reason why a required one is missing: keep the order, drop repeats
+        raise ConfigError(list(dict.fromkeys(problems + error.problems))) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _follows_flag(argv: Sequence[str], word: str) -> bool:
+    """Whether ``word`` is the value of the flag before it (an unknown flag's value is no second problem)."""
+    index = list(argv).index(word)
+    return index > 0 and argv[index - 1].startswith("--")
+
+
+def _read_mapping(words: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """``["channels=[16,32]", "drop_rate=0.1"]`` -> a dict; values are YAML."""
+    result = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            problems.append(f"--model-args {word!r} is not key=value, as in channels=[16,32,64,128].")
+            continue
+        try:
+            result[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(f"--model-args {word!r}: {text!r} cannot be read as a value.")
+    return result
+
+
+def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Run a command; print an ArrestError as clear lines instead of a traceback. Returns the exit code."""
+    try:
+        main(argv)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") != "0":
+            return 2  # every process finds the same; one says it
+        heading = f"{len(error.problems)} problems:\n  - " if len(error.problems) > 1 else ""
+        print("error: " + heading + "\n  - ".join(error.problems), file=sys.stderr)
+        return 2
+    except ArrestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; continue with the same command and --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def finetune_command(argv: Sequence[str]) -> None:
+    """`arrest-finetune`: parse, then train. Raises ArrestError for bad input."""
+    config, notes = parse_finetune(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from torch import distributed
+
+    from arrest_hub.train import finetune
+
+    try:
+        finetune(config, notes=notes)
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def finetune_main() -> None:
+    """Entry point of `arrest-finetune`."""
+    sys.exit(run_cli(finetune_command, sys.argv[1:]))

@@ -1,0 +1,413 @@
+"""The one configuration: what it holds, where its values come from (default < recipe < flag), what is valid.
+
+A field carries its type, default, unit and help in one place; the command line, the recipes, `config.yaml`
+and the card are all made from it. No torch here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from arrest_hub.errors import ConfigError, did_you_mean
+
+GROUPS = ("model", "data", "method", "threat model", "training", "run")
+# A recipe's values for these belong to the recipe's own model and are dropped when --model names another.
+MODEL_KEYS = ("model", "model_args", "image_size", "standard_epochs", "standard_lr")
+# What may differ between a run and its resumption without changing the result.
+RESUME_MAY_DIFFER = (
+    "output_dir", "resume", "overwrite", "num_workers", "log_every", "log_with", "keep_checkpoints",
+)  # fmt: skip
+
+
+def _field(
+    default: Any,
+    kind: str,
+    group: str,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    optional: bool = False,
+) -> Any:
+    """A config field. ``low``/``high`` are inclusive bounds, ``above`` an exclusive lower one."""
+    metadata = {
+        "kind": kind, "group": group, "help": help, "choices": tuple(choices),
+        "low": low, "high": high, "above": above, "optional": optional,
+    }  # fmt: skip
+    if kind == "mapping":
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class FinetuneConfig:
+    """Everything `finetune` needs to know. Build it by keyword, or with `resolve` from recipe and flags.
+
+    Raises:
+        ConfigError: from `validate`, listing every problem at once.
+    """
+
+    # fmt: off
+    # ruff: noqa: RUF009
+    model: str = _field("", "str", "model",
+        "timm/<name>, org/name[@revision] on the Hub, a local folder, or a timm architecture name (random "
+        "initialisation)")
+    model_args: dict[str, Any] = _field(None, "mapping", "model",
+        "arguments for a timm architecture, as in channels=[16,32,64,128]")
+    image_size: int | None = _field(None, "int", "model",
+        "pixels a side; default: the model's own", low=4, optional=True)
+    init: str = _field("pretrained", "str", "model", "the student's initialisation", choices=("pretrained", "random"))
+    allow_pickle: bool = _field(False, "bool", "model", "accept .bin/.pth weights (read with weights_only)")
+
+    dataset: str = _field("", "str", "data",
+        "digits, cifar10, cifar100, imagenet, a `datasets` id[:config], or a local folder (images, Parquet, "
+        "save_to_disk)")
+    image_column: str | None = _field(None, "str", "data",
+        "column that holds the images; default: found", optional=True)
+    label_column: str | None = _field(None, "str", "data",
+        "column that holds the labels; default: found", optional=True)
+    train_split: str | None = _field(None, "str", "data", "split to train on; default: train", optional=True)
+    eval_split: str | None = _field(None, "str", "data",
+        "split for the final figures; default: test, else validation, else 10 %% held out", optional=True)
+    validation_size: float | None = _field(None, "float", "data",
+        "training images held out to choose the best weights: a count, or a share below 1; 0: none; default: "
+        "10 %%, at most 1,000", low=0, optional=True)
+    label_match: str = _field("auto", "str", "data",
+        "how dataset classes meet the model's outputs: in order and by name (auto), remapped by name, or by "
+        "index alone", choices=("auto", "name", "index"))
+    limit_train: int | None = _field(None, "int", "data",
+        "use this many training images, class-balanced", low=1, optional=True)
+    limit_eval: int | None = _field(None, "int", "data",
+        "use this many evaluation images, class-balanced", low=1, optional=True)
+    streaming: bool = _field(False, "bool", "data", "read the dataset as a stream instead of downloading it")
+    hflip: float = _field(0.5, "float", "data", "probability of a horizontal flip in training", low=0, high=1)
+    crop_min_scale: float = _field(0.25, "float", "data",
+        "smallest share of the area that a random resized crop keeps (images above 64 px)", above=0, high=1)
+    num_workers: int | None = _field(None, "int", "data",
+        "data loading processes; default: cores per process less one, at most 8", low=0, optional=True)
+
+    method: str = _field("arrest", "str", "method",
+        "arrest, or a baseline to compare with: at (adversarial training), trades",
+        choices=("arrest", "at", "trades"))
+    rgkd_weight: float = _field(10.0, "float", "method",
+        "lambda, weight of the representation distance to the teacher; 0: off", low=0)
+    replay_threshold: float | None = _field(0.25, "float", "method",
+        "tau, angular drift in [0, 1] above which a sample is replayed with noise instead of attacked; none: "
+        "off", low=0, high=1, optional=True)
+    trades_beta: float = _field(6.0, "float", "method", "weight of TRADES' divergence term", low=0)
+
+    norm: str = _field("linf", "str", "threat model", "norm of the perturbation", choices=("linf", "l2"))
+    eps: str = _field("8/255", "fraction", "threat model", "radius of the perturbation, pixels in [0, 1]", above=0)
+    attack_steps: int = _field(10, "int", "threat model", "PGD steps in training", low=1)
+    attack_step_size: str | None = _field(None, "fraction", "threat model",
+        "PGD step; default: 2.5 x eps / steps", above=0, optional=True)
+    eval_attack_steps: int = _field(20, "int", "threat model",
+        "PGD steps of the final evaluation (step eps / 4)", low=1)
+
+    epochs: int = _field(10, "int", "training", "epochs of robust finetuning", low=1)
+    max_steps: int | None = _field(None, "int", "training",
+        "stop after this many optimizer steps (the schedule ends there too)", low=1, optional=True)
+    standard_epochs: int = _field(0, "int", "training",
+        "epochs of clean finetuning first: makes the teacher, puts on a new head where the classes differ", low=0)
+    standard_lr: float | None = _field(None, "float", "training",
+        "learning rate of the clean finetuning; default: --lr", above=0, optional=True)
+    batch_size: int = _field(128, "int", "training", "images a step in each process", low=2)
+    grad_accum_steps: int = _field(1, "int", "training", "batches whose gradients make one step", low=1)
+    optimizer: str = _field("sgd", "str", "training", "any of timm's optimizers (sgd is Nesterov)")
+    lr: float = _field(0.01, "float", "training", "peak learning rate", above=0)
+    momentum: float = _field(0.9, "float", "training", "momentum of optimizers that have one", low=0, high=1)
+    weight_decay: float = _field(0.0005, "float", "training", "not applied to biases and normalisation", low=0)
+    scheduler: str = _field("cosine", "str", "training",
+        "learning rate schedule, updated every step", choices=("cosine", "step", "multistep", "poly", "constant"))
+    warmup_epochs: float = _field(0.0, "float", "training", "epochs of linear warm-up", low=0)
+    min_lr: float = _field(0.0, "float", "training", "learning rate at the end", low=0)
+    clip_grad: float | None = _field(None, "float", "training",
+        "largest norm of the gradient", above=0, optional=True)
+    ema_decay: float | None = _field(None, "float", "training",
+        "decay of the averaged weights that are then evaluated and exported; none: off",
+        above=0, high=0.999999, optional=True)
+    mixed_precision: str = _field("no", "str", "training",
+        "precision of training and attack", choices=("no", "bf16", "fp16"))
+    seed: int = _field(0, "int", "training", "seed of everything random", low=0, high=2 ** 31 - 1)
+
+    recipe: str | None = _field(None, "str", "run",
+        "bundled recipe or YAML file; default: the one for the dataset", optional=True)
+    output_dir: str = _field("", "str", "run", "run folder; default: runs/<model>-<dataset>-<method>")
+    resume: bool = _field(False, "bool", "run", "continue from the newest whole checkpoint in --output-dir")
+    overwrite: bool = _field(False, "bool", "run", "delete an earlier run in --output-dir")
+    eval_every: int = _field(1, "int", "run", "epochs between evaluations on the validation images; 0: never", low=0)
+    export_weights: str = _field("best", "str", "run",
+        "which weights to export: best (highest harmonic mean of clean and robust validation accuracy) or "
+        "last", choices=("best", "last"))
+    checkpoint_every: int | None = _field(None, "int", "run",
+        "steps between checkpoints; default: every epoch", low=1, optional=True)
+    keep_checkpoints: int = _field(1, "int", "run", "newest checkpoints to keep", low=1)
+    log_every: int = _field(10, "int", "run", "steps between lines of log.jsonl", low=1)
+    log_with: str | None = _field(None, "str", "run",
+        "tracker, through Accelerate", choices=("tensorboard", "wandb", "trackio"), optional=True)
+    # fmt: on
+
+    @property
+    def eps_value(self) -> float:
+        """eps as a float, on pixels in [0, 1]."""
+        return float(Fraction(self.eps))
+
+    @property
+    def step_size_value(self) -> float:
+        """PGD's training step on pixels in [0, 1]; by default 2.5 eps / steps (Madry et al. 2018, 1706.06083)."""
+        if self.attack_step_size is not None:
+            return float(Fraction(self.attack_step_size))
+        return 2.5 * self.eps_value / self.attack_steps
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the objective uses a standardly pretrained network beside the student."""
+        return self.method == "arrest" and (self.rgkd_weight > 0 or self.replay_threshold is not None)
+
+    def validate(self) -> FinetuneConfig:
+        """Check everything that can be checked without a download, and fill in `output_dir`.
+
+        Raises:
+            ConfigError: with a line for each problem.
+        """
+        problems: list[str] = []
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            try:
+                values[field.name] = convert(field, getattr(self, field.name))
+            except ValueError as error:
+                problems.append(str(error))
+        for name, value in values.items():
+            setattr(self, name, value)
+        problems += _cross_checks(self, set(values))
+        if problems:
+            raise ConfigError(problems)
+        if not self.output_dir:
+            self.output_dir = default_output_dir(self)
+        return self
+
+    def to_yaml(self) -> str:
+        """Every key with its resolved value, in the order of the help text."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+FIELDS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
+
+
+def flag(name: str) -> str:
+    """The flag of a key: ``attack_steps`` -> ``--attack-steps``."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_fraction(text: str) -> Fraction:
+    """``"8/255"`` or ``"0.5"``, read exactly. Raises ValueError for anything else."""
+    if not re.fullmatch(r"\s*\d+(\.\d*)?([eE]-?\d+)?\s*|\s*\d+\s*/\s*\d+\s*", text):
+        raise ValueError(text)
+    try:
+        return Fraction(text.replace(" ", ""))
+    except ZeroDivisionError as error:
+        raise ValueError(text) from error
+
+
+def convert(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Bring a value from a flag (text) or from YAML (typed) to its field's type and check its range.
+
+    Raises:
+        ValueError: naming the flag, the value, why it is wrong and what to type.
+    """
+    meta, name = field.metadata, flag(field.name)
+    kind = meta["kind"]
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null")):
+        if meta["optional"]:
+            return None
+        if value is None:
+            raise ValueError(f"{name} has no value; give {_wanted(field)}.")
+    wrong = ValueError(f"{name} {value!r} is not {_wanted(field)}.")
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if isinstance(value, bool):
+        raise wrong
+    if kind == "mapping":
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise wrong
+        return dict(value)
+    if kind == "str":
+        if isinstance(value, (int, float)):
+            value = str(value)
+        if not isinstance(value, str):
+            raise wrong
+        if meta["choices"] and value not in meta["choices"]:
+            raise ValueError(f"{wrong}{did_you_mean(value, meta['choices'])}")
+        return value
+    if kind == "fraction":
+        try:
+            number: float | Fraction = parse_fraction(str(value))
+        except ValueError:
+            raise wrong from None
+        result: Any = str(value).replace(" ", "")
+    elif kind == "int":
+        try:
+            number = result = int(value) if isinstance(value, str) else value
+        except ValueError:
+            raise wrong from None
+        if not isinstance(result, int):
+            raise wrong
+    else:
+        try:
+            number = result = float(value)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if not math.isfinite(number):
+            raise wrong
+    low, high, above = meta["low"], meta["high"], meta["above"]
+    if (
+        (low is not None and number < low)
+        or (high is not None and number > high)
+        or (above is not None and number <= above)
+    ):
+        raise ValueError(f"{name} {value} is out of range: give {_wanted(field)}.")
+    return result
+
+
+def _wanted(field: dataclasses.Field[Any]) -> str:
+    meta = field.metadata
+    text = {
+        "bool": "true or false", "str": "a name", "int": "a whole number", "float": "a number",
+        "fraction": "a fraction such as 8/255", "mapping": "a list of key=value",
+    }[meta["kind"]]  # fmt: skip
+    if meta["choices"]:
+        text = "one of " + ", ".join(meta["choices"])
+    bounds = [f"{word} {meta[key]:g}" for key, word in (("above", "above"), ("low", "at least"), ("high", "at most"))
+              if meta[key] is not None]  # fmt: skip
+    text += (" " + " and ".join(bounds)) if bounds else ""
+    return text + (", or none" if meta["optional"] else "")
+
+
+def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
+    """Problems between fields; only those whose own values are good are looked at."""
+    problems = []
+    if "model" in good and not config.model:
+        problems.append("--model is missing: give timm/<name>, org/name, a local folder or a timm architecture name.")
+    if "dataset" in good and not config.dataset:
+        problems.append("--dataset is missing: give digits, cifar10, cifar100, imagenet, a `datasets` id or a folder.")
+    if {"norm", "eps"} <= good:
+        eps = Fraction(config.eps)
+        if config.norm == "linf" and eps >= 1:
+            hint = f" Did you mean {config.eps}/255?" if eps.denominator == 1 and eps < 255 else ""
+            problems.append(
+                f"--eps {config.eps} is out of range: pixels are in [0, 1], so linf needs eps below 1.{hint}"
+            )
+        if "attack_step_size" in good and config.attack_step_size and Fraction(config.attack_step_size) > 2 * eps:
+            problems.append(
+                f"--attack-step-size {config.attack_step_size} is more than the whole ball (2 x eps {config.eps}): "
+                "give a smaller step."
+            )
+    if {"resume", "overwrite"} <= good and config.resume and config.overwrite:
+        problems.append("--resume and --overwrite contradict each other: give one of them.")
+    if (
+        "validation_size" in good
+        and config.validation_size
+        and config.validation_size >= 1
+        and config.validation_size % 1
+    ):
+        problems.append(f"--validation-size {config.validation_size} is neither a count nor a share below 1.")
+    if "model_args" in good and "model" in good and config.model_args and "/" in config.model:
+        problems.append(
+            f"--model-args needs a timm architecture name as --model: {config.model!r} comes with its own arguments."
+        )
+    return problems
+
+
+def default_output_dir(config: FinetuneConfig) -> str:
+    """``runs/<model>-<dataset>-<method>``, made of characters every file system takes."""
+    parts = [Path(config.model.split("@")[0]).name, Path(config.dataset.split(":")[0]).name, config.method]
+    return "runs/" + "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.") or "x" for part in parts)
+
+
+def unknown_key(name: str, where: str) -> str:
+    """One line for a misspelt flag or recipe key, with the nearest real one."""
+    if where == "flag":
+        return f"unknown flag --{name}.{did_you_mean('--' + name, [flag(key) for key in FIELDS])} See --help."
+    return f"unknown key {name!r} in {where}.{did_you_mean(name, FIELDS)}"
+
+
+def resolve(flags: Mapping[str, Any], recipe: Mapping[str, Any], recipe_name: str | None) -> FinetuneConfig:
+    """Default < recipe < flag. A recipe's model keys are dropped when a flag names another model.
+
+    Raises:
+        ConfigError: every unknown key and bad value at once.
+    """
+    problems = [unknown_key(key, "flag") for key in flags if key not in FIELDS]
+    problems += [unknown_key(str(key), f"recipe {recipe_name!r}") for key in recipe if key not in FIELDS]
+    values = {key: value for key, value in recipe.items() if key in FIELDS}
+    if "model" in flags and flags["model"] != recipe.get("model"):
+        values = {key: value for key, value in values.items() if key not in MODEL_KEYS}
+    values |= {key: value for key, value in flags.items() if key in FIELDS}
+    values["recipe"] = recipe_name
+    config = FinetuneConfig(**values)
+    try:
+        config.validate()
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def load_config(path: Path) -> FinetuneConfig:
+    """Read a `config.yaml` that `to_yaml` wrote.
+
+    Raises:
+        ConfigError: if it is not one.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a configuration.")
+    unknown = [unknown_key(str(key), str(path)) for key in values if key not in FIELDS]
+    if unknown:
+        raise ConfigError(unknown)
+    return FinetuneConfig(**values).validate()
+
+
+def resume_config(saved: FinetuneConfig, flags: Mapping[str, Any]) -> FinetuneConfig:
+    """The configuration of a resumed run: the saved one, plus flags that may differ.
+
+    Raises:
+        ConfigError: listing every flag whose value differs from the saved run's.
+    """
+    problems = [unknown_key(key, "flag") for key in flags if key not in FIELDS]
+    changes: dict[str, Any] = {}
+    for key, value in flags.items():
+        if key not in FIELDS:
+            continue
+        try:
+            new, old = convert(FIELDS[key], value), getattr(saved, key)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if key in RESUME_MAY_DIFFER:
+            changes[key] = new
+        elif new != old:
+            problems.append(
+                f"{flag(key)} is {new} but the run to resume has {old}: leave the flag out to continue it, "
+                "or start a new run with another --output-dir."
+            )
+    if problems:
+        raise ConfigError(problems)
+    return dataclasses.replace(saved, **(changes | {"resume": True, "overwrite": False})).validate()

@@ -1,0 +1,120 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from arrest_hub.cli import finetune_command, parse_finetune, run_cli
+from arrest_hub.config import FIELDS, flag
+
+
+def errors(argv, capsys):
+    code = run_cli(finetune_command, argv)
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "Traceback" not in out + err
+    return err
+
+
+def test_help_is_quick_and_lists_every_flag():
+    started = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", "from arrest_hub.cli import finetune_main; finetune_main()", "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert time.perf_counter() - started < 1.0
+    assert all(flag(name) in result.stdout for name in FIELDS)
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys\nfrom arrest_hub.cli import finetune_parser\nfinetune_parser().format_help()\n"
+        "sys.exit('torch' in sys.modules or 'timm' in sys.modules or 'datasets' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_misspelt_flag_names_the_nearest(capsys):
+    err = errors(["--dataset", "digits", "--epsilon", "8/255"], capsys)
+    assert "--epsilon" in err
+    assert "--eps" in err
+    assert "8/255 is not" not in err, "its value is no second problem"
+
+
+def test_all_problems_at_once(capsys):
+    err = errors(["--dataset", "digits", "--epocs", "3", "--lr", "fast", "--recipe", "quikstart", "stray"], capsys)
+    for part in ("'--epochs'", "--lr 'fast'", "'quickstart'", "'stray'", "--model is missing"):
+        assert part in err
+
+
+def test_missing_value(capsys):
+    assert "--eps" in errors(["--eps"], capsys)
+
+
+def test_abbreviations_are_refused(capsys):
+    assert "--batch" in errors(["--dataset", "digits", "--batch", "8"], capsys)
+
+
+def test_the_datasets_recipe_is_taken_and_said():
+    config, notes = parse_finetune(["--dataset", "digits"])
+    assert config.recipe == "quickstart"
+    assert "quickstart" in notes[0]
+    config, notes = parse_finetune(["--dataset", "digits", "--model", "timm/resnet18.a1_in1k"])
+    assert config.standard_epochs == 0
+    assert any("model_args" in note for note in notes)
+
+
+def test_model_args_and_switches():
+    config, _ = parse_finetune(
+        [
+            "--model",
+            "resnet18_cifar",
+            "--dataset",
+            "x",
+            "--model-args",
+            "channels=[4,8,8,8]",
+            "drop_rate=0.1",
+            "--streaming",
+        ]
+    )
+    assert config.model_args == {"channels": [4, 8, 8, 8], "drop_rate": 0.1}
+    assert config.streaming
+
+
+def test_model_args_without_equals(capsys):
+    assert "key=value" in errors(["--model", "resnet18_cifar", "--dataset", "x", "--model-args", "channels"], capsys)
+
+
+def test_resume_without_a_recipe_flag_takes_the_saved_one(tmp_path, capsys):
+    config, _ = parse_finetune(["--recipe", "quickstart", "--eps", "16/255", "--output-dir", str(tmp_path)])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    again, _ = parse_finetune(["--resume", "--output-dir", str(tmp_path)])
+    assert (again.eps, again.recipe, again.resume) == ("16/255", "quickstart", True)
+    same, _ = parse_finetune(["--recipe", "quickstart", "--eps", "16/255", "--output-dir", str(tmp_path), "--resume"])
+    assert same.eps == "16/255"
+    err = errors(["--resume", "--output-dir", str(tmp_path), "--eps", "8/255", "--lr", "7"], capsys)
+    assert "--eps is 8/255" in err
+    assert "--lr is 7" in err
+    err = errors(["--recipe", "quickstart", "--output-dir", str(tmp_path), "--resume"], capsys)
+    assert "--eps is 32/255" in err
+
+
+def test_module_entry_point_names_its_commands():
+    result = subprocess.run(
+        [sys.executable, "-m", "arrest_hub", "finetun"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ),
+    )
+    assert result.returncode == 2
+    assert "finetune" in result.stderr
+
+
+@pytest.mark.parametrize("rank", ["1", "3"])
+def test_only_the_first_process_reports_a_bad_configuration(rank, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    assert run_cli(finetune_command, ["--epocs", "3"]) == 2
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,116 @@
+import dataclasses
+from fractions import Fraction
+
+import pytest
+
+from arrest_hub.config import FIELDS, FinetuneConfig, convert, load_config, parse_fraction, resolve, resume_config
+from arrest_hub.errors import ConfigError
+
+GOOD = {"model": "m", "dataset": "d"}
+
+
+def problems(flags, recipe=None):
+    with pytest.raises(ConfigError) as caught:
+        resolve(flags, recipe or {}, "r")
+    return caught.value.problems
+
+
+def test_flag_beats_recipe_beats_default():
+    config = resolve(GOOD | {"lr": "0.5"}, {"lr": 0.1, "epochs": 3}, "r")
+    assert (config.lr, config.epochs, config.batch_size) == (0.5, 3, FinetuneConfig().batch_size)
+
+
+def test_eps_is_read_exactly():
+    assert parse_fraction("8/255") == Fraction(8, 255)
+    assert parse_fraction("0.1") == Fraction(1, 10)
+    assert resolve(GOOD | {"eps": "8 / 255"}, {}, None).eps == "8/255"
+    assert resolve(GOOD | {"eps": "8/255"}, {}, None).eps_value == 8 / 255
+
+
+@pytest.mark.parametrize("eps", ["eight", "8/0", "-8/255", "8//255", "", "nan", "1e", "8/255/2", "__import__('os')"])
+def test_eps_that_is_no_fraction(eps):
+    (problem,) = problems(GOOD | {"eps": eps})
+    assert "--eps" in problem
+    assert "8/255" in problem
+
+
+def test_eps_in_pixel_levels_gets_a_hint():
+    (problem,) = problems(GOOD | {"eps": "8"})
+    assert "8/255" in problem
+    assert resolve(GOOD | {"eps": "3", "norm": "l2"}, {}, None).eps_value == 3
+
+
+def test_all_problems_come_together():
+    found = problems({"epochs": "-1", "epsx": "8/255", "lr": "fast", "norm": "l3"}, {"batchsize": 12})
+    text = "\n".join(found)
+    assert len(found) == 7
+    for part in ("--epochs", "'--eps'", "'batch_size'", "--lr", "--norm", "--model is missing", "--dataset is missing"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epochs", "1.5"), ("epochs", True), ("epochs", 2.0), ("limit_train", "-3"), ("batch_size", "0"), ("lr", "0"),
+        ("lr", "inf"), ("lr", "nan"), ("streaming", "yes"), ("streaming", 1), ("hflip", "1.5"),
+        ("mixed_precision", "fp8"), ("model_args", "x"), ("seed", "-1"), ("replay_threshold", "2"), ("ema_decay", "1"),
+        ("epochs", None),
+    ],
+)  # fmt: skip
+def test_bad_values_name_the_flag_and_the_value(key, value):
+    (problem,) = problems(GOOD | {key: value})
+    assert "--" + key.replace("_", "-") in problem
+    if value is not None:
+        assert str(value) in problem
+
+
+def test_none_switches_optional_parts_off():
+    assert resolve(GOOD | {"replay_threshold": "none"}, {}, None).replay_threshold is None
+    assert resolve(GOOD, {"replay_threshold": None}, None).replay_threshold is None
+
+
+def test_yaml_numbers_written_with_an_exponent():
+    # YAML 1.1 reads 1e-4 as text
+    assert resolve(GOOD, {"lr": "1e-4"}, "r").lr == 1e-4
+
+
+def test_a_recipes_model_keys_belong_to_its_model():
+    recipe = {
+        "model": "resnet18_cifar",
+        "model_args": {"channels": [4]},
+        "standard_epochs": 9,
+        "image_size": 8,
+        "lr": 0.3,
+    }
+    config = resolve({"model": "./mine", "dataset": "d"}, recipe, "r")
+    assert (config.model_args, config.standard_epochs, config.image_size, config.lr) == ({}, 0, None, 0.3)
+    assert resolve({"dataset": "d"}, recipe, "r").standard_epochs == 9
+
+
+def test_config_survives_yaml(tmp_path):
+    config = resolve(GOOD | {"eps": "4/255", "replay_threshold": "none", "model_args": {"channels": [4, 8]}}, {}, "r")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_default_step_is_madrys():
+    config = resolve(GOOD | {"eps": "8/255", "attack_steps": "10"}, {}, None)
+    assert config.step_size_value == pytest.approx(2 / 255)
+
+
+def test_resume_lists_what_differs():
+    saved = resolve(GOOD, {}, "default")
+    same = resume_config(saved, {"lr": str(saved.lr), "resume": True, "log_every": "3"})
+    assert same.log_every == 3
+    assert same.resume
+    with pytest.raises(ConfigError) as caught:
+        resume_config(saved, {"lr": "0.3", "eps": "4/255", "model": "m"})
+    assert [p.split()[0] for p in caught.value.problems] == ["--lr", "--eps"]
+
+
+def test_every_field_has_help_and_a_valid_default():
+    for field in dataclasses.fields(FinetuneConfig):
+        assert field.metadata["help"]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        assert convert(field, default) == default
+    assert set(FIELDS) == {field.name for field in dataclasses.fields(FinetuneConfig)}

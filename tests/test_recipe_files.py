@@ -1,0 +1,69 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from arrest_hub.cli import parse_finetune
+from arrest_hub.config import FinetuneConfig, resolve
+from arrest_hub.errors import ConfigError
+from arrest_hub.recipe_files import FOR_DATASET, list_recipes, read_recipe, recipe_for_dataset
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+
+
+def test_the_promised_recipes_are_there():
+    assert {
+        "quickstart", "cifar10_resnet18", "cifar10_wrn34_10", "cifar100_wrn34_10", "imagenet_resnet50",
+        "imagenet_vit_small", "imagenet_convnext_tiny", "default",
+    } <= set(list_recipes())  # fmt: skip
+    assert set(FOR_DATASET.values()) <= set(list_recipes())
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_recipe_is_valid_and_holds_only_what_differs(name):
+    recipe = read_recipe(name)
+    flags = {} if name != "default" else {"model": "m", "dataset": "d"}
+    config = resolve(flags, recipe, name)
+    defaults = FinetuneConfig()
+    same = [key for key, value in recipe.items() if value == getattr(defaults, key)]
+    assert not same, f"{name} repeats defaults: {same}"
+    assert config.recipe == name
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_recipe_opens_with_commands_that_parse(name):
+    text = (FOLDER / f"{name}.yaml").read_text()
+    header = [line[1:].strip() for line in text.splitlines() if line.startswith("#")]
+    commands = [line for line in header if re.match(r"(arrest-finetune|accelerate launch)\b", line)]
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        argv = words[1:] if words[0] == "arrest-finetune" else words[words.index("finetune") + 1 :]
+        assert parse_finetune(argv)[0].recipe is not None
+
+
+def test_a_misspelt_recipe_names_the_nearest():
+    with pytest.raises(ConfigError, match="quickstart"):
+        read_recipe("quikstart")
+
+
+def test_a_recipe_by_path(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"lr": 0.3}))
+    assert read_recipe(str(path)) == {"lr": 0.3}
+    path.write_text("lr: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_recipe(str(path))
+    path.write_text("- lr")
+    with pytest.raises(ConfigError, match="mapping"):
+        read_recipe(str(path))
+    with pytest.raises(ConfigError, match="no such file"):
+        read_recipe(str(tmp_path / "other.yaml"))
+
+
+def test_dataset_recipes():
+    assert recipe_for_dataset("digits") == "quickstart"
+    assert recipe_for_dataset("./images") == "default"
+    assert recipe_for_dataset(None) == "default"
