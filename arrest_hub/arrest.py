@@ -1,0 +1,160 @@
+"""The method: ARREST (Suzuki et al., ICCV 2023, arXiv 2308.16454) as an objective.
+
+AFT: adversarial finetuning from a standardly pretrained network. RGKD: the angular distance between the
+student's representation of the adversarial example and the frozen teacher's of the clean one is penalised.
+NR: samples whose representation has drifted beyond a threshold are replayed with noise, not attacked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arrest_hub.attacks import AttackResult, frozen_eval
+
+
+class Attack(Protocol):
+    """`attacks.pgd` with its numbers filled in."""
+
+    def __call__(
+        self,
+        logits_fn: Callable[[Tensor], Tensor],
+        pixels: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> AttackResult: ...
+
+
+class Noise(Protocol):
+    """`attacks.random_in_ball` with its numbers filled in."""
+
+    def __call__(self, pixels: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """What the training loop minimises.
+
+    ``model`` is the student as wrapped for distributed training: called once, for the pass that is trained.
+    ``student`` is the same network unwrapped, for everything else. Returns "loss" (a scalar with a graph) and
+    named parts, each a detached [B] tensor with a value per sample. Both return `BackboneOutput`.
+    """
+
+    passes: dict[str, int]
+    """Passes through a network per image, by name."""
+
+    def __call__(
+        self, model: nn.Module, student: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]: ...
+
+
+def angular_distance(u: Tensor, v: Tensor) -> Tensor:
+    """arccos(<u, v> / |u||v|) / pi of each pair of rows: [B, D], [B, D] -> [B], in [0, 1].
+
+    Computed in fp32 or wider, also under autocast, as 2 atan2(|u' - v'|, |u' + v'|) / pi of the unit vectors u', v'
+    (the angle formula of W. Kahan): exact to rounding and with a finite gradient everywhere, also at u = v and
+    u = -v, where that of arccos is infinite.
+    """
+    with torch.autocast(device_type=u.device.type, enabled=False):
+        if u.dtype in (torch.float16, torch.bfloat16):
+            u = u.float()
+        v = v.to(u.dtype)
+        u, v = F.normalize(u, dim=1), F.normalize(v, dim=1)
+        difference = torch.linalg.vector_norm(u - v, dim=1)
+        total = torch.linalg.vector_norm(u + v, dim=1)
+        return 2 * torch.atan2(difference, total) / math.pi
+
+
+class ArrestObjective:
+    """mean CE(f(x'), y) + rgkd_weight * mean D(h(x'), h_T(x)), with noise replay in place of x' beyond the threshold.
+
+    Args:
+        teacher: the frozen standardly pretrained network in eval mode; may be None if neither part needs it.
+        attack, noise: `attacks.pgd` and `attacks.random_in_ball` with their numbers filled in.
+        rgkd_weight: lambda; 0 switches RGKD off.
+        replay_threshold: tau, in [0, 1]; None switches NR off and saves its pass.
+    Raises:
+        ValueError: a part needs the teacher and there is none.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        attack: Attack,
+        noise: Noise,
+        *,
+        rgkd_weight: float,
+        replay_threshold: float | None,
+        attack_steps: int,
+    ) -> None:
+        self.use_teacher = rgkd_weight > 0 or replay_threshold is not None
+        if self.use_teacher and teacher is None:
+            raise ValueError("RGKD and NR compare with a teacher: give one, or rgkd_weight 0 and replay_threshold None")
+        self.teacher = teacher
+        self.attack = attack
+        self.noise = noise
+        self.rgkd_weight = rgkd_weight
+        self.replay_threshold = replay_threshold
+        self.passes = {"attack": attack_steps, "training": 1}
+        if self.use_teacher:
+            self.passes["teacher"] = 1
+        if replay_threshold is not None:
+            self.passes["drift"] = 1
+
+    def __call__(
+        self, model: nn.Module, student: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = {}
+        target: Tensor | None = None
+        replayed: Tensor | None = None
+        with frozen_eval(student):
+            if self.teacher is not None and self.use_teacher:
+                with torch.no_grad():
+                    target = self.teacher(pixels).representation
+            if self.replay_threshold is not None:
+                assert target is not None
+                # the decision needs the clean image alone, so it is made first and saves the attack
+                with torch.no_grad():
+                    clean = student(pixels)
+                    drift = angular_distance(clean.representation, target)
+                replayed = drift > self.replay_threshold
+                parts |= {"drift": drift, "replayed": replayed.float()}
+                parts["clean_correct"] = (clean.logits.argmax(dim=1) == labels).float()
+            inputs, parts["zero_gradients"] = self._inputs(student, pixels, labels, replayed, generator)
+
+        output = model(inputs)
+        cross_entropy = F.cross_entropy(output.logits.float(), labels, reduction="none")
+        loss = cross_entropy.mean()
+        if self.rgkd_weight > 0:
+            assert target is not None
+            distance = angular_distance(output.representation, target)
+            loss = loss + self.rgkd_weight * distance.mean()
+            parts["distance"] = distance.detach()
+        parts["loss"] = loss
+        parts["cross_entropy"] = cross_entropy.detach()
+        parts["adversarial_correct"] = (output.logits.detach().argmax(dim=1) == labels).float()
+        return parts
+
+    def _inputs(
+        self, student: nn.Module, pixels: Tensor, labels: Tensor, replayed: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """What the student is trained on, and the zero-gradient count: adversarial, or noisy where replayed."""
+
+        def logits_fn(x: Tensor) -> Tensor:
+            return student(x).logits
+
+        if replayed is None or not replayed.any():
+            return self.attack(logits_fn, pixels, labels, generator=generator)
+        inputs = self.noise(pixels, generator=generator)
+        zero_gradients = torch.zeros(len(pixels), device=pixels.device)
+        attacked = (~replayed).nonzero().squeeze(1)
+        if len(attacked):
+            result = self.attack(logits_fn, pixels[attacked], labels[attacked], generator=generator)
+            inputs[attacked] = result.adversarial
+            zero_gradients[attacked] = result.zero_gradients
+        return inputs, zero_gradients

@@ -1,0 +1,145 @@
+"""Attacks: pure functions of tensors and floats, on pixels in [0, 1].
+
+No parameter gradient is ever computed here: the gradient with respect to the pixels comes from
+`torch.autograd.grad`, so nothing is accumulated, and no collective is started in a distributed run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+LogitsFn = Callable[[Tensor], Tensor]
+
+
+class AttackResult(NamedTuple):
+    """What an attack found."""
+
+    adversarial: Tensor
+    """[B, C, H, W], pixels in [0, 1], inside the ball."""
+    zero_gradients: Tensor
+    """[B], in how many steps the whole input gradient of a sample was zero (a sign of gradient masking)."""
+
+
+@contextmanager
+def frozen_eval(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in eval mode and its parameters need no gradient; both are restored.
+
+    The attack then neither touches BatchNorm's statistics nor pays for parameter gradients.
+    """
+    was_training = model.training
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        model.train(was_training)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """logsumexp of the other classes' logits minus the true class's: [B, K], [B] -> [B].
+
+    Cross-entropy is softplus of this margin, so per sample both have the same gradient direction; but
+    cross-entropy multiplies it by the probability of being wrong, which rounds to zero for a confident
+    sample. The margin's gradient stays of order one, in fp16 too. Raises nothing.
+    """
+    logits = logits.float()
+    labels = labels.unsqueeze(1)
+    others = logits.scatter(1, labels, float("-inf"))
+    return others.logsumexp(dim=1) - logits.gather(1, labels).squeeze(1)
+
+
+def sample_norm(x: Tensor) -> Tensor:
+    """L2 norm of each sample: [B, C, H, W] -> [B, 1, 1, 1]."""
+    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+
+
+def project(perturbed: Tensor, pixels: Tensor, *, eps: float, norm: str) -> Tensor:
+    """The nearest point to ``perturbed`` in the eps-ball around ``pixels``, then clipped to [0, 1].
+
+    ``pixels`` being in [0, 1], the clip never leaves the ball. Raises ValueError for an unknown norm.
+    """
+    delta = perturbed - pixels
+    if norm == "linf":
+        delta = delta.clamp(-eps, eps)
+    elif norm == "l2":
+        delta = delta * (eps / sample_norm(delta).clamp_min(1e-12)).clamp_max(1.0)
+    else:
+        raise ValueError(f"norm {norm!r} is not one of linf, l2")
+    return (pixels + delta).clamp(0.0, 1.0)
+
+
+def random_in_ball(pixels: Tensor, *, eps: float, norm: str, generator: torch.Generator | None = None) -> Tensor:
+    """A point drawn uniformly from the eps-ball around each sample, clipped to [0, 1].
+
+    [B, C, H, W] -> the same. The noise of noise replay and the random start of PGD.
+    Raises ValueError for an unknown norm.
+    """
+    if norm == "linf":
+        noise = torch.empty_like(pixels).uniform_(-eps, eps, generator=generator)
+    elif norm == "l2":
+        direction = torch.empty_like(pixels).normal_(generator=generator)
+        # the radius' power of 1/d makes the draw uniform in the ball's volume
+        radius = torch.empty(len(pixels), 1, 1, 1, device=pixels.device).uniform_(generator=generator)
+        noise = direction * (eps * radius ** (1 / pixels[0].numel()) / sample_norm(direction))
+    else:
+        raise ValueError(f"norm {norm!r} is not one of linf, l2")
+    return (pixels + noise).clamp(0.0, 1.0)
+
+
+def pgd(
+    logits_fn: LogitsFn,
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    norm: str = "linf",
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+    loss_fn: Callable[[Tensor], Tensor] | None = None,
+    gradient_scale: float = 1.0,
+) -> AttackResult:
+    """Untargeted projected gradient descent (Madry et al. 2018, arXiv 1706.06083): ``steps`` forward passes,
+    each with a backward pass to the pixels alone.
+
+    Args:
+        logits_fn: pixels [B, C, H, W] -> logits [B, K]; a model in `frozen_eval`.
+        pixels: clean images in [0, 1]. labels: [B], class indices.
+        eps: radius of the ball. step_size: length of a step. Both on pixels in [0, 1].
+        generator: of the random start, drawn uniformly from the ball unless ``start`` is given.
+        loss_fn: logits [B, K] -> [B], what is maximised. Default: `margin`, whose steps are cross-entropy's.
+        gradient_scale: factor on the loss; the steps do not depend on it, but in fp16 it keeps small
+            gradients from underflowing.
+
+    Raises:
+        ValueError: for an unknown norm.
+    """
+    loss_fn = loss_fn or (lambda logits: margin(logits, labels))
+    adversarial = random_in_ball(pixels, eps=eps, norm=norm, generator=generator) if start is None else start
+    zero_gradients = torch.zeros(len(pixels), device=pixels.device)
+    for _ in range(steps):
+        adversarial = adversarial.detach().requires_grad_(True)
+        with torch.enable_grad():
+            loss = loss_fn(logits_fn(adversarial)).sum() * gradient_scale
+        (gradient,) = torch.autograd.grad(loss, adversarial)
+        if gradient_scale != 1.0:
+            # a scaled half-precision gradient may overflow: only its direction matters
+            gradient = gradient.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)
+        with torch.no_grad():
+            zero_gradients += (gradient == 0).flatten(1).all(dim=1)
+            if norm == "linf":
+                step = step_size * gradient.sign()
+            else:
+                step = step_size * gradient / sample_norm(gradient).clamp_min(1e-30)
+            adversarial = project(adversarial + step, pixels, eps=eps, norm=norm)
+    return AttackResult(adversarial.detach(), zero_gradients)

@@ -1,0 +1,210 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import TinyClassifier
+
+from arrest_hub.attacks import frozen_eval, margin, pgd, project, random_in_ball
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(16, 3, 8, 8, generator=generator), torch.arange(16) % 3
+
+
+def reference_pgd(model, pixels, labels, start, eps, step_size, steps, norm):
+    """PGD on cross-entropy in float64, one sample at a time, written out from Madry et al. 2018."""
+    adversarial = []
+    for x, y, x0 in zip(pixels.double(), labels, start.double(), strict=True):
+        x_adv = x0.clone()
+        for _ in range(steps):
+            x_adv.requires_grad_(True)
+            loss = F.cross_entropy(model(x_adv[None]).logits, y[None])
+            (g,) = torch.autograd.grad(loss, x_adv)
+            with torch.no_grad():
+                if norm == "linf":
+                    x_adv = x_adv + step_size * g.sign()
+                    x_adv = torch.minimum(torch.maximum(x_adv, x - eps), x + eps)
+                else:
+                    x_adv = x_adv + step_size * g / g.norm()
+                    delta = x_adv - x
+                    x_adv = x + delta * min(1.0, eps / delta.norm().item())
+                x_adv = x_adv.clamp(0, 1)
+        adversarial.append(x_adv.detach())
+    return torch.stack(adversarial)
+
+
+@pytest.mark.parametrize(("norm", "eps", "step"), [("linf", 8 / 255, 2 / 255), ("l2", 0.5, 0.15)])
+def test_pgd_equals_cross_entropy_pgd_in_float64(batch, norm, eps, step):
+    pixels, labels = batch
+    model = TinyClassifier().double()
+    start = random_in_ball(pixels, eps=eps, norm=norm, generator=torch.Generator().manual_seed(2)).double()
+    with frozen_eval(model):
+        found = pgd(
+            lambda x: model(x).logits, pixels.double(), labels, eps=eps, step_size=step, steps=5, norm=norm, start=start
+        )
+        wanted = reference_pgd(model, pixels, labels, start, eps, step, 5, norm)
+    # the margin is summed in fp32, so a gradient entry within rounding of zero may change its sign
+    agree = ((found.adversarial - wanted).abs() < 1e-5).float().mean()
+    assert agree > 0.999
+    assert found.zero_gradients.sum() == 0
+
+
+@pytest.mark.parametrize(("norm", "eps", "step"), [("linf", 8 / 255, 2 / 255), ("l2", 0.5, 0.2)])
+def test_pgd_stays_in_the_ball_and_raises_the_loss(batch, norm, eps, step):
+    pixels, labels = batch
+    before = pixels.clone()
+    model = TinyClassifier()
+    with frozen_eval(model):
+        adversarial = pgd(
+            lambda x: model(x).logits, pixels, labels, eps=eps, step_size=step, steps=10, norm=norm
+        ).adversarial
+        clean_loss = F.cross_entropy(model(pixels).logits, labels, reduction="none")
+        adversarial_loss = F.cross_entropy(model(adversarial).logits, labels, reduction="none")
+    delta = (adversarial - pixels).flatten(1)
+    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert (size <= eps + 1e-6).all()
+    assert (size > 0.5 * eps).all()
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    assert (adversarial_loss > clean_loss).all()
+    assert torch.equal(pixels, before), "the clean batch must not change"
+    assert not adversarial.requires_grad
+
+
+def test_pgd_equals_torchattacks_in_direction(batch):
+    # torchattacks' own loss is the mean cross-entropy; from the same start the signs, so the results, are the same
+    pixels, labels = batch
+    model = TinyClassifier()
+    start = random_in_ball(pixels, eps=0.03, norm="linf", generator=torch.Generator().manual_seed(3))
+    with frozen_eval(model):
+        ours = pgd(
+            lambda x: model(x).logits, pixels, labels, eps=0.03, step_size=0.01, steps=1, start=start
+        ).adversarial
+        x = start.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x).logits, labels), x)
+    theirs = torch.clamp(torch.clamp(start + 0.01 * gradient.sign(), pixels - 0.03, pixels + 0.03), 0, 1)
+    assert torch.allclose(ours, theirs, atol=1e-7)
+
+
+def test_margin_has_cross_entropys_direction_and_no_underflow():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 10, generator=generator, dtype=torch.float64) * 5
+    labels = torch.arange(50) % 10
+    a = logits.clone().requires_grad_(True)
+    b = logits.clone().requires_grad_(True)
+    (ga,) = torch.autograd.grad(margin(a, labels).sum(), a)
+    (gb,) = torch.autograd.grad(F.cross_entropy(b, labels, reduction="sum"), b)
+    assert torch.allclose(F.normalize(ga, dim=1), F.normalize(gb, dim=1), atol=1e-5)
+    # softplus(margin) is cross-entropy
+    assert torch.allclose(
+        F.softplus(margin(logits, labels).double()), F.cross_entropy(logits, labels, reduction="none"), atol=1e-4
+    )
+
+    confident = torch.zeros(1, 10).index_fill(1, torch.tensor([0]), 200.0).requires_grad_(True)
+    (plain,) = torch.autograd.grad(F.cross_entropy(confident, torch.tensor([0])), confident)
+    (ours,) = torch.autograd.grad(margin(confident, torch.tensor([0])).sum(), confident)
+    assert plain.abs().sum() == 0, "the premise: cross-entropy's own gradient underflows here"
+    assert torch.allclose(ours[0, 0], torch.tensor(-1.0))
+
+
+def test_margin_with_two_classes():
+    logits = torch.tensor([[1.0, 3.0], [2.0, -1.0]])
+    assert torch.allclose(margin(logits, torch.tensor([0, 0])), torch.tensor([2.0, -3.0]))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_in_ball_is_uniform(norm):
+    pixels = torch.full((20000, 1, 2, 2), 0.5)
+    eps = 0.1
+    noise = random_in_ball(pixels, eps=eps, norm=norm, generator=torch.Generator().manual_seed(0)) - pixels
+    flat = noise.flatten(1)
+    if norm == "linf":
+        assert flat.abs().max() <= eps + 1e-6
+        assert flat.mean().abs() < 1e-3
+        assert math.isclose(flat.std().item(), eps / math.sqrt(3), rel_tol=0.01)
+    else:
+        radius = flat.norm(dim=1)
+        assert radius.max() <= eps + 1e-6
+        # uniform in a 4-ball: P(r < eps/2) = 1/16
+        assert math.isclose((radius < eps / 2).float().mean().item(), 1 / 16, rel_tol=0.1)
+
+
+def test_random_in_ball_clips_to_pixels_and_repeats():
+    pixels = torch.zeros(4, 3, 8, 8)
+    first = random_in_ball(pixels, eps=0.5, norm="linf", generator=torch.Generator().manual_seed(7))
+    again = random_in_ball(pixels, eps=0.5, norm="linf", generator=torch.Generator().manual_seed(7))
+    assert torch.equal(first, again)
+    assert first.min() >= 0
+
+
+def test_project_onto_l2_is_the_nearest_point():
+    pixels = torch.full((1, 1, 1, 2), 0.5)
+    outside = pixels + torch.tensor([[[[0.3, 0.4]]]])
+    assert torch.allclose(project(outside, pixels, eps=0.25, norm="l2"), pixels + torch.tensor([[[[0.15, 0.2]]]]))
+
+
+@pytest.mark.parametrize("function", [project, random_in_ball])
+def test_unknown_norm(function):
+    arguments = (torch.zeros(1, 1, 2, 2),) * (2 if function is project else 1)
+    with pytest.raises(ValueError, match="l7"):
+        function(*arguments, eps=0.1, norm="l7")
+
+
+def test_the_attack_costs_no_parameter_gradient_and_leaves_the_model_as_it_was(batch):
+    pixels, labels = batch
+    model = TinyClassifier().train()
+    model.head.bias.requires_grad_(False)
+    statistics = model.norm.running_mean.clone()
+    with frozen_eval(model):
+        pgd(lambda x: model(x).logits, pixels, labels, eps=0.03, step_size=0.01, steps=4)
+    assert [count for count, *_ in model.passes] == [16] * 4, "one forward pass a step"
+    assert all(not training and frozen for _, training, _, frozen in model.passes)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(model.norm.running_mean, statistics)
+    assert model.training
+    assert model.conv.weight.requires_grad
+    assert not model.head.bias.requires_grad, "a frozen parameter stays frozen"
+
+
+def test_frozen_eval_restores_after_an_error():
+    model = TinyClassifier().train()
+    with pytest.raises(RuntimeError, match="inside"), frozen_eval(model):
+        raise RuntimeError("inside")
+    assert model.training
+    assert model.conv.weight.requires_grad
+
+
+def test_zero_gradients_are_counted(batch):
+    pixels, labels = batch
+
+    def masked(x):
+        return torch.cat([TinyClassifier()(x[:10]).logits, x[10:].flatten(1)[:, :3] * 0])
+
+    result = pgd(masked, pixels, labels, eps=0.03, step_size=0.01, steps=3)
+    assert result.zero_gradients.tolist() == [0.0] * 10 + [3.0] * 6
+
+
+def test_half_precision_attack_agrees_with_fp32_on_a_confident_model(batch):
+    pixels, labels = batch
+    model = TinyClassifier().eval()
+    with torch.no_grad():
+        labels = model(pixels).logits.argmax(1)  # always right, and after the scaling very sure
+        model.head.weight *= 300
+        model.head.bias *= 300
+        assert F.cross_entropy(model(pixels).logits, labels, reduction="none").median() < 1e-3
+
+    def half(x):
+        with torch.autocast("cpu", dtype=torch.float16):
+            return model(x).logits
+
+    kwargs = {"eps": 0.1, "step_size": 0.01, "steps": 1, "start": pixels}
+    with frozen_eval(model):
+        exact = pgd(lambda x: model(x).logits, pixels, labels, **kwargs).adversarial - pixels
+        ours = pgd(half, pixels, labels, **kwargs, gradient_scale=128.0)
+    assert ours.zero_gradients.sum() == 0
+    inside = (pixels > 0.02) & (pixels < 0.98)
+    agree = ((ours.adversarial - pixels).sign() == exact.sign())[inside].float().mean()
+    assert agree >= 0.99

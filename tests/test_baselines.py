@@ -1,0 +1,67 @@
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import TinyClassifier
+
+from arrest_hub.attacks import pgd
+from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades, divergence
+
+PIXELS = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+LABELS = torch.arange(6) % 3
+
+
+def test_standard_is_cross_entropy_in_one_pass():
+    model = TinyClassifier().train()
+    parts = StandardObjective()(model, model, PIXELS, LABELS, torch.Generator())
+    wanted = F.cross_entropy(TinyClassifier().train()(PIXELS).logits, LABELS)
+    assert parts["loss"].item() == pytest.approx(wanted.item())
+    assert model.passes == [(6, True, True, False)]
+
+
+def test_adversarial_training_trains_on_the_adversarial_images():
+    model = TinyClassifier().train()
+    objective = AdversarialTraining(partial(pgd, eps=0.05, step_size=0.02, steps=3), attack_steps=3)
+    parts = objective(model, model, PIXELS, LABELS, torch.Generator().manual_seed(1))
+    assert model.passes == [(6, False, True, True)] * 3 + [(6, True, True, False)]
+    other = TinyClassifier().eval()
+    x = pgd(
+        lambda x: other(x).logits,
+        PIXELS,
+        LABELS,
+        eps=0.05,
+        step_size=0.02,
+        steps=3,
+        generator=torch.Generator().manual_seed(1),
+    ).adversarial
+    assert parts["loss"].item() == pytest.approx(F.cross_entropy(other.train()(x).logits, LABELS).item(), abs=1e-6)
+
+
+def test_divergence_equals_the_definition_in_float64():
+    p = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).double().softmax(1)
+    q = torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).double().softmax(1)
+    assert torch.allclose(divergence(p.log().float(), q.log().float()).double(), (p * (p / q).log()).sum(1), atol=1e-6)
+
+
+def test_trades_equals_the_formula_written_out():
+    eps, step, steps, beta = 0.3, 0.1, 4, 6.0
+    model = TinyClassifier().train()
+    parts = Trades(beta=beta, eps=eps, step_size=step, steps=steps, norm="linf")(
+        model, model, PIXELS, LABELS, torch.Generator().manual_seed(4)
+    )
+    assert model.passes == [(6, False, False, True)] + [(6, False, True, True)] * steps + [(12, True, True, False)]
+
+    # in float64: near the clean image the divergence and its gradient are tiny
+    other, pixels = TinyClassifier().eval().double(), PIXELS.double()
+    p = other(pixels).logits.softmax(1).detach()
+    x = (PIXELS + 0.001 * torch.randn(PIXELS.shape, generator=torch.Generator().manual_seed(4))).clamp(0, 1).double()
+    for _ in range(steps):
+        x.requires_grad_(True)
+        q = other(x).logits.softmax(1)
+        (g,) = torch.autograd.grad((p * (p / q).log()).sum(), x)
+        x = torch.minimum(torch.maximum(x.detach() + step * g.sign(), pixels - eps), pixels + eps).clamp(0, 1)
+    clean, robust = other.train()(torch.cat([pixels, x])).logits.chunk(2)
+    p, q = clean.softmax(1), robust.softmax(1)
+    wanted = F.cross_entropy(clean, LABELS) + beta * (p * (p / q).log()).sum(1).mean()
+    assert parts["loss"].item() == pytest.approx(wanted.item(), rel=2e-4)

@@ -1,0 +1,106 @@
+"""Tiny networks, datasets and runs that the tests share."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from torch import nn
+
+from arrest_hub.backbones import Backbone, BackboneOutput, load_backbone
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.export import write_model_folder
+
+NAMES = ["dark", "middle", "light"]
+CHANNELS = [4, 4, 8, 8]
+
+
+class TinyClassifier(nn.Module):
+    """Pixels [B, 3, 8, 8] -> BackboneOutput; convolution, BatchNorm, dropout, a linear head; counts its passes."""
+
+    def __init__(self, num_classes: int = 3, seed: int = 0, dropout: float = 0.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(3, 6, 3, padding=1)
+            self.norm = nn.BatchNorm2d(6)
+            self.dropout = nn.Dropout(dropout)
+            self.head = nn.Linear(6 * 16, num_classes)
+        self.passes: list[tuple[int, bool, bool, bool]] = []
+
+    def forward(self, pixels: torch.Tensor) -> BackboneOutput:
+        frozen = not any(parameter.requires_grad for parameter in self.parameters())
+        self.passes.append((len(pixels), self.training, torch.is_grad_enabled(), frozen))
+        x = torch.relu(self.norm(self.conv(pixels - 0.5)))
+        representation = self.dropout(nn.functional.avg_pool2d(x, 2)).flatten(1)
+        return BackboneOutput(self.head(representation), representation)
+
+
+def write_images(folder: Path, count: int = 48, size: int = 8, splits: tuple[str, ...] = ("train", "test")) -> Path:
+    """A Parquet dataset of noisy images whose brightness is their class: columns img, label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = Features({"img": Image(), "label": ClassLabel(names=NAMES)})
+    for number, split in enumerate(splits):
+        rng = np.random.default_rng(number)
+        labels = [i % 3 for i in range(count)]
+        images = [
+            PILImage.fromarray(np.clip(rng.normal(60 + 70 * label, 25, (size, size, 3)), 0, 255).astype(np.uint8))
+            for label in labels
+        ]
+        Dataset.from_dict({"img": images, "label": labels}, features=features).to_parquet(
+            str(folder / f"{split}-00000-of-00001.parquet")
+        )
+    return folder
+
+
+@cache
+def pretrained_state(classes: int) -> dict[str, torch.Tensor]:
+    """A narrow `resnet18_cifar` after a few steps on images like those of `write_images`: right, and not robust."""
+    backbone = tiny_backbone(classes)
+    optimizer = torch.optim.Adam(backbone.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(0)
+    backbone.train()
+    for _ in range(40):
+        labels = torch.arange(48) % 3
+        noise = torch.randn(48, 3, 8, 8, generator=generator) * 25
+        pixels = ((60 + 70 * labels.view(-1, 1, 1, 1) + noise) / 255).clamp(0, 1)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(backbone(pixels).logits, labels).backward()
+        optimizer.step()
+    return backbone.state_dict()
+
+
+def tiny_backbone(classes: int = 3) -> Backbone:
+    """`resnet18_cifar` with a few channels, for 8x8 pixels, seeded."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return load_backbone("resnet18_cifar", num_classes=classes, image_size=8, model_args={"channels": CHANNELS})
+
+
+def write_model(folder: Path, label_names: list[str] | None = None) -> Path:
+    """A pretrained narrow `resnet18_cifar` as a timm model folder."""
+    names = label_names or NAMES
+    backbone = tiny_backbone(len(names))
+    backbone.load_state_dict(pretrained_state(len(names)))
+    backbone.label_names = names
+    write_model_folder(backbone, folder)
+    return folder
+
+
+def tiny_config(tmp_path: Path, **changes: Any) -> FinetuneConfig:
+    """A run of a few steps on the tiny dataset and model, which are written if they are not there."""
+    data, model = tmp_path / "data", tmp_path / "model"
+    if not data.exists():
+        write_images(data)
+    if "model" not in changes and not model.exists():
+        write_model(model)
+    values: dict[str, Any] = {
+        "model": str(model), "dataset": str(data), "output_dir": str(tmp_path / "run"), "epochs": 2, "batch_size": 8,
+        "attack_steps": 2, "eval_attack_steps": 3, "num_workers": 0, "validation_size": 12, "log_every": 2, "lr": 0.05,
+    }  # fmt: skip
+    return FinetuneConfig(**(values | changes))
