@@ -1,0 +1,101 @@
+"""Where a timm or transformers network keeps its classification head, and how it is taken out or renewed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arrest_hub.errors import BackboneError
+from arrest_hub.model_source import ModelSource
+
+# transformers' names of classification heads; of the two heads of a distilled model the logits are averaged
+_TRANSFORMERS_HEADS = (
+    ("cls_classifier", "distillation_classifier"),
+    ("classifier", "classifier_distill"),
+    ("head", "dist_head"),
+    ("classifier",),
+)
+
+
+class Slot(nn.Module):
+    """Stands where one of several averaged heads was, and writes its input into its own part of the output.
+
+    Scaled by the number of heads, so that the average the network takes is the inputs side by side.
+    """
+
+    def __init__(self, index: int, count: int) -> None:
+        super().__init__()
+        self.index, self.count = index, count
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [torch.zeros_like(x)] * self.count
+        parts[self.index] = x * self.count
+        return torch.cat(parts, dim=1)
+
+
+class ClassificationHead(nn.Module):
+    """Representation [B, num_features] -> logits [B, num_classes]; several heads' logits are averaged."""
+
+    def __init__(self, classifiers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.classifiers = nn.ModuleList(classifiers)
+
+    def forward(self, representation: Tensor) -> Tensor:
+        parts = representation.chunk(len(self.classifiers), dim=1)
+        logits = []
+        for classifier, part in zip(self.classifiers, parts, strict=True):
+            # some networks classify by a 1x1 convolution
+            part = part[:, :, None, None] if isinstance(classifier, nn.Conv2d) else part
+            logits.append(classifier(part).flatten(1))
+        return logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
+
+
+def head_names(native: Any, source: ModelSource) -> tuple[str, ...]:
+    """The names, inside ``native``, of the module or modules that turn the representation into logits."""
+    if source.library == "timm":
+        names = native.pretrained_cfg.get("classifier")
+        if names is None:
+            classifiers = native.get_classifier()
+            classifiers = classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
+            names = tuple(name for name, module in native.named_modules() if any(module is c for c in classifiers))
+        names = (names,) if isinstance(names, str) else tuple(names)
+    else:
+        names = next((n for n in _TRANSFORMERS_HEADS if all(hasattr(native, name) for name in n)), ())
+    modules = dict(native.named_modules())
+    if not names or any(not any(True for _ in modules.get(n, nn.Identity()).parameters()) for n in names):
+        raise BackboneError(
+            f"The classification head of {source.architecture} (model {source.model_id!r}) was not found, so it "
+            "cannot be separated from its network, which this method needs. Use another architecture, such as "
+            "'timm/resnet50.a1_in1k' or 'timm/vit_small_patch16_224'."
+        )
+    return names
+
+
+def reset_transformers_head(
+    network: Any, names_of_heads: Sequence[str], count: int, names: Sequence[str] | None
+) -> None:
+    """Fresh linear heads for ``count`` classes, initialised as the architecture does, and their label names."""
+    network.config.num_labels = count
+    network.num_labels = count
+    labels = [f"LABEL_{i}" for i in range(count)] if names is None else names
+    network.config.id2label = dict(enumerate(labels))
+    network.config.label2id = {label: i for i, label in enumerate(labels)}
+    for head_name in names_of_heads:
+        head = network.get_submodule(head_name)
+        # a head may wrap its linear layer (ResNet: flatten first)
+        inner = [name for name, module in head.named_modules() if isinstance(module, nn.Linear)][-1]
+        name = f"{head_name}.{inner}" if inner else head_name
+        old = network.get_submodule(name)
+        new = nn.Linear(old.in_features, count, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+        with torch.no_grad():
+            network._init_weights(new)
+        set_submodule(network, name, new)
+
+
+def set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of ``root``'s submodule ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)

@@ -1,0 +1,174 @@
+"""What a transformers image processor does to an image, as a ``Preprocessing``.
+
+The processor's attributes are read, and then the processor is tried on a plain and on a graded image: one
+that does anything these attributes do not tell is refused, rather than evaluated on the wrong pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arrest_hub.errors import BackboneError
+from arrest_hub.model_source import has_preprocessor
+from arrest_hub.transforms import Preprocessing
+
+_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+def load_processor(folder: Path, model_id: str, image_size: int | None = None) -> tuple[Any, Preprocessing]:
+    """The image processor saved in ``folder``, for ``image_size`` pixels if given, and what it does.
+
+    Raises BackboneError without a processor, or for one whose work cannot be reproduced.
+    """
+    from transformers import AutoImageProcessor
+
+    if not has_preprocessor(folder):
+        raise BackboneError(
+            f"Model {model_id!r} has no preprocessor_config.json, so the size and normalisation of its images "
+            "are unknown. Save its image processor beside it: processor.save_pretrained(folder)."
+        )
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise BackboneError(
+            f"The image processor of model {model_id!r} cannot be loaded ({_first_line(error)}). "
+            "Save it again with processor.save_pretrained(folder)."
+        ) from error
+    if image_size is not None:
+        _resize_processor(processor, image_size)
+    try:
+        return processor, read_preprocessing(processor)
+    except ValueError as error:
+        raise BackboneError(
+            f"The image processor of model {model_id!r} ({type(processor).__name__}) {error}. "
+            "Use another model, or save an image processor that only resizes, crops and normalises."
+        ) from error
+
+
+def read_preprocessing(processor: Any) -> Preprocessing:
+    """Resize, crop, interpolation, mean and std of ``processor``; ValueError for what has no equivalent."""
+    black, white, mixed = (_apply(processor, np.full((64, 64, 3), c, np.uint8)) for c in (0, 255, (51, 102, 204)))
+    height, width = black.shape[-2:]
+    black, white, mixed = (a[:, height // 2, width // 2] for a in (black, white, mixed))
+    if not np.all(np.isfinite(black)) or np.any(white == black):
+        raise ValueError("gives the same output for black and white")
+    # the processor is affine in the pixel: out = (x - mean) / std with x in [0, 1]
+    std = 1.0 / (white - black)
+    mean = -black * std
+    if not np.allclose(mixed, (np.array([0.2, 0.4, 0.8]) - mean) / std, atol=1e-3):
+        raise ValueError("mixes or reorders the colour channels")
+    stated = _stated_normalisation(processor)
+    if stated is not None and np.allclose([mean, std], stated, atol=1e-5):
+        mean, std = np.array(stated)  # exact, where the measurement carries a rounding error
+    crop_mode, edge = _resize_rule(processor)
+    crop_pct = _fraction(height, edge)
+    _check_geometry(processor, crop_mode, crop_pct, mean, std)
+    return Preprocessing(
+        size=(height, width),
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        std=(float(std[0]), float(std[1]), float(std[2])),
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+        interpolation=_interpolation(processor),
+    )
+
+
+def _apply(processor: Any, image: np.ndarray) -> np.ndarray:
+    """uint8 image [H, W, 3] -> what the model gets, float64 [3, H', W']."""
+    out = np.asarray(processor(images=image, return_tensors="np")["pixel_values"], dtype=np.float64)
+    if out.ndim != 4 or out.shape[:2] != (1, 3):
+        raise ValueError(f"gives arrays of shape {out.shape} instead of one image of 3 channels")
+    return out[0]
+
+
+def _stated_normalisation(processor: Any) -> tuple[list[float], list[float]] | None:
+    if not getattr(processor, "do_normalize", False):
+        return [0.0] * 3, [1.0] * 3
+    mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
+    if mean is None or std is None:
+        return None
+    return [float(v) for v in np.broadcast_to(mean, 3)], [float(v) for v in np.broadcast_to(std, 3)]
+
+
+def _sizes(processor: Any, name: str) -> dict[str, int]:
+    size = getattr(processor, name, None)
+    keys = ("height", "width", "shortest_edge", "longest_edge")
+    if size is None:
+        return {}
+    get = size.get if hasattr(size, "get") else lambda key: getattr(size, key, None)
+    return {key: int(value) for key in keys if (value := get(key)) is not None}
+
+
+def _resize_rule(processor: Any) -> tuple[str, int]:
+    """(crop mode, height in pixels after the resize and before the crop)."""
+    if not getattr(processor, "do_resize", False):
+        raise ValueError("does not resize images (do_resize is false)")
+    size = _sizes(processor, "size")
+    if "shortest_edge" in size and "longest_edge" not in size:
+        edge = size["shortest_edge"]
+        if type(processor).__name__.startswith("ConvNext") and edge >= 384:
+            return "squash", edge
+        if getattr(processor, "crop_pct", None):
+            edge = int(edge / processor.crop_pct)
+        elif type(processor).__name__.startswith("Levit"):
+            edge = int(256 / 224 * edge)
+        return "center", edge
+    if "height" in size and "width" in size:
+        return "squash", size["height"]
+    raise ValueError(f"resizes in a way that is not supported (size {size})")
+
+
+def _fraction(size: int, edge: int) -> float:
+    """crop_pct such that floor(size / crop_pct), timm's rule for the resize, is exactly ``edge``."""
+    fraction = size / edge
+    while math.floor(size / fraction) < edge:
+        fraction = math.nextafter(fraction, 0.0)
+    return fraction
+
+
+def _check_geometry(processor: Any, crop_mode: str, crop_pct: float, mean: np.ndarray, std: np.ndarray) -> None:
+    """ValueError unless a graded 2:1 image comes out showing the part that mode and crop_pct imply."""
+    rows, columns = np.meshgrid(np.linspace(0, 255, 256), np.linspace(0, 255, 512), indexing="ij")
+    image = np.stack([columns, rows, rows], axis=-1).astype(np.uint8)
+    out = _apply(processor, image) * std[:, None, None] + mean[:, None, None]
+    height, width = out.shape[-2:]
+
+    def shown(line: np.ndarray) -> float:  # the share of the ramp that a line of the output spans
+        a, b = len(line) // 4, len(line) - 1 - len(line) // 4
+        return float((line[b] - line[a]) * len(line) / max(b - a, 1))
+
+    across = crop_pct if crop_mode == "squash" else crop_pct * width / height / 2
+    measured = (shown(out[1, :, width // 2]), shown(out[0, height // 2]))
+    tolerance = 0.02 + 1.0 / min(height, width)
+    if not np.allclose(measured, (crop_pct, across), atol=tolerance):
+        raise ValueError(
+            f"shows {measured[0]:.2f} of an image's height and {measured[1]:.2f} of its width, where its "
+            f"settings imply {crop_pct:.2f} and {across:.2f}"
+        )
+
+
+def _interpolation(processor: Any) -> str:
+    resample = getattr(processor, "resample", None)
+    name = getattr(resample, "value", resample)  # PIL's enum holds a number, torchvision's a name
+    name = _INTERPOLATION.get(name, name) if isinstance(name, int) else name
+    if name not in _INTERPOLATION.values():
+        raise ValueError(f"uses the interpolation {resample!r}, which is not supported")
+    return str(name)
+
+
+def _resize_processor(processor: Any, pixels: int) -> None:
+    """Make ``processor`` give square images of ``pixels``, keeping the ratio of resize to crop."""
+    size, crop = _sizes(processor, "size"), _sizes(processor, "crop_size")
+    cropped = bool(getattr(processor, "do_center_crop", False)) and "height" in crop
+    old = crop["height"] if cropped else size.get("height", size.get("shortest_edge", pixels))
+    processor.size = type(processor.size)(**{k: round(v * pixels / old) for k, v in size.items()})
+    if cropped:
+        processor.crop_size = type(processor.crop_size)(height=pixels, width=pixels)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

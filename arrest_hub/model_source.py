@@ -1,0 +1,373 @@
+"""Model id -> a folder on this machine with config.json and weights, or a bare timm architecture.
+
+Nothing here builds a model. What can be known without the network or the weights (a misspelt name, an
+architecture no library has, a config that wants remote code) is refused before anything is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, list_models, split_model_name_tag
+
+import arrest_hub.architectures  # noqa: F401  (registers the CIFAR architectures in timm)
+from arrest_hub.errors import BackboneError, did_you_mean, hub_failure
+
+PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
+_PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+_PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+_ALLOW_PICKLE = (
+    "if you trust where it comes from, allow pickled weights with --allow-pickle (allow_pickle=True), "
+    "which still executes no code from the file"
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model came from, as a model card states it.
+
+    ``library`` is "timm" or "transformers"; ``architecture`` timm's architecture name or transformers' class
+    name. ``revision`` is a commit on the Hub, None for local folders and random initialisations. With
+    ``pretrained`` False the weights are a random initialisation. ``hub_id`` is the repo id, None if local.
+    """
+
+    model_id: str
+    library: str
+    architecture: str
+    revision: str | None
+    pretrained: bool
+    hub_id: str | None
+
+
+@dataclass(frozen=True)
+class LocatedModel:
+    """A found model: ``folder`` and its parsed ``config`` are None for a bare timm architecture."""
+
+    source: ModelSource
+    folder: Path | None = None
+    config: dict[str, Any] | None = None
+
+
+def locate(
+    model_id: str,
+    *,
+    revision: str | None = None,
+    pretrained: bool = True,
+    allow_pickle: bool = False,
+    cache_dir: str | Path | None = None,
+) -> LocatedModel:
+    """Find ``model_id`` (see ``backbones.load_backbone`` for the forms it takes), downloading if need be.
+
+    Raises BackboneError for an id that names nothing usable, HubError when the Hub cannot serve it.
+    """
+    path = Path(model_id).expanduser()
+    name, _, suffix = model_id.partition("@")
+    is_hub_id = not path.is_dir() and name.count("/") == 1 and name[0] not in "./~" and name[-1] != "/"
+    if is_hub_id:
+        if suffix and revision and suffix != revision:
+            raise BackboneError(
+                f"Model {model_id!r} names revision {suffix!r}, but revision={revision!r} was given too. "
+                "Give one of them."
+            )
+        if path.is_file():
+            raise BackboneError(f"Model {model_id!r} is a file. Give the folder it lies in.")
+        return _from_hub(model_id, name, suffix or revision, pretrained, allow_pickle, cache_dir)
+    if revision:
+        raise BackboneError(
+            f"revision={revision!r} was given, but {model_id!r} is not a Hub id. "
+            "Only org/name on the Hub has revisions; leave the revision out."
+        )
+    # a folder without a config.json may happen to carry an architecture's name
+    if path.is_dir() and ((path / "config.json").is_file() or not is_model(model_id)):
+        return _from_folder(model_id, path, pretrained, allow_pickle)
+    if path.is_file():
+        raise BackboneError(f"Model {model_id!r} is a file. Give the folder it lies in, with its config.json.")
+    if os.sep in model_id or model_id.startswith((".", "~")):
+        raise BackboneError(
+            f"Model {model_id!r}: there is no such folder. Give the path of a folder with a config.json, "
+            "or org/name for a model on the Hub."
+        )
+    return _from_architecture_name(model_id)
+
+
+def find_weights(folder: Path, model_id: str, library: str, allow_pickle: bool) -> Path:
+    """The weights file in ``folder`` (for transformers possibly the index of its shards).
+
+    Safetensors are preferred; pickles count only with ``allow_pickle``. Raises BackboneError without weights.
+    """
+    names = ["model.safetensors"]
+    if library == "transformers":
+        names.append("model.safetensors.index.json")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES and p.is_file())
+    others = sorted(folder.glob("*.safetensors")) if library == "timm" else []
+    if len(others) == 1:
+        return others[0]
+    if len(others) > 1:
+        raise BackboneError(
+            f"Model {model_id!r} has several weights files ({', '.join(p.name for p in others)}). "
+            "Keep the one to use and name it model.safetensors."
+        )
+    if not pickles:
+        raise BackboneError(
+            f"Model {model_id!r} has a config.json but no weights (model.safetensors). Save the weights beside "
+            "it, or give pretrained=False to start from a random initialisation."
+        )
+    if not allow_pickle:
+        raise BackboneError(
+            f"Model {model_id!r} has only pickled weights ({pickles[0].name}) and no model.safetensors. "
+            f"Convert them to safetensors, or, {_ALLOW_PICKLE}."
+        )
+    preferred = folder / "pytorch_model.bin"
+    index = folder / "pytorch_model.bin.index.json"
+    if library == "transformers" and index.is_file():
+        return index
+    return preferred if preferred in pickles else pickles[0]
+
+
+def has_preprocessor(folder: Path) -> bool:
+    """Whether an image processor was saved beside a transformers model."""
+    return any((folder / name).is_file() for name in _PREPROCESSOR_FILES)
+
+
+def _from_architecture_name(model_id: str) -> LocatedModel:
+    architecture, tag = split_model_name_tag(model_id)
+    if is_model(architecture) and not tag:
+        current = get_deprecated_models().get(architecture, architecture)
+        if current != architecture:
+            hint = f" Use 'timm/{current}' for its weights." if current else ""
+            raise BackboneError(f"Model {model_id!r} is a name that timm has retired.{hint}")
+        return LocatedModel(ModelSource(model_id, "timm", architecture, None, False, None))
+    if is_model(architecture):
+        raise BackboneError(
+            f"Model {model_id!r} names pretrained weights, but without the organisation that holds them. "
+            f"Write 'timm/{model_id}' for the weights, or {architecture!r} for a random initialisation."
+        )
+    raise BackboneError(
+        f"Model {model_id!r} is neither a folder nor a timm architecture."
+        f"{did_you_mean(model_id, list_models(), n=3)} Weights on the Hub are written org/name, "
+        "such as 'timm/resnet50.a1_in1k'."
+    )
+
+
+def _from_folder(model_id: str, folder: Path, pretrained: bool, allow_pickle: bool) -> LocatedModel:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise BackboneError(
+            f"Model folder {model_id!r} has no config.json, so its architecture is unknown. Give a folder "
+            "written by timm (save_for_hf), by transformers (save_pretrained) or by a run's export/."
+        )
+    config = _read_config(config_file, model_id)
+    library, architecture = _check_config(config, model_id)
+    if pretrained:
+        find_weights(folder, model_id, library, allow_pickle)
+    source = ModelSource(model_id, library, architecture, None, pretrained, None)
+    return LocatedModel(source, folder, config)
+
+
+def _from_hub(
+    model_id: str,
+    repo_id: str,
+    revision: str | None,
+    pretrained: bool,
+    allow_pickle: bool,
+    cache_dir: str | Path | None,
+) -> LocatedModel:
+    if repo_id.startswith("timm/"):
+        repo_id = _timm_repo_id(repo_id.removeprefix("timm/"))
+    try:
+        config_file = Path(hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache_dir))
+        config = _read_config(config_file, model_id)
+        library, architecture = _check_config(config, model_id)
+        # the cache keeps each commit in a folder of its name: from here on the commit is pinned
+        commit = config_file.parent.name
+        wanted = ["config.json"]
+        if library == "transformers":
+            wanted += _PREPROCESSOR_FILES
+        if pretrained:
+            wanted += _SAFETENSORS_FILES
+
+        def download(patterns: list[str]) -> Path:
+            def fetch(local: bool) -> Path:
+                return Path(
+                    snapshot_download(
+                        repo_id,
+                        revision=commit,
+                        cache_dir=cache_dir,
+                        allow_patterns=patterns,
+                        local_files_only=local,
+                    )
+                )
+
+            try:
+                return fetch(local=False)
+            except Exception as error:
+                if hub_failure(error, "model", repo_id) is None:
+                    raise
+                try:  # a commit never changes: what the cache holds of it serves without the network
+                    return fetch(local=True)
+                except LocalEntryNotFoundError:
+                    raise error from None
+
+        folder = download(wanted)
+        if pretrained and not any(folder.glob("model*.safetensors")):
+            if not allow_pickle:
+                raise BackboneError(
+                    f"Model {model_id!r} has no model.safetensors on the Hub (or, without a network, in the cache). "
+                    f"Choose a repository with safetensors weights; or, if it has a pytorch_model.bin, {_ALLOW_PICKLE}."
+                )
+            folder = download([*wanted, *_PICKLE_FILES])
+    except BackboneError:
+        raise
+    except Exception as error:  # the client's errors have no common base; others are raised again below
+        failure = hub_failure(error, "model", repo_id)
+        if failure is not None:
+            raise failure from error
+        if isinstance(error, EntryNotFoundError):
+            raise BackboneError(
+                f"Model {repo_id!r} on the Hub has no config.json, so its architecture is unknown. "
+                "Give a timm or transformers image classifier."
+            ) from error
+        if isinstance(error, HFValidationError):
+            raise BackboneError(
+                f"Model {model_id!r} is not a valid Hub id ({error}). Write org/name or org/name@revision."
+            ) from error
+        raise
+    if pretrained:
+        find_weights(folder, model_id, library, allow_pickle)
+    source = ModelSource(model_id, library, architecture, commit, pretrained, repo_id)
+    return LocatedModel(source, folder, config)
+
+
+def _timm_repo_id(name: str) -> str:
+    """timm model name, with or without a tag -> the Hub repo that holds its weights. No network."""
+    architecture, tag = split_model_name_tag(name)
+    if not is_model(architecture):
+        raise BackboneError(
+            f"Model 'timm/{name}' is unknown to timm {timm.__version__}."
+            f"{did_you_mean(architecture, list_models(), n=3)} List the names with timm.list_models()."
+        )
+    current = get_deprecated_models().get(architecture)
+    if current:
+        raise BackboneError(f"Model 'timm/{name}' is a name that timm has retired. Use 'timm/{current}'.")
+    tagged = [n for n in list_models(architecture, pretrained=True, include_tags=True) if "." in n]
+    if tag and name not in tagged:
+        known = f" It has {', '.join(repr('timm/' + n) for n in tagged)}." if tagged else ""
+        raise BackboneError(f"Model 'timm/{name}': timm knows no weights {tag!r} of {architecture!r}.{known}")
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        raise BackboneError(
+            f"Model 'timm/{name}' has no weights on the Hub. Write {architecture!r} for a random initialisation."
+        )
+    return str(cfg.hf_hub_id)
+
+
+def _read_config(file: Path, model_id: str) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # malformed JSON or not UTF-8
+        raise BackboneError(
+            f"The config.json of model {model_id!r} cannot be read ({error}). Download or export it again."
+        ) from error
+    if not isinstance(config, dict):
+        raise BackboneError(
+            f"The config.json of model {model_id!r} holds a {type(config).__name__}, not an object. "
+            "Give a config.json written by timm or transformers."
+        )
+    return config
+
+
+def _check_config(config: Mapping[str, Any], model_id: str) -> tuple[str, str]:
+    """(library, architecture) of an image classifier's config.json; BackboneError for anything else."""
+    if config.get("model_type") == "timm_wrapper":
+        raise BackboneError(
+            f"Model {model_id!r} is a timm model wrapped by transformers (model_type 'timm_wrapper'). "
+            "Give the timm model itself, such as 'timm/resnet50.a1_in1k'."
+        )
+    if "architecture" in config:
+        return "timm", _check_timm_config(config, model_id)
+    if "model_type" in config or "architectures" in config:
+        return "transformers", _check_transformers_config(config, model_id)
+    raise BackboneError(
+        f"The config.json of model {model_id!r} has neither 'architecture' (timm) nor 'model_type' "
+        "(transformers). Give an image classifier saved by one of the two."
+    )
+
+
+def _check_timm_config(config: Mapping[str, Any], model_id: str) -> str:
+    architecture = config["architecture"]
+    if not isinstance(architecture, str) or not is_model(architecture):
+        raise BackboneError(
+            f"Model {model_id!r} has the architecture {architecture!r}, which timm {timm.__version__} does not "
+            f"have.{did_you_mean(str(architecture), list_models())} Upgrade timm, or import the module that "
+            "registers it."
+        )
+    cfg = config.get("pretrained_cfg", config)
+    args = config.get("model_args") or {}
+    if not isinstance(cfg, dict) or not isinstance(args, dict):
+        raise BackboneError(
+            f"The config.json of model {model_id!r} is damaged: 'pretrained_cfg' and 'model_args' must be "
+            "objects. Export the model again with timm's save_for_hf."
+        )
+    classes = args.get("num_classes", config.get("num_classes", cfg.get("num_classes", 1000)))
+    _check_classes_and_channels(
+        model_id, classes, args.get("in_chans") or (cfg.get("input_size") or [3])[0], "num_classes"
+    )
+    return architecture
+
+
+def _check_transformers_config(config: Mapping[str, Any], model_id: str) -> str:
+    if config.get("auto_map"):
+        raise BackboneError(
+            f"Model {model_id!r} runs Python code from its repository (auto_map in config.json), which is never "
+            "executed here. Use a model whose architecture is part of transformers or timm."
+        )
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    except ModuleNotFoundError as error:
+        raise BackboneError(
+            f"Model {model_id!r} is a transformers model, and transformers is not installed. "
+            'Run: pip install "arrest-hub[transformers]"'
+        ) from error
+    model_type: Any = config.get("model_type")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise BackboneError(
+            f"Model {model_id!r} has model_type {model_type!r}, which this version of transformers does not "
+            f"have.{did_you_mean(str(model_type), CONFIG_MAPPING_NAMES)} Upgrade transformers."
+        )
+    classifiers = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(model_type, ())
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    saved_as = config.get("architectures") or classifiers[:1]
+    if not saved_as or saved_as[0] not in classifiers:
+        wanted = f" Finetune {classifiers[0]} first, then give that." if classifiers else ""
+        raise BackboneError(
+            f"Model {model_id!r} is a {saved_as[0] if saved_as else model_type}, not an image classifier.{wanted}"
+        )
+    classes = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    channels = config.get("num_channels", (config.get("vision_config") or {}).get("num_channels", 3))
+    _check_classes_and_channels(model_id, classes, channels, "num_labels")
+    return str(saved_as[0])
+
+
+def _check_classes_and_channels(model_id: str, classes: Any, channels: Any, key: str) -> None:
+    if not isinstance(classes, int) or classes < 1:
+        raise BackboneError(
+            f"Model {model_id!r} has no classification head ({key} is {classes}). Choose a model with one."
+        )
+    if channels != 3:
+        raise BackboneError(
+            f"Model {model_id!r} takes images of {channels} channels; only RGB images (3) are supported. "
+            "Choose a model for RGB images."
+        )

@@ -1,0 +1,175 @@
+"""How a model wants its images: resize, crop and interpolation, as torchvision v2 transforms.
+
+Images leave as uint8 tensors; the division by 255 that gives pixels in [0, 1] happens on the device,
+and the mean and standard deviation belong to the model (`backbones.Backbone`), not to the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from arrest_hub.errors import BackboneError, did_you_mean
+
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = tuple(mode.value for mode in InterpolationMode)
+
+SMALL = 64
+"""Up to this many pixels a side, training pads and crops (as is usual for CIFAR) instead of zooming."""
+
+Transform = Callable[[Image.Image], Tensor]
+"""RGB image of any size -> uint8 tensor [3, H, W]."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of an image, in timm's terms.
+
+    ``size`` is (height, width) in pixels. ``crop_pct`` is the share of the resized image that the centre
+    crop keeps. ``crop_mode`` is "center" (resize the shorter side, crop the centre), "squash" (resize both
+    sides, ignoring the aspect ratio) or "border" (resize the longer side, pad). ``mean`` and ``std`` apply
+    to pixels in [0, 1], one value a channel.
+
+    Raises BackboneError for a value no transform can be made of.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise BackboneError(f"image size {self.size!r} is not (height, width) in pixels, both at least 1.")
+        if not self.crop_pct > 0:
+            raise BackboneError(f"crop_pct {self.crop_pct!r} is not above 0; use the share kept, such as 0.875.")
+        if self.crop_mode not in CROP_MODES:
+            raise BackboneError(
+                f"crop_mode {self.crop_mode!r} is unknown; use one of {', '.join(CROP_MODES)}."
+                + did_you_mean(self.crop_mode, CROP_MODES)
+            )
+        if self.interpolation not in INTERPOLATIONS:
+            raise BackboneError(
+                f"interpolation {self.interpolation!r} is unknown; use one of {', '.join(INTERPOLATIONS)}."
+                + did_you_mean(self.interpolation, INTERPOLATIONS)
+            )
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> uint8 tensor [3, H, W]; the tensor owns its memory."""
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def eval_transform(preprocessing: Preprocessing) -> Transform:
+    """The evaluation transform of timm, pixel for pixel: RGB image -> uint8 [3, H, W].
+
+    It equals ``timm.data.create_transform(..., is_training=False, normalize=False)`` on PIL images.
+    """
+    return v2.Compose([*_fit(preprocessing), to_tensor])
+
+
+def train_transform(preprocessing: Preprocessing, hflip: float = 0.5, crop_min_scale: float = 0.25) -> Transform:
+    """A random training transform: RGB image -> uint8 [3, H, W].
+
+    Up to 64 pixels a side: the image is brought to the model's size (untouched if it has it), padded with
+    black by an eighth of the size and cropped at random. Above: a random crop of between
+    ``crop_min_scale`` and all of the area, aspect ratio 3/4 to 4/3, resized. Then a horizontal flip with
+    probability ``hflip``. All randomness comes from torch's default generator.
+
+    Raises ValueError when ``hflip`` is outside [0, 1] or ``crop_min_scale`` outside (0, 1].
+    """
+    if not 0 <= hflip <= 1:
+        raise ValueError(f"hflip must be a probability in [0, 1], not {hflip!r}")
+    if not 0 < crop_min_scale <= 1:
+        raise ValueError(f"crop_min_scale must be a share of the area in (0, 1], not {crop_min_scale!r}")
+    if max(preprocessing.size) <= SMALL:
+        return SmallTrainTransform(preprocessing, hflip)
+    steps: list[Callable] = [
+        v2.RandomResizedCrop(
+            list(preprocessing.size),
+            scale=(crop_min_scale, 1.0),
+            interpolation=InterpolationMode(preprocessing.interpolation),
+        )
+    ]
+    if hflip > 0:
+        steps.append(v2.RandomHorizontalFlip(hflip))
+    return v2.Compose([*steps, to_tensor])
+
+
+class SmallTrainTransform:
+    """Random crop with zero padding of an eighth of the size, and a flip, in one PIL crop.
+
+    The same images as v2.RandomCrop(size, padding) and v2.RandomHorizontalFlip, four times as fast on
+    32 x 32 images, where the cost of a transform is its overhead.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, hflip: float) -> None:
+        self.height, self.width = preprocessing.size
+        self.hflip = hflip
+        self.fit = v2.Compose(_fit(replace(preprocessing, crop_pct=1.0)))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if image.size != (self.width, self.height):
+            image = self.fit(image)
+        draw_top, draw_left, draw_flip = torch.rand(3, generator=torch.default_generator).tolist()
+        pad_h, pad_w = self.height // 8, self.width // 8
+        top = int(draw_top * (2 * pad_h + 1)) - pad_h
+        left = int(draw_left * (2 * pad_w + 1)) - pad_w
+        # PIL fills what lies outside the image with zeros
+        image = image.crop((left, top, left + self.width, top + self.height))
+        if draw_flip < self.hflip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_tensor(image)
+
+
+def _fit(p: Preprocessing) -> list[Callable]:
+    """timm's resize and crop for each crop_mode (timm.data.transforms_factory.transforms_imagenet_eval)."""
+    mode = InterpolationMode(p.interpolation)
+    size = list(p.size)
+    scaled = [math.floor(side / p.crop_pct) for side in size]
+    if p.crop_mode == "squash":
+        return [v2.Resize(scaled, interpolation=mode), v2.CenterCrop(size)]
+    if p.crop_mode == "border":
+        fill = [float(round(255 * value)) for value in p.mean]
+        return [_KeepRatioResize(scaled, mode, longest=True), _CenterCropOrPad(size, fill)]
+    if scaled[0] == scaled[1]:
+        return [v2.Resize(scaled[0], interpolation=mode), v2.CenterCrop(size)]
+    return [_KeepRatioResize(scaled, mode, longest=False), v2.CenterCrop(size)]
+
+
+class _KeepRatioResize:
+    """Resize so that the image just fits in (``longest``) or just covers the target (height, width)."""
+
+    def __init__(self, target: list[int], mode: InterpolationMode, longest: bool) -> None:
+        self.target, self.mode, self.longest = target, mode, longest
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        ratios = image.height / self.target[0], image.width / self.target[1]
+        ratio = max(ratios) if self.longest else min(ratios)
+        size = [round(image.height / ratio), round(image.width / ratio)]
+        return F.resize(image, size, interpolation=self.mode)
+
+
+class _CenterCropOrPad:
+    """Crop the centre, padding with ``fill`` (RGB, 0 to 255) where the image is smaller."""
+
+    def __init__(self, size: list[int], fill: list[float]) -> None:
+        self.size, self.fill = size, fill
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        missing_h = max(self.size[0] - image.height, 0)
+        missing_w = max(self.size[1] - image.width, 0)
+        if missing_h or missing_w:
+            padding = [missing_w // 2, missing_h // 2, (missing_w + 1) // 2, (missing_h + 1) // 2]
+            image = F.pad(image, padding, fill=self.fill)
+        return F.center_crop(image, self.size)

@@ -1,0 +1,595 @@
+"""Model id -> Backbone: every family of architectures, and every way a model can be unusable."""
+
+import copy
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_for_hf
+
+from arrest_hub import backbones, model_source
+from arrest_hub.backbones import Backbone, load_backbone
+from arrest_hub.errors import BackboneError, HubError
+from arrest_hub.transforms import Preprocessing
+
+VIT = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "img_size": 32}
+TIMM = {
+    "resnet18": {"channels": (8, 8, 8, 16)},
+    "resnext50_32x4d": {"layers": (1, 1, 1, 1), "cardinality": 2},
+    "wide_resnet50_2": {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+    "efficientnet_b0": {},
+    "mobilenetv3_small_050": {},
+    "regnetx_002": {},
+    "vit_tiny_patch16_224": VIT,
+    "deit_tiny_patch16_224": VIT,
+    "deit_tiny_distilled_patch16_224": VIT,
+    "swin_tiny_patch4_window7_224": {
+        "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "img_size": 32, "window_size": 4
+    },
+    "maxvit_pico_rw_256": {
+        "embed_dim": (32, 32, 32, 32), "depths": (1, 1, 1, 1), "stem_width": (4, 8), "img_size": 64
+    },
+    "eva02_tiny_patch14_224": {"img_size": 28, "depth": 1, "embed_dim": 32, "num_heads": 2},
+    "resnetv2_18": {"channels": (8, 8, 8, 16)},
+    "levit_128s": {"img_size": 64, "embed_dim": (16, 16, 16), "depth": (1, 1, 1)},
+    "resnet18_cifar": {"channels": (4, 8, 8, 16)},
+    "wide_resnet28_10_cifar": {"depth": 10, "width": 1},
+}  # fmt: skip
+SIZE = {"maxvit_pico_rw_256": 64, "eva02_tiny_patch14_224": 28, "levit_128s": 64}
+
+
+def timm_backbone(name: str, **kwargs) -> Backbone:
+    args = {"num_classes": 5, "image_size": SIZE.get(name, 32), **kwargs}
+    return load_backbone(name, model_args=TIMM[name], **args)
+
+
+def transformers_folder(family: str, folder: Path, **config_kwargs) -> Path:
+    """A small random transformers classifier with its image processor, as save_pretrained writes them."""
+    import transformers as t
+
+    labels = {"num_labels": 5} if "id2label" not in config_kwargs else {}
+    vit = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    size, patch = {"image_size": 32}, {"patch_size": 8}
+    stages = {"depths": [1, 1], "hidden_sizes": [8, 16]}
+    configs = {
+        "vit": lambda **k: t.ViTConfig(**vit, **size, **patch, **k),
+        "swin": lambda **k: t.SwinConfig(
+            **size, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4, **k
+        ),
+        "convnext": lambda **k: t.ConvNextConfig(**stages, num_stages=2, **k),
+        "resnet": lambda **k: t.ResNetConfig(**stages, embedding_size=8, layer_type="basic", **k),
+        "beit": lambda **k: t.BeitConfig(**vit, **size, **patch, **k),
+        "dinov2": lambda **k: t.Dinov2Config(**(vit | {"mlp_ratio": 1}), **size, **patch, **k),
+        "siglip": lambda **k: t.SiglipConfig(vision_config=vit | size | patch, **k),
+        "deit_distilled": lambda **k: t.DeiTConfig(**vit, **size, **patch, **k),
+    }
+    config = configs[family](**(labels | config_kwargs))
+    if family == "deit_distilled":
+        model = t.DeiTForImageClassificationWithTeacher(config)
+    else:
+        model = t.AutoModelForImageClassification.from_config(config)
+    if family == "convnext":
+        processor = t.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875)
+    else:
+        processor = t.ViTImageProcessor(size={"height": 32, "width": 32})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+TRANSFORMERS = ["vit", "swin", "convnext", "resnet", "beit", "dinov2", "siglip", "deit_distilled"]
+
+
+@pytest.fixture(params=[f"timm:{n}" for n in TIMM] + [f"transformers:{n}" for n in TRANSFORMERS])
+def family(request, tmp_path) -> Backbone:
+    library, name = request.param.split(":")
+    torch.manual_seed(0)
+    if library == "timm":
+        return timm_backbone(name)
+    return load_backbone(transformers_folder(name, tmp_path / name))
+
+
+def test_every_family(family):
+    pixels = torch.rand(2, 3, *family.preprocessing.size, requires_grad=True)
+    passes = []
+    family.body.register_forward_hook(lambda *_: passes.append(1))
+    family.eval()
+    out = family(pixels)
+    assert len(passes) == 1
+    assert out.logits.shape == (2, 5)
+    assert out.representation.shape == (2, family.num_features)
+    torch.testing.assert_close(family.head(out.representation), out.logits)
+    with family.native() as network:
+        own = network((pixels - family.mean) / family.std)
+        own = getattr(own, "logits", own)
+    torch.testing.assert_close(out.logits, own, rtol=1e-4, atol=1e-5)
+
+    out.logits[:, 0].sum().backward()
+    assert pixels.grad.abs().sum() > 0
+
+    if family.source.architecture == "levit_128s":
+        family.train().eval()  # drops the attention biases that timm caches in eval mode
+    twin = copy.deepcopy(family)
+    torch.testing.assert_close(twin(pixels).logits, out.logits)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.1)
+    assert not torch.allclose(twin(pixels).logits, out.logits)
+    torch.testing.assert_close(family(pixels).logits, out.logits)
+
+    family.train()
+    family.reset_head(["cat", "dog", "eel"])
+    out = family(pixels)
+    assert out.logits.shape == (2, 3)
+    assert family.num_classes == 3
+    assert family.label_names == ["cat", "dog", "eel"]
+    assert all(m.training for m in family.head.modules())
+    out.logits.sum().backward()
+    # what needs a gradient gets one, as DistributedDataParallel demands
+    assert all(p.grad is not None for p in family.parameters() if p.requires_grad)
+    assert all(p.requires_grad for p in family.head.parameters())
+    with family.native() as network:
+        state = network.state_dict()
+        own = network((pixels - family.mean) / family.std)
+    assert getattr(own, "logits", own).shape == (2, 3)
+    assert len(state) == len(family.state_dict())
+    assert not any(key.startswith(("body.", "head.classifiers")) for key in state)
+
+
+def test_distilled_heads_use_both_tokens():
+    backbone = timm_backbone("deit_tiny_distilled_patch16_224").eval()
+    pixels = torch.rand(2, 3, 32, 32)
+    out = backbone(pixels)
+    tokens = backbone.body.forward_features(backbone.normalize(pixels))
+    torch.testing.assert_close(out.representation, torch.cat([tokens[:, 0], tokens[:, 1]], dim=1))
+    first, second = backbone.head.classifiers
+    torch.testing.assert_close(out.logits, (first(tokens[:, 0]) + second(tokens[:, 1])) / 2)
+
+
+def test_normalisation_is_inside():
+    backbone = timm_backbone("resnet18").eval()
+    assert backbone.preprocessing.mean == (0.485, 0.456, 0.406)
+    pixels = torch.rand(2, 3, 32, 32)
+    with backbone.native() as network:
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        expected = network((pixels - mean) / std)
+    torch.testing.assert_close(backbone(pixels).logits, expected)
+    assert "mean" not in backbone.state_dict()
+
+
+def test_loading_weights_leaves_the_generator_alone(tmp_path):
+    folder = timm_folder(tmp_path)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    load_backbone(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(3)
+    first = timm_backbone("resnet18").state_dict()
+    torch.manual_seed(3)
+    second = timm_backbone("resnet18").state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def timm_folder(tmp_path: Path, name: str = "resnet18", **kwargs) -> Path:
+    folder = tmp_path / "model"
+    model = timm.create_model(name, **{**TIMM[name], "num_classes": 3, **kwargs})
+    save_for_hf(model, str(folder), model_config={"label_names": ["a", "b", "c"]}, safe_serialization=True)
+    return folder
+
+
+def test_a_timm_folder(tmp_path):
+    folder = timm_folder(tmp_path)
+    backbone = load_backbone(str(folder), image_size=40)
+    source = backbone.source
+    assert (source.library, source.architecture, source.revision) == ("timm", "resnet18", None)
+    assert (source.pretrained, source.hub_id, source.model_id) == (True, None, str(folder))
+    assert backbone.label_names == ["a", "b", "c"]
+    assert backbone.preprocessing.size == (40, 40)
+    weights = load_file(folder / "model.safetensors")
+    with backbone.native() as network:
+        assert set(weights) == set(network.state_dict())
+        assert all(torch.equal(weights[k], v) for k, v in network.state_dict().items())
+
+
+def test_fixed_size_models_are_resized(tmp_path):
+    folder = timm_folder(tmp_path, "vit_tiny_patch16_224")
+    assert load_backbone(folder).preprocessing.size == (32, 32)
+    backbone = load_backbone(folder, image_size=48)
+    assert backbone.preprocessing.size == (48, 48)
+    assert backbone(torch.rand(1, 3, 48, 48)).logits.shape == (1, 3)
+
+
+def test_random_weights_and_another_head(tmp_path):
+    folder = timm_folder(tmp_path)
+    loaded, random = load_backbone(folder), load_backbone(folder, pretrained=False, num_classes=7)
+    assert not random.source.pretrained
+    assert random.num_classes == 7
+    assert random.label_names is None
+    assert not torch.equal(loaded.body.layer1[0].conv1.weight, random.body.layer1[0].conv1.weight)
+    assert load_backbone(folder, num_classes=3).label_names == ["a", "b", "c"]
+    (folder / "model.safetensors").unlink()
+    assert load_backbone(folder, pretrained=False).num_classes == 3
+    vit = load_backbone(transformers_folder("vit", tmp_path / "vit"), pretrained=False, num_classes=4)
+    assert vit.num_classes == 4
+
+
+def test_a_bare_name_is_a_random_initialisation():
+    backbone = load_backbone("resnet18_cifar", model_args={"channels": [4, 4, 4, 8]}, num_classes=10)
+    assert backbone.source == backbones.ModelSource("resnet18_cifar", "timm", "resnet18_cifar", None, False, None)
+    assert backbone.preprocessing.size == (32, 32)
+    assert backbone.num_features == 8
+
+
+def fails(model_id, *fragments, error=BackboneError, **kwargs):
+    with pytest.raises(error) as caught:
+        load_backbone(model_id, **kwargs)
+    for fragment in fragments:
+        assert fragment in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+def no_network(*_args, **_kwargs):
+    raise AssertionError("the network was asked")
+
+
+def test_names_are_checked_before_the_network(monkeypatch):
+    monkeypatch.setattr(model_source, "hf_hub_download", no_network)
+    fails("timm/resnet5O", "resnet50", "unknown to timm")
+    fails("timm/resnet50.a1_in2k", "timm/resnet50.a1_in1k")
+    fails("timm/resnet18_cifar", "'resnet18_cifar' for a random initialisation")
+    fails("resnet50.a1_in1k", "timm/resnet50.a1_in1k", "random initialisation")
+    fails("resnet5", "Did you mean 'resnet50")
+    fails("./nowhere/model", "no such folder")
+    fails("a/b/c", "no such folder")
+    fails("resnet18", "revision", revision="main")
+    fails("org/name@main", "Give one of them", revision="other")
+    fails("", "empty")
+    fails("resnet18", "image_size is 0", image_size=0)
+    fails("resnet18", "num_classes is -1", num_classes=-1)
+
+
+def test_unusable_architectures(tmp_path):
+    fails("resnet18", "cannot be built", "widths", model_args={"widths": 3})
+    fails("resnet18", "4 channels", model_args={"in_chans": 4})
+    fails("resnet18", "num_classes is 0", model_args={"num_classes": 0})
+    fails("vit_tiny_patch16_224", "no classification head", num_classes=None, model_args={**VIT, "num_classes": 0})
+    fails("swin_tiny_patch4_window7_224", "image", image_size=2)
+    fails(timm_folder(tmp_path), "model_args", model_args={"drop_rate": 0.1})
+
+
+class Sharpened(torch.nn.Module):
+    """A classifier that works on its logits after the head: no linear head gives them."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.head, self.pretrained_cfg = torch.nn.Linear(3, 4), cfg
+
+    def get_classifier(self):
+        return self.head
+
+    def forward(self, x):
+        return self.head(x.mean((2, 3))) * 2 + 1
+
+
+@pytest.mark.parametrize("cfg", [{"classifier": "head"}, {"classifier": "fc"}, {}])
+def test_a_head_that_cannot_be_separated(cfg):
+    source = backbones.ModelSource("sharpened", "timm", "sharpened", None, False, None)
+    wants = Preprocessing((8, 8), (0.0,) * 3, (1.0,) * 3)
+    with pytest.raises(BackboneError, match="cannot be separated"):
+        Backbone(Sharpened(cfg), source, wants)
+
+
+def rewrite(folder: Path, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_damaged_timm_folders(tmp_path):
+    good = timm_folder(tmp_path)
+    weights = good / "model.safetensors"
+    tensors = load_file(weights)
+
+    def broken(name: str) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(good, folder)
+        return folder
+
+    fails(good / "model.safetensors", "is a file")
+    folder = broken("no-config")
+    (folder / "config.json").unlink()
+    fails(folder, "no config.json")
+    folder = broken("bad-json")
+    (folder / "config.json").write_text('{"architecture": ')
+    fails(folder, "config.json", "cannot be read")
+    folder = broken("list-json")
+    (folder / "config.json").write_text("[]")
+    fails(folder, "holds a list")
+    folder = broken("empty-json")
+    (folder / "config.json").write_text("{}")
+    fails(folder, "neither 'architecture'")
+    folder = broken("unknown")
+    rewrite(folder, architecture="resnet18_mine")
+    fails(folder, "resnet18_mine", "Did you mean 'resnet18")
+    folder = broken("headless")
+    rewrite(folder, num_classes=0, model_args={})
+    fails(folder, "no classification head")
+    folder = broken("no-weights")
+    (folder / "model.safetensors").unlink()
+    fails(folder, "no weights", "pretrained=False")
+    folder = broken("truncated")
+    (folder / "model.safetensors").write_bytes(weights.read_bytes()[:5000])
+    fails(folder, "cannot be loaded", "damaged")
+    folder = broken("missing")
+    save_file({k: v for k, v in tensors.items() if k != "fc.weight"}, folder / "model.safetensors")
+    fails(folder, "fc.weight", "cannot be loaded")
+    folder = broken("unexpected")
+    save_file(tensors | {"extra.weight": torch.zeros(1)}, folder / "model.safetensors")
+    fails(folder, "extra.weight")
+    folder = broken("shape")
+    save_file(tensors | {"fc.weight": torch.zeros(9, 16)}, folder / "model.safetensors")
+    fails(folder, "fc.weight", "[9, 16]")
+    folder = broken("nan")
+    save_file(tensors | {"fc.bias": torch.full((3,), float("nan"))}, folder / "model.safetensors")
+    fails(folder, "not finite")
+    folder = broken("two")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    assert load_backbone(folder).num_classes == 3
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    fails(folder, "several weights files")
+
+
+class Harmful:
+    def __reduce__(self):
+        return (os.mkdir, ("harm",))
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_pickles(library, tmp_path, monkeypatch):
+    folder = timm_folder(tmp_path) if library == "timm" else transformers_folder("vit", tmp_path / "vit")
+    expected = load_backbone(folder).state_dict()
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    fails(folder, "--allow-pickle", "pytorch_model.bin")
+    loaded = load_backbone(folder, allow_pickle=True).state_dict()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+    monkeypatch.chdir(tmp_path)
+    torch.save(tensors | {"x": Harmful()}, folder / "pytorch_model.bin")
+    fails(folder, "cannot be loaded", allow_pickle=True)
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harmful()))
+    fails(folder, "cannot be loaded", allow_pickle=True)
+    assert not (tmp_path / "harm").exists()
+    # a safetensors file wins over a pickle
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_backbone(folder, allow_pickle=True).num_classes == expected["head.classifiers.0.bias"].numel()
+
+
+def test_transformers_labels_and_preprocessing(tmp_path):
+    names = {0: "cat", 1: "dog", 2: "eel"}
+    backbone = load_backbone(transformers_folder("vit", tmp_path / "vit", id2label=names))
+    assert backbone.label_names == ["cat", "dog", "eel"]
+    assert backbone.source.architecture == "ViTForImageClassification"
+    assert backbone.source.library == "transformers"
+    wants = backbone.preprocessing
+    assert (wants.size, wants.mean, wants.std) == ((32, 32), (0.5,) * 3, (0.5,) * 3)
+    assert (wants.crop_mode, wants.crop_pct, wants.interpolation) == ("squash", 1.0, "bilinear")
+    convnext = load_backbone(transformers_folder("convnext", tmp_path / "convnext"), image_size=64)
+    assert convnext.label_names is None
+    assert convnext.preprocessing.size == (64, 64)
+    assert convnext.preprocessing.crop_mode == "center"
+    assert int(64 / convnext.preprocessing.crop_pct) == int(64 / 0.875)
+    fails(tmp_path / "vit", "64", "image size", image_size=64)
+
+
+def test_unusable_transformers_folders(tmp_path):
+    good = transformers_folder("vit", tmp_path / "good")
+    tensors = load_file(good / "model.safetensors")
+
+    def broken(name: str, **changes) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(good, folder)
+        rewrite(folder, **changes)
+        return folder
+
+    fails(broken("code", auto_map={"AutoConfig": "x.Y"}), "never", "auto_map")
+    fails(broken("type", model_type="vitt"), "vitt", "Did you mean 'vit")
+    fails(broken("task", architectures=["ViTModel"]), "not an image classifier", "ViTForImageClassification")
+    fails(broken("text", model_type="bert", architectures=["BertModel"]), "not an image classifier")
+    fails(broken("gray", num_channels=1), "1 channels")
+    fails(broken("wrapped", model_type="timm_wrapper"), "timm_wrapper")
+    folder = broken("processor")
+    (folder / "preprocessor_config.json").unlink()
+    fails(folder, "processor.save_pretrained")
+    folder = broken("head")
+    save_file(
+        {k: v for k, v in tensors.items() if "classifier" not in k},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    fails(folder, "classifier.weight", "random")
+    folder = broken("shape")
+    save_file(tensors | {"classifier.bias": torch.zeros(9)}, folder / "model.safetensors", {"format": "pt"})
+    fails(folder, "cannot be loaded", "classifier.bias is (9,), not (5,)")
+    folder = broken("truncated")
+    (folder / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:3000])
+    fails(folder, "cannot be loaded")
+    folder = broken("pooler")  # weights that no part of the classifier uses
+    save_file(tensors | {"vit.pooler.dense.bias": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
+    assert load_backbone(folder).num_classes == 5
+
+
+def test_without_transformers(tmp_path):
+    folder = transformers_folder("vit", tmp_path / "vit")
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from arrest_hub.backbones import load_backbone, BackboneError\n"
+        "load_backbone('resnet18_cifar', model_args={'channels': [4, 4, 4, 4]})\n"
+        f"try: load_backbone({str(folder)!r})\n"
+        "except BackboneError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 'pip install "arrest-hub[transformers]"' in run.stdout
+
+
+class FakeHub:
+    """Serves one folder as a repository; records what was asked."""
+
+    def __init__(self, repo_id: str, folder: Path, cache: Path):
+        self.repo_id, self.folder, self.asked = repo_id, folder, []
+        self.snapshot = cache / "snapshots" / ("c" * 40)
+        self.snapshot.mkdir(parents=True)
+        self.reachable = True
+
+    def hf_hub_download(self, repo_id, filename, revision=None, cache_dir=None):
+        self.asked.append((repo_id, filename, revision))
+        assert repo_id == self.repo_id
+        shutil.copy(self.folder / filename, self.snapshot / filename)
+        return str(self.snapshot / filename)
+
+    def snapshot_download(self, repo_id, revision, cache_dir, allow_patterns, local_files_only):
+        if not self.reachable and not local_files_only:
+            raise ConnectionError("no route")  # huggingface_hub 1 asks the Hub even about a cached commit
+        if local_files_only:
+            return str(self.snapshot)
+        self.asked.append((repo_id, tuple(allow_patterns), revision))
+        for file in self.folder.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, self.snapshot / file.name)
+        return str(self.snapshot)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    def serve(repo_id: str, folder: Path) -> FakeHub:
+        fake = FakeHub(repo_id, folder, tmp_path / "cache")
+        monkeypatch.setattr(model_source, "hf_hub_download", fake.hf_hub_download)
+        monkeypatch.setattr(model_source, "snapshot_download", fake.snapshot_download)
+        return fake
+
+    return serve
+
+
+def test_timm_on_the_hub(hub, tmp_path):
+    folder = timm_folder(tmp_path)
+    fake = hub("timm/resnet50.a1_in1k", folder)
+    backbone = load_backbone("timm/resnet50")  # timm's default tag
+    assert backbone.source.hub_id == "timm/resnet50.a1_in1k"
+    assert backbone.source.revision == "c" * 40
+    assert backbone.source.model_id == "timm/resnet50"
+    assert fake.asked[0] == ("timm/resnet50.a1_in1k", "config.json", None)
+    assert fake.asked[1][2] == "c" * 40
+
+
+def test_only_what_is_needed_is_downloaded(hub, tmp_path):
+    folder = transformers_folder("vit", tmp_path / "vit")
+    for extra in ("model.fp16.safetensors", "pytorch_model.bin", "tf_model.h5", "README.md"):
+        (folder / extra).write_text("never")
+    fake = hub("org/vit", folder)
+    backbone = load_backbone("org/vit@v1.0")
+    assert fake.asked[0][2] == "v1.0"
+    assert backbone.source.hub_id == "org/vit"
+    got = {p.name for p in fake.snapshot.iterdir()}
+    assert got == {"config.json", "model.safetensors", "preprocessor_config.json"}
+
+
+def test_a_useless_repository_costs_no_download(hub, tmp_path):
+    folder = timm_folder(tmp_path)
+    rewrite(folder, architecture="not_in_timm")
+    fake = hub("org/model", folder)
+    fails("org/model", "not_in_timm")
+    assert [asked[1] for asked in fake.asked] == ["config.json"]
+
+
+def test_pickles_on_the_hub(hub, tmp_path):
+    folder = timm_folder(tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    hub("org/model", folder)
+    fails("org/model", "--allow-pickle")
+    assert load_backbone("org/model", allow_pickle=True).num_classes == 3
+
+
+def test_a_cached_commit_needs_no_network(hub, tmp_path):
+    fake = hub("org/model", timm_folder(tmp_path))
+    load_backbone("org/model")
+    fake.reachable = False
+    assert load_backbone("org/model").source.revision == "c" * 40
+    (fake.snapshot / "model.safetensors").unlink()
+    fails("org/model", "no model.safetensors on the Hub (or, without a network, in the cache)")
+
+
+def test_the_hub_out_of_reach(monkeypatch, tmp_path):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def unreachable(*_args, **_kwargs):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(model_source, "hf_hub_download", unreachable)
+    fails("org/model", "org/model", "cannot be reached", error=HubError)
+
+
+def test_a_cached_model_loads_offline(tmp_path):
+    """Through the real client, on a cache laid out as it does itself."""
+    commit = "0123456789" * 4
+    repo = tmp_path / "models--org--vit"
+    transformers_folder("vit", repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    backbone = load_backbone("org/vit", cache_dir=tmp_path)
+    assert backbone.source.revision == commit
+    fails("org/other", "cannot be reached", error=HubError, cache_dir=tmp_path)
+
+
+def test_ids_the_hub_does_not_allow():
+    fails("org/na me", "org/name")
+
+
+def test_the_processor_is_reproduced(tmp_path):
+    """Normalisation and geometry against transformers' own output, on processors of different kinds."""
+    import numpy as np
+    import transformers as t
+
+    from arrest_hub.image_processor import read_preprocessing
+
+    image = np.zeros((80, 120, 3), np.uint8) + np.array([10, 100, 250], np.uint8)
+    processors = {
+        ("center", 0.875): t.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}),
+        ("squash", 0.875): t.DeiTImageProcessor(
+            size={"height": 64, "width": 64}, crop_size={"height": 56, "width": 56}
+        ),
+        ("squash", 1.0): t.EfficientNetImageProcessor(size={"height": 56, "width": 56}),
+        ("center", 0.9): t.PoolFormerImageProcessor(
+            size={"shortest_edge": 54}, crop_size={"height": 54, "width": 54}, crop_pct=0.9
+        ),
+        ("squash", 0.9999999): t.ConvNextImageProcessor(size={"shortest_edge": 384}),
+    }
+    for (mode, crop_pct), processor in processors.items():
+        wants = read_preprocessing(processor)
+        assert wants.crop_mode == mode
+        assert wants.crop_pct == pytest.approx(crop_pct)
+        got = processor(images=image, return_tensors="np")["pixel_values"][0]
+        assert got.shape[1:] == wants.size
+        expected = (np.array([10, 100, 250]) / 255 - wants.mean) / wants.std
+        np.testing.assert_allclose(got[:, 5, 5], expected, atol=1e-5)
+    offset = t.ViTImageProcessor(size={"height": 32, "width": 32}, rescale_factor=1 / 127.5, do_normalize=False)
+    assert read_preprocessing(offset).std == pytest.approx((0.5,) * 3)
+    with pytest.raises(ValueError, match="colour channels"):
+        read_preprocessing(t.MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}))
+    with pytest.raises(ValueError, match="does not resize"):
+        read_preprocessing(t.ViTImageProcessor(do_resize=False))
+
+
+def test_loading_under_no_grad_gives_a_trainable_network():
+    with torch.no_grad():
+        backbone = load_backbone("resnet18_cifar", num_classes=3, image_size=8, model_args={"channels": [4, 4, 8, 8]})
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
