@@ -1,0 +1,340 @@
+"""A dataset id, as the user types it, becomes the raw `datasets` splits behind it.
+
+Known names, local folders (save_to_disk, Parquet, image folders) and ids on the Hub; `splits.py` chooses
+among the splits found here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import TypeAlias
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
+
+from arrest_hub.errors import DataError, HubError, did_you_mean, hub_failure
+
+RawSplit: TypeAlias = Dataset | IterableDataset
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name and what is peculiar about its dataset."""
+
+    hub_id: str | None
+    label_column: str | None = None
+    eval_split: str | None = None
+    note: str | None = None
+
+
+ALIASES: dict[str, Alias] = {
+    "digits": Alias(None),
+    "cifar10": Alias("uoft-cs/cifar10", label_column="label"),
+    "cifar100": Alias("uoft-cs/cifar100", label_column="fine_label"),
+    "imagenet": Alias(
+        "ILSVRC/imagenet-1k",
+        label_column="label",
+        eval_split="validation",
+        note="the labels of ImageNet's test split are not public, so its validation split is the test split",
+    ),
+}
+
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
+)
+
+SPLIT_NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+"""What the parts of a dataset are called, the usual name first."""
+
+
+@dataclass
+class Source:
+    """The splits of a dataset by name, all map-style or all streaming, with where they come from.
+
+    ``sizes`` counts the images of streams where that is known.
+    """
+
+    splits: Mapping[str, RawSplit]
+    hub_id: str | None = None
+    revision: str | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+def find_alias(dataset_id: str) -> Alias | None:
+    """What is known about ``name``, ``name:config`` or ``name@revision``."""
+    alias = ALIASES.get(re.split("[:@]", dataset_id)[0])
+    return alias if alias is None or alias.hub_id or dataset_id in ALIASES else None
+
+
+def open_source(dataset_id: str, *, streaming: bool = False, cache_dir: str | None = None) -> Source:
+    """Open every split of a dataset; nothing is chosen, held out or decoded.
+
+    ``dataset_id``: a known name, a folder, or ``org/name[:config][@revision]`` on the Hub. ``streaming``
+    returns `datasets.IterableDataset`s, which fetch what is read. ``cache_dir`` is where `datasets` keeps
+    its files (its own default when None).
+
+    Raises DataError (unknown name, no such folder, nothing usable in it) or HubError (not found, gated,
+    no network).
+    """
+    alias = find_alias(dataset_id)
+    if alias is not None and alias.hub_id is None:
+        return _as_source(_digits(), streaming)
+    if alias is None:
+        path = Path(dataset_id).expanduser()
+        if path.is_dir():
+            return _open_folder(path, dataset_id, streaming, cache_dir)
+        if path.is_file():
+            raise DataError(f"dataset {dataset_id!r} is a file; give the folder that holds it, {str(path.parent)!r}.")
+        if dataset_id.startswith((".", "~")) or path.is_absolute() or dataset_id.split("@")[0].count("/") > 1:
+            raise DataError(f"dataset folder {dataset_id!r} does not exist. Check the path.")
+    elif alias.hub_id is not None:
+        name = re.split("[:@]", dataset_id)[0]
+        dataset_id = alias.hub_id + dataset_id[len(name) :]
+    hub_id, config, revision = _parse_hub_id(dataset_id)
+    return _open_hub(hub_id, config, revision, streaming, cache_dir)
+
+
+def _parse_hub_id(dataset_id: str) -> tuple[str, str | None, str | None]:
+    """``org/name[:config][@revision]`` -> its three parts."""
+    match = re.fullmatch(r"(?P<id>[\w.\-]+/[\w.\-]+)(?::(?P<config>[^@:]+))?(?:@(?P<revision>[^@:]+))?", dataset_id)
+    if match is None:
+        raise DataError(
+            f"dataset {dataset_id!r} is no known name ({', '.join(ALIASES)}), no folder here, and no Hub id "
+            f"(org/name, org/name:config, org/name@revision).{did_you_mean(dataset_id, ALIASES)}"
+        )
+    return match["id"], match["config"], match["revision"]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars while local files are read (downloads keep theirs)."""
+    was_enabled = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            enable_progress_bars()
+
+
+def _as_source(splits: dict[str, Dataset], streaming: bool) -> Source:
+    if not streaming:
+        return Source(splits)
+    streams = {name: split.to_iterable_dataset() for name, split in splits.items()}
+    return Source(streams, sizes={name: len(split) for name, split in splits.items()})
+
+
+def _digits() -> dict[str, Dataset]:
+    splits = {}
+    for name in ("train", "test"):
+        with package_files("arrest_hub").joinpath("digits", f"{name}.parquet").open("rb") as file:
+            splits[name] = Dataset(pq.read_table(file))
+    return splits
+
+
+def _prepared(builder: datasets.DatasetBuilder) -> dict[str, Dataset]:
+    """Every split of a prepared builder; an empty one is no error here (in `datasets` it is)."""
+    return {
+        name: builder.as_dataset(split=name) if info.num_examples else Dataset.from_dict({}, features=Features())
+        for name, info in (builder.info.splits or {}).items()
+    }
+
+
+def _open_hub(hub_id: str, config: str | None, revision: str | None, streaming: bool, cache_dir: str | None) -> Source:
+    commit, refusal = _look_up(hub_id, revision)
+    try:
+        builder = datasets.load_dataset_builder(hub_id, name=config, revision=revision, cache_dir=cache_dir)
+        if streaming:
+            splits = builder.as_streaming_dataset()
+        else:
+            builder.download_and_prepare()
+            splits = _prepared(builder)
+    except Exception as error:  # told apart below; what is not understood is raised as it is
+        if refusal is None and isinstance(error, DatasetNotFoundError):
+            refusal = _denial(hub_id)
+        failure = (hub_failure(refusal, "dataset", hub_id) if refusal else None) or hub_failure(
+            error, "dataset", hub_id
+        )
+        if failure is not None:
+            raise failure from error
+        if isinstance(error, (DatasetsError, ValueError, FileNotFoundError)):
+            # for example: no such config, a config is needed, no data files, columns that do not agree
+            raise DataError(f"dataset {hub_id!r} cannot be loaded: {_first_lines(error)}") from error
+        raise
+    # for a dataset on the Hub the builder's hash is the commit it was read at
+    found = builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else None
+    # where the Hub gives nothing, `datasets` takes the newest copy in its cache, whichever revision that is
+    if found and found != (commit or _cached_commit(hub_id, revision or "main")):
+        raise HubError(
+            f"dataset {hub_id!r} cannot be fetched at revision {revision or 'main'!r}, and the newest copy on this "
+            f"machine is of another. Check the network and your access token (or unset HF_HUB_OFFLINE), or give "
+            f"'{hub_id}@{found}' for that copy."
+        )
+    sizes = {name: info.num_examples for name, info in (builder.info.splits or {}).items() if info.num_examples}
+    return Source({str(name): split for name, split in splits.items()}, hub_id, found, sizes)
+
+
+def _look_up(hub_id: str, revision: str | None) -> tuple[str | None, Exception | None]:
+    """The commit of a revision on the Hub, or the error that says why it is not known.
+
+    `datasets` replaces the client's errors by its own, from which the reason can no longer be told.
+    """
+    if datasets.config.HF_HUB_OFFLINE:  # also set by HF_DATASETS_OFFLINE, of which the client knows nothing
+        return None, None
+    try:
+        info = HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(hub_id, revision=revision, timeout=30)
+    except Exception as error:  # raised by the caller, unless the dataset is in the cache
+        return None, error
+    script = hub_id.split("/")[1] + ".py"
+    if any(file.rfilename == script for file in info.siblings or ()):
+        raise DataError(
+            f"dataset {hub_id!r} is made by a script ({script}), which is never executed. If the Hub has converted it to "
+            f"Parquet, give '{hub_id}@refs/convert/parquet'; otherwise choose another dataset."
+        )
+    return info.sha, None
+
+
+def _denial(hub_id: str) -> Exception | None:
+    """Why the files of a dataset that exists may not be read, such as a gated one's."""
+    try:
+        HfApi(endpoint=datasets.config.HF_ENDPOINT).auth_check(hub_id, repo_type="dataset")
+    except Exception as error:  # the caller tells what it means
+        return error
+    return None
+
+
+def _cached_commit(hub_id: str, revision: str) -> str | None:
+    """The commit that the client's cache has noted for a branch or tag; a commit is itself."""
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    folder = repo_folder_name(repo_id=hub_id, repo_type="dataset")
+    note = Path(HF_HUB_CACHE) / folder / "refs" / revision
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else None
+
+
+def _open_folder(path: Path, typed: str, streaming: bool, cache_dir: str | None) -> Source:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _as_source(_open_saved(path, typed), streaming)
+    files = sorted(_walk(path))
+    names = {os.path.basename(file).lower() for file in files}
+    tabular = any(name.endswith((".parquet", ".arrow", ".tar")) for name in names)
+    if tabular or names & {"metadata.csv", "metadata.jsonl"}:
+        return _open_data_files(path, typed, files, streaming, cache_dir)
+    return _as_source(_open_image_folder(path, typed, streaming), streaming)
+
+
+def _open_saved(path: Path, typed: str) -> dict[str, Dataset]:
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"dataset folder {typed!r} (save_to_disk) is damaged: {_first_lines(error)}") from error
+    parts = dict(saved) if isinstance(saved, DatasetDict) else {saved.split or "train": saved}
+    return {str(name): part for name, part in parts.items()}
+
+
+def _open_data_files(path: Path, typed: str, files: list[str], streaming: bool, cache_dir: str | None) -> Source:
+    """Parquet and the other formats that `datasets` reads, splits found by file name."""
+    import datasets
+
+    # `datasets` takes a cached copy for fresh when the paths and mtimes are the same; a copy that keeps the
+    # mtime (rsync, cp -p) would give stale data, so the size and the time of the last change count too
+    state = hashlib.sha256()
+    for file in files:
+        stat = os.stat(file)
+        state.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\n".encode())
+    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "arrest-hub" / state.hexdigest()[:16]
+    try:
+        with _quiet():
+            builder = datasets.load_dataset_builder(str(path.resolve()), cache_dir=str(root))
+            if streaming:
+                splits = builder.as_streaming_dataset()
+            else:
+                builder.download_and_prepare()
+                splits = _prepared(builder)
+    except (DatasetsError, ValueError, OSError) as error:
+        raise DataError(f"dataset folder {typed!r} cannot be read: {_first_lines(error)}") from error
+    sizes = {}
+    if streaming:  # `datasets` only knows the sizes after a run without streaming
+        for name, parts in (builder.config.data_files or {}).items():
+            if all(part.endswith(".parquet") for part in parts):
+                sizes[str(name)] = sum(pq.read_metadata(part).num_rows for part in parts)
+    return Source({str(name): split for name, split in splits.items()}, sizes=sizes)
+
+
+def _open_image_folder(path: Path, typed: str, shuffle: bool) -> dict[str, Dataset]:
+    """``path/<class>/**/*.jpg`` or ``path/<split>/<class>/**/*.jpg``; nothing is copied or cached."""
+    known = {name for names in SPLIT_NAMES.values() for name in names}
+    parts = {folder.name: folder for folder in _subfolders(path)}
+    with_split = {name: folder for name, folder in parts.items() if name.lower() in known and _subfolders(folder)}
+    if with_split and any(name.lower() in SPLIT_NAMES["train"] for name in with_split):
+        split_folders = {name.lower(): folder for name, folder in with_split.items()}
+    else:
+        split_folders = {"train": path}
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, folder in split_folders.items():
+        classes = {sub.name: sorted(f for f in _walk(sub) if _is_image(f)) for sub in _subfolders(folder)}
+        found[name] = {label: images for label, images in classes.items() if images}
+    train = next(name for name in SPLIT_NAMES["train"] if name in found)
+    class_names = sorted(found[train])
+    if not class_names:
+        raise DataError(
+            f"dataset folder {typed!r} holds no images in class subfolders (such as {path.name}/cat/1.jpg or "
+            f"{path.name}/train/cat/1.jpg), no Parquet files and no saved dataset."
+        )
+    splits: dict[str, Dataset] = {}
+    for name, classes in found.items():
+        unknown = sorted(set(classes) - set(class_names))
+        if unknown:
+            raise DataError(
+                f"dataset folder {typed!r}: {name}/ has classes that {train}/ lacks: {', '.join(unknown[:5])}. "
+                "Use the same class subfolders in both."
+            )
+        images = [image for label in class_names for image in classes.get(label, [])]
+        labels = [i for i, label in enumerate(class_names) for _ in classes.get(label, [])]
+        features = Features({"image": Image(decode=False), "label": ClassLabel(names=class_names)})
+        if shuffle:  # a stream is read in order, and a folder's order is class after class
+            order = np.random.default_rng(0).permutation(len(images))
+            images, labels = [images[i] for i in order], [labels[i] for i in order]
+        splits[name] = Dataset.from_dict({"image": images, "label": labels}, features=features)
+    return splits
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _walk(path: Path) -> Iterator[str]:
+    """Every file under ``path`` that is not hidden."""
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
+
+
+def _is_image(file: str) -> bool:
+    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+
+
+def _first_lines(error: Exception) -> str:
+    """The first two lines of an error (and of its cause), on one line."""
+    text = [str(error)] + ([str(error.__cause__)] if error.__cause__ is not None else [])
+    lines = [line.strip() for part in text for line in part.splitlines()[:2] if line.strip()]
+    return " ".join(lines) or type(error).__name__

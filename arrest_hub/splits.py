@@ -1,0 +1,267 @@
+"""A dataset id becomes a train, a validation and a test split, and sentences that say how.
+
+The test split is only ever used for the final numbers; the best weights are chosen on `validation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Image, IterableDataset
+
+from arrest_hub.columns import find_columns
+from arrest_hub.errors import DataError, did_you_mean
+from arrest_hub.sources import SPLIT_NAMES, RawSplit, find_alias, open_source
+from arrest_hub.subsets import ImageSplit, hold_out, limit, read_column
+
+
+@dataclass
+class Splits:
+    """The three splits of a dataset, its classes, and where it came from.
+
+    ``dataset_id`` is as typed; ``hub_id`` and ``revision`` (a commit) are set for a dataset on the Hub.
+    ``notes`` are sentences to print at the start: which split serves for what, what was held out.
+    """
+
+    train: ImageSplit
+    validation: ImageSplit | None
+    test: ImageSplit
+    class_names: list[str] | None
+    num_classes: int
+    dataset_id: str
+    hub_id: str | None = None
+    revision: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def load_splits(
+    dataset_id: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str | None = None,
+    eval_split: str | None = None,
+    validation_size: float | int | None = None,
+    limit_train: int | None = None,
+    limit_eval: int | None = None,
+    seed: int = 0,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+) -> Splits:
+    """Open a dataset and settle what is trained on, what the best weights are chosen on, what is reported.
+
+    ``dataset_id``: digits, cifar10, cifar100, imagenet, a folder, or ``org/name[:config][@revision]``.
+    Test: ``eval_split``, else the labelled test split, else the validation split, else a tenth of train is
+    held out. Validation: the dataset's own where it is not the test split; otherwise ``validation_size``
+    images (a count, or a share below 1; None: a tenth, at most 1000; 0: no validation at all) are held out
+    of train. ``limit_train`` and ``limit_eval`` (for validation and test) take that many images. What is
+    held out or limited is drawn with ``seed``, classes as equal as possible (streams: see the notes).
+
+    Raises DataError when no such splits can be made of the dataset, HubError when the Hub refuses.
+    """
+    _check_sizes(validation_size, limit_train, limit_eval)
+    alias = find_alias(dataset_id)
+    source = open_source(dataset_id, streaming=streaming, cache_dir=cache_dir)
+    if alias is not None:
+        label_column = label_column or alias.label_column
+        eval_split = eval_split or (alias.eval_split if alias.eval_split in source.splits else None)
+    train_name = _named_split(source.splits, train_split, "train", "--train-split", dataset_id)
+    assert train_name is not None
+    raw = source.splits[train_name]
+    columns = find_columns(raw, image_column, label_column, dataset_id)
+    class_names, values, num_classes = _classes(raw, columns.label, dataset_id)
+
+    def split(name: str) -> ImageSplit:
+        dataset, size = source.splits[name], None
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise DataError(f"dataset {dataset_id!r}: split {name!r} is empty. Choose another split.")
+        missing = [c for c in columns if c not in (dataset.column_names or columns)]
+        if missing:
+            raise DataError(
+                f"dataset {dataset_id!r}: split {name!r} has no column {missing[0]!r}, which {train_name!r} has. "
+                "Choose another split with --eval-split."
+            )
+        dataset = dataset.select_columns(list(columns)).cast_column(columns.image, Image(decode=False))
+        if isinstance(dataset, IterableDataset):
+            size = source.sizes.get(name)
+        made = ImageSplit(dataset, columns.image, columns.label, name, num_classes, size, values)
+        made.by_shard = made.streaming
+        return made
+
+    notes: list[str] = [alias.note] if alias is not None and alias.note else []
+    train = split(train_name)
+    _check_labels(train)
+    test, validation = None, None
+    test_name = _named_split(source.splits, eval_split, None, "--eval-split", dataset_id)
+    if test_name is not None:
+        test = split(test_name)
+        _check_labels(test)
+        if test_name == train_name:
+            notes.append(f"the test split is the train split {train_name!r} itself: the results are no test")
+    else:
+        for usual in ("test", "validation"):
+            name = _named_split(source.splits, None, usual, "--eval-split", dataset_id, required=False)
+            if name is None or name == train_name:
+                continue
+            candidate = split(name)
+            if _is_labelled(candidate):
+                _check_labels(candidate)
+                test = candidate
+                break
+            notes.append(f"split {name!r} is not used: its labels are missing or -1")
+    own = _named_split(source.splits, None, "validation", "--eval-split", dataset_id, required=False)
+    if validation_size != 0 and own is not None and own != train_name and (test is None or own != test.name):
+        validation = split(own)
+        if _is_labelled(validation):
+            _check_labels(validation)
+        else:
+            validation = None
+
+    test_size = _held_out_size(train, 0.1, None) if test is None else 0
+    if test is None and not test_size:
+        raise DataError(
+            f"dataset {dataset_id!r} has no labelled test or validation split, and too few (or an unknown "
+            f"number of) images to hold out a test set. Name one with --eval-split: {', '.join(source.splits)}."
+        )
+    if validation is not None or validation_size == 0:
+        size = 0
+    elif validation_size is None:
+        size = _held_out_size(train, 0.1, 1000, already=test_size)
+        if size == 0 and train.streaming:
+            notes.append("no validation: the length of the stream is unknown; hold some out with --validation-size N")
+    else:
+        size = _held_out_size(train, validation_size, None, already=test_size)
+    train, held_test, held_validation = hold_out(train, test_size, size, seed, notes)
+    test = test or held_test
+    validation = validation or held_validation
+    assert test is not None
+
+    train = limit(train, limit_train, seed, notes, "--limit-train")
+    test = limit(test, limit_eval, seed, notes, "--limit-eval")
+    if validation is not None:
+        validation = limit(validation, limit_eval, seed, notes, "--limit-eval")
+    roles = [("train", train), ("validation", validation), ("test", test)]
+    notes.insert(0, "; ".join(f"{role}: {_describe(part)}" for role, part in roles))
+    return Splits(train, validation, test, class_names, num_classes, dataset_id, source.hub_id, source.revision, notes)
+
+
+def _check_sizes(validation_size: float | int | None, limit_train: int | None, limit_eval: int | None) -> None:
+    for flag, value in (("--limit-train", limit_train), ("--limit-eval", limit_eval)):
+        if value is not None and value < 1:
+            raise DataError(f"{flag} {value} is below 1; give a number of images, or leave it out to use all.")
+    if validation_size is not None and (
+        validation_size < 0 or (validation_size > 1 and validation_size != int(validation_size))
+    ):
+        raise DataError(
+            f"--validation-size {validation_size} is neither a number of images nor a share below 1 "
+            "(such as 1000 or 0.1; 0 for no validation)."
+        )
+
+
+def _named_split(
+    splits: Mapping[str, RawSplit],
+    typed: str | None,
+    usual: str | None,
+    flag: str,
+    dataset_id: str,
+    required: bool = True,
+) -> str | None:
+    """The split that was typed, else the one under a usual name, else the only one (for train)."""
+    if typed is not None:
+        if typed not in splits:
+            raise DataError(
+                f"dataset {dataset_id!r} has no split {typed!r}; {flag} can be {', '.join(splits)}."
+                + did_you_mean(typed, splits)
+            )
+        return typed
+    if usual is None:
+        return None
+    for name in SPLIT_NAMES[usual]:
+        if name in splits:
+            return name
+    if not required:
+        return None
+    if len(splits) == 1:
+        return next(iter(splits))
+    raise DataError(
+        f"dataset {dataset_id!r} has no split named {usual!r}; choose one with {flag}: {', '.join(splits)}."
+    )
+
+
+def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | None, list[str] | None, int]:
+    """(class names, the strings of a string column, number of classes) from the train split."""
+    feature = (raw.features or {}).get(column)
+    names: list[str] | None
+    values: list[str] | None
+    if isinstance(feature, ClassLabel):
+        names, values, count = list(feature.names), None, int(feature.num_classes)
+        if count < 2:
+            raise DataError(f"dataset {dataset_id!r}: column {column!r} has one class only; at least two are needed.")
+        return names, values, count
+    if isinstance(raw, IterableDataset):
+        raise DataError(
+            f"dataset {dataset_id!r}: column {column!r} does not say how many classes there are, which a stream "
+            "must (feature ClassLabel). Leave out --streaming, or choose another --label-column."
+        )
+    found = [v for v in read_column(raw, column).unique().to_pylist() if v is not None]
+    if found and all(isinstance(v, str) for v in found):
+        values = sorted(found)
+        names, count = values, len(values)
+    else:
+        present = sorted(int(v) for v in found if int(v) != -1)
+        names, values, count = None, None, (present[-1] + 1 if present else 0)
+        if present != list(range(count)):
+            missing = sorted(set(range(count)) - set(present))
+            raise DataError(
+                f"dataset {dataset_id!r}: the numbers in column {column!r} are not 0, 1, 2, ... "
+                + (f"({missing[0]} is missing, {present[-1]} is there)" if missing else f"({present[0]} is there)")
+                + ". Choose another --label-column, or renumber the labels."
+            )
+    if count < 2:
+        raise DataError(
+            f"dataset {dataset_id!r}: column {column!r} has one class only; at least two are needed. "
+            "Choose another --label-column."
+        )
+    return names, values, count
+
+
+def _is_labelled(split: ImageSplit) -> bool:
+    """Whether no label is missing or -1; of a stream only the first few are read."""
+    if isinstance(split.dataset, Dataset):
+        column = read_column(split.dataset, split.label_column)
+        return not column.null_count and -1 not in column.unique().to_pylist()
+    head = split.dataset.select_columns([split.label_column]).take(8)
+    return all(row[split.label_column] not in (None, -1) for row in head)
+
+
+def _check_labels(split: ImageSplit) -> None:
+    """Every label of a map-style split is in range. Raises DataError naming the first that is not."""
+    if not isinstance(split.dataset, Dataset):
+        return
+    labels = split.label_array()
+    wrong = np.flatnonzero((labels < 0) | (labels >= split.num_classes))
+    if len(wrong):
+        value = split.dataset.select_columns([split.label_column])[int(wrong[0])][split.label_column]
+        raise DataError(
+            f"split {split.name!r}: {len(wrong)} labels are not one of the {split.num_classes} classes, the first "
+            f"is {value!r} (image {wrong[0]}). Choose another split or --label-column, or remove those images."
+        )
+
+
+def _held_out_size(split: ImageSplit, size: float | int, most: int | None, already: int = 0) -> int:
+    """A share (below 1) or a count of what ``split`` has left, as a count; 0 when a share is of the unknown."""
+    if size >= 1:
+        return int(size)
+    if split.num_examples is None:
+        return 0
+    count = round((split.num_examples - already) * size)
+    return count if most is None else min(most, count)
+
+
+def _describe(split: ImageSplit | None) -> str:
+    if split is None:
+        return "none"
+    count = "an unknown number of" if split.num_examples is None else f"{split.num_examples:,}"
+    return f"{count} images of {split.name!r}"

@@ -1,0 +1,193 @@
+"""One split of a dataset, and the smaller splits made out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+
+from arrest_hub.errors import DataError
+from arrest_hub.images import ImageError
+
+SHUFFLE_BUFFER = 1000
+"""Examples held in memory to shuffle a stream."""
+
+
+@dataclass
+class ImageSplit:
+    """The raw, undecoded images of one split and what their labels mean.
+
+    ``dataset`` is map-style, or streaming when ``streaming`` is true; its image column has the feature
+    ``Image(decode=False)``. ``values`` is set when the label column holds strings: value i is label i.
+    ``label_map`` remaps: label i of the dataset becomes ``label_map[i]`` (set it to the ``order`` of
+    `labels.match_labels` before making a loader).
+    ``num_examples`` is None for a stream of unknown length. ``skip`` and ``by_shard`` concern streams: the
+    split is ``dataset`` without its first ``skip`` examples, all of them in its first shard, and its shards
+    may be read separately when ``by_shard``.
+    """
+
+    dataset: Dataset | IterableDataset
+    image_column: str
+    label_column: str
+    name: str
+    num_classes: int
+    num_examples: int | None = None
+    values: list[str] | None = None
+    label_map: list[int] | None = None
+    skip: int = 0
+    by_shard: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset, Dataset):
+            self.num_examples = len(self.dataset)
+
+    @property
+    def streaming(self) -> bool:
+        return not isinstance(self.dataset, Dataset)
+
+    def __len__(self) -> int:
+        """The number of images. Raises TypeError for a stream (use ``num_examples``)."""
+        if isinstance(self.dataset, Dataset):
+            return len(self.dataset)
+        raise TypeError(f"split {self.name!r} is a stream and has no length; use num_examples")
+
+    def __bool__(self) -> bool:
+        return True  # a stream is no less true for having no length
+
+    def labels(self) -> list[int]:
+        """Every label, after ``label_map``, without touching an image. Raises TypeError for a stream."""
+        return self.label_array().tolist()
+
+    def label_array(self) -> np.ndarray:
+        """`labels` as int64 [N]."""
+        if not isinstance(self.dataset, Dataset):
+            raise TypeError(f"split {self.name!r} is a stream; its labels are known as they come")
+        labels = _codes(read_column(self.dataset, self.label_column), self.values, self.name)
+        return labels if self.label_map is None else np.asarray(self.label_map)[labels]
+
+    def encode(self, value: Any, position: int) -> int:
+        """The label of one raw value from the label column of a stream, checked and remapped.
+
+        Raises ImageError when it is missing or outside 0..num_classes - 1.
+        """
+        if not isinstance(value, int) or not 0 <= value < self.num_classes:
+            raise ImageError(
+                f"split {self.name!r}, image {position}: label {value!r} is not one of the {self.num_classes} "
+                f"classes (0 to {self.num_classes - 1}). Correct the data, or choose another --label-column."
+            )
+        return value if self.label_map is None else self.label_map[value]
+
+
+def hold_out(
+    train: ImageSplit, test_size: int, validation_size: int, seed: int, notes: list[str]
+) -> tuple[ImageSplit, ImageSplit | None, ImageSplit | None]:
+    """Take a test and a validation split (0: none) out of ``train``: (what is left, test, validation)."""
+    sizes = {"test": test_size, "validation": validation_size}
+    taken: dict[str, ImageSplit | None] = {"test": None, "validation": None}
+    origin = train.name
+    for role, size in sizes.items():
+        if size and isinstance(train.dataset, Dataset):
+            labels = train.label_array()
+            # no class may lose more than half of its images
+            rows = balanced_subset(labels, size, seed + (1 if role == "test" else 2), keep_half=True)
+            taken[role] = replace(train, dataset=train.dataset.select(rows), name=f"{origin}[held-out {role}]")
+            rest = np.setdiff1d(np.arange(len(labels)), rows, assume_unique=True)
+            train = replace(train, dataset=train.dataset.select(rest), name=f"{origin}[without held out]")
+            notes.append(f"{role}: {size} images held out of {origin!r}, classes as equal as possible, seed {seed}")
+    total = sum(sizes.values())
+    if total and isinstance(train.dataset, IterableDataset):
+        stream, known = train.dataset, train.num_examples
+        # one shard, if clearly large enough, so that readers can still take the other shards apart
+        by_shard = stream.num_shards > 1 and known is not None and known >= 2 * total * stream.num_shards
+        source = stream.shard(stream.num_shards, 0) if by_shard else stream
+        start = 0
+        for role, size in sizes.items():
+            if size:
+                part = source.skip(start).take(size)
+                taken[role] = replace(
+                    train, dataset=part, name=f"{origin}[held-out {role}]", num_examples=size, by_shard=False
+                )
+                start += size
+                notes.append(
+                    f"{role}: {size} images held out of the start of the stream {origin!r} by skip and take, "
+                    "in its order, not balanced over the classes"
+                )
+        train = replace(
+            train,
+            dataset=stream if by_shard else stream.skip(total),
+            skip=total if by_shard else 0,
+            by_shard=by_shard,
+            num_examples=None if known is None else known - total,
+            name=f"{origin}[without held out]",
+        )
+        if not by_shard:
+            notes.append(
+                "every loader worker reads the whole training stream and keeps its part, since images are held "
+                "out across its shards (--validation-size 0 or an own validation split avoids it)"
+            )
+    return train, taken["test"], taken["validation"]
+
+
+def limit(split: ImageSplit, size: int | None, seed: int, notes: list[str], flag: str) -> ImageSplit:
+    """``split`` with at most ``size`` images (None: all), balanced over the classes unless it is a stream."""
+    known = split.num_examples
+    if size is None or (known is not None and size >= known):
+        return split
+    name = f"{split.name}[{size}]"
+    if isinstance(split.dataset, Dataset):
+        rows = balanced_subset(split.label_array(), size, seed + 3)
+        notes.append(f"{flag} {size}: of the {known} images of {split.name!r}, balanced, seed {seed}")
+        return replace(split, dataset=split.dataset.select(rows), name=name)
+    stream = split.dataset.skip(split.skip) if split.skip else split.dataset
+    # one shard at a time: reading several at once, `datasets` sleeps for 5 s when a reader stops early
+    stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1).take(size)
+    notes.append(
+        f"{flag} {size}: the first {size} images of the stream {split.name!r} shuffled with seed {seed}, "
+        "not balanced over the classes"
+    )
+    return replace(split, dataset=stream, name=name, num_examples=size, skip=0, by_shard=False)
+
+
+def balanced_subset(labels: np.ndarray, size: int, seed: int, keep_half: bool = False) -> np.ndarray:
+    """``size`` indices into ``labels`` (int [N]), ascending, with class counts as equal as possible.
+
+    A class with too few images gives all it has (half of them with ``keep_half``) and the others make up
+    for it. Raises DataError when there are not enough images in all.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.asarray(labels)
+    classes, counts = np.unique(labels, return_counts=True)
+    room = counts // 2 if keep_half else counts.copy()
+    if size > room.sum():
+        raise DataError(
+            f"{size} images cannot be taken out of {len(labels)}"
+            + (" leaving at least half of every class" if keep_half else "")
+            + f"; at most {room.sum()} can. Give a smaller number (--validation-size 0: none)."
+        )
+    quota = np.zeros_like(counts)
+    while (left := size - quota.sum()) > 0:
+        open_classes = np.flatnonzero(quota < room)
+        if left < len(open_classes):  # who gets the last ones is drawn
+            quota[rng.permutation(open_classes)[:left]] += 1
+        else:
+            step = min(left // len(open_classes), int((room - quota)[open_classes].min()))
+            quota[open_classes] += step
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    chosen = [rng.permutation(rows)[:n] for rows, n in zip(by_class, quota, strict=True)]
+    return np.sort(np.concatenate(chosen)) if len(classes) else np.empty(0, dtype=np.int64)
+
+
+def read_column(dataset: Dataset, name: str) -> Any:
+    """One column as a pyarrow ChunkedArray, without reading the others."""
+    return dataset.select_columns([name]).with_format("arrow")[:].column(name)
+
+
+def _codes(column: Any, values: list[str] | None, name: str) -> np.ndarray:
+    """A label column -> int64 [N]; missing labels are -1, as are strings outside ``values``."""
+    if values is None:
+        return pc.fill_null(column.cast("int64"), -1).to_numpy().astype(np.int64)
+    index = {value: i for i, value in enumerate(values)}
+    return np.array([index.get(value, -1) for value in column.to_pylist()], dtype=np.int64)

@@ -1,0 +1,576 @@
+"""From ids and folders to splits, from splits to batches; every error a user can cause is one clear message."""
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from arrest_hub.data import (
+    EpochSampler,
+    ImageDataset,
+    ImageError,
+    StreamingImages,
+    decode_image,
+    eval_loader,
+    load_splits,
+    to_pixels,
+    train_loader,
+)
+from arrest_hub.errors import DataError, HubError
+from arrest_hub.subsets import balanced_subset
+from arrest_hub.transforms import Preprocessing, eval_transform, train_transform
+
+PREPROCESSING = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+EVAL = eval_transform(PREPROCESSING)
+TRAIN = train_transform(PREPROCESSING)
+
+
+def encoded(value: int, size: int = 8, mode: str = "L") -> bytes:
+    """A PNG whose pixels all have one value, so that an image tells which one it is."""
+    buffer = io.BytesIO()
+    Image.new(mode, (size, size), value if mode == "L" else (value,) * len(mode)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows(n: int, classes: int = 2, start: int = 0) -> dict:
+    return {
+        "img": [{"bytes": encoded(start + i), "path": None} for i in range(n)],
+        "y": [i % classes for i in range(n)],
+    }
+
+
+def labelled(names=("cat", "dog")) -> Features:
+    return Features({"img": ImageFeature(), "y": ClassLabel(names=list(names))})
+
+
+def parquet(folder: Path, features: Features | None = None, **splits: dict) -> str:
+    folder.mkdir(exist_ok=True)
+    for name, columns in splits.items():
+        Dataset.from_dict(columns, features=features or labelled()).to_parquet(folder / f"{name}.parquet")
+    return str(folder)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of `datasets` of its own for the test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_splits("digits")
+
+
+def identities(split) -> list[int]:
+    """The pixel value of each image: which images a split holds."""
+    return [int(item["pixels"][0, 0, 0]) for item in ImageDataset(split, EVAL)]
+
+
+# --- splits ---------------------------------------------------------------------------------------------
+
+
+def test_digits(digits):
+    assert digits.class_names == [str(i) for i in range(10)]
+    assert (len(digits.train), len(digits.validation), len(digits.test)) == (1437 - 144, 144, 360)
+    assert np.bincount(digits.test.labels()).tolist() == [36] * 10
+    assert np.ptp(np.bincount(digits.validation.labels())) <= 1
+    assert any("144 images held out of 'train'" in note and "seed 0" in note for note in digits.notes)
+    item = ImageDataset(digits.train, EVAL)[5]
+    assert item["pixels"].shape == (3, 8, 8)
+    assert item["pixels"].dtype == torch.uint8
+    assert item["pixels"].max() == 255
+
+
+def test_digits_files_are_what_the_script_writes(tmp_path):
+    pytest.importorskip("sklearn")
+    import pyarrow.parquet as pq
+
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, root / "scripts" / "make_digits.py", tmp_path], check=True, capture_output=True)
+    for name in ("train.parquet", "test.parquet"):
+        assert pq.read_table(tmp_path / name).equals(pq.read_table(root / "arrest_hub" / "digits" / name))
+
+
+def test_hold_out_is_seeded_and_disjoint(cache, tmp_path):
+    folder = parquet(tmp_path / "d", train=rows(40), test=rows(4, start=100))
+    a, b = load_splits(folder, seed=1, validation_size=10), load_splits(folder, seed=1, validation_size=0.25)
+    other = load_splits(folder, seed=2, validation_size=10)
+    assert identities(a.validation) == identities(b.validation) != identities(other.validation)
+    assert sorted(identities(a.train) + identities(a.validation)) == list(range(40))
+    assert a.validation.labels().count(0) == 5
+    assert load_splits(folder, validation_size=0).validation is None
+    assert len(load_splits(folder).validation) == 4  # a tenth
+
+
+def test_test_split_rules(cache, tmp_path):
+    three = parquet(tmp_path / "three", train=rows(20), validation=rows(6, start=50), test=rows(4, start=100))
+    splits = load_splits(three)
+    assert (identities(splits.validation)[0], identities(splits.test)[0], len(splits.train)) == (50, 100, 20)
+    flagged = load_splits(three, eval_split="validation")
+    assert identities(flagged.test)[0] == 50
+    assert identities(flagged.validation)[0] < 20  # never the split that is reported
+
+    hidden = rows(4, start=100) | {"y": [-1] * 4}
+    unlabelled = load_splits(parquet(tmp_path / "u", train=rows(20), validation=rows(6, start=50), test=hidden))
+    assert identities(unlabelled.test)[0] == 50
+    assert any("'test' is not used" in note for note in unlabelled.notes)
+
+    alone = load_splits(parquet(tmp_path / "alone", train=rows(40)))
+    assert (len(alone.test), len(alone.validation), len(alone.train)) == (4, 4, 32)
+    assert sorted(identities(alone.test) + identities(alone.validation) + identities(alone.train)) == list(range(40))
+
+
+def test_limits(cache, tmp_path):
+    folder = parquet(tmp_path / "d", train=rows(40), test=rows(10, start=100))
+    splits = load_splits(folder, limit_train=7, limit_eval=3)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (7, 3, 3)
+    assert sorted(np.bincount(splits.train.labels())) == [3, 4]
+    assert len(load_splits(folder, limit_train=1000).train) == 36
+
+
+def test_balanced_subset():
+    labels = np.array([0] * 50 + [1] * 30 + [2] * 3)
+    chosen = balanced_subset(labels, 20, seed=0)
+    assert np.bincount(labels[chosen]).tolist() in ([8, 9, 3], [9, 8, 3])
+    assert np.bincount(labels[balanced_subset(labels, 20, 0, keep_half=True)])[2] == 1
+    assert len(balanced_subset(labels, 83, 0)) == 83
+    with pytest.raises(DataError, match="at most 41"):
+        balanced_subset(labels, 60, 0, keep_half=True)
+
+
+def test_a_rewritten_folder_is_not_stale(cache, tmp_path):
+    folder = parquet(tmp_path / "d", train=rows(20), test=rows(2))
+    stamp = os.stat(tmp_path / "d" / "train.parquet").st_mtime_ns
+    assert min(identities(load_splits(folder, validation_size=0).train)) == 0
+    parquet(tmp_path / "d", train=rows(20, start=100), test=rows(2))
+    os.utime(tmp_path / "d" / "train.parquet", ns=(stamp, stamp))  # as rsync and cp -p do
+    assert min(identities(load_splits(folder, validation_size=0).train)) == 100
+
+
+@pytest.mark.parametrize("with_splits", [True, False])
+def test_image_folder(tmp_path, with_splits):
+    for part in ("train", "val") if with_splits else (".",):
+        for number, name in enumerate(("cat", "dog")):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for i in range(10):
+                (folder / f"{i}.png").write_bytes(encoded(100 * number + i, mode="RGB"))
+            (folder / "notes.txt").write_text("no image")
+    splits = load_splits(str(tmp_path))
+    assert splits.class_names == ["cat", "dog"]
+    assert len(splits.test) == (20 if with_splits else 2)
+    for item in ImageDataset(splits.train, EVAL):
+        assert (item["pixels"][0, 0, 0] >= 100) == bool(item["label"])
+
+
+def test_saved_to_disk(tmp_path):
+    data = {name: Dataset.from_dict(rows(20), features=labelled()) for name in ("train", "test")}
+    DatasetDict(data).save_to_disk(tmp_path / "both")
+    assert len(load_splits(str(tmp_path / "both")).test) == 20
+    data["train"].save_to_disk(tmp_path / "one")
+    assert len(load_splits(str(tmp_path / "one")).test) == 2
+
+
+def test_label_kinds(cache, tmp_path):
+    def load(name, values, dtype):
+        data = rows(len(values)) | {"y": values}
+        features = Features({"img": ImageFeature(), "y": Value(dtype)})
+        return load_splits(parquet(tmp_path / name, features, train=data), label_column="y", validation_size=0)
+
+    strings = load("strings", ["dog", "cat"] * 10, "string")
+    assert strings.class_names == ["cat", "dog"]
+    assert set(zip(identities(strings.train), strings.train.labels(), strict=True)) <= {
+        (i, 1 - i % 2) for i in range(20)
+    }
+    integers = load("integers", [0, 1, 2] * 8, "int32")
+    assert (integers.class_names, integers.num_classes) == (None, 3)
+    with pytest.raises(DataError, match="1 is missing, 2 is there"):
+        load("gap", [0, 2] * 10, "int64")
+    with pytest.raises(DataError, match="one class only"):
+        load("one", [0] * 10, "int64")
+
+
+@pytest.mark.parametrize("kind", ["struct", "binary"])
+def test_images_without_the_image_feature(cache, tmp_path, kind):
+    struct = {"bytes": Value("binary"), "path": Value("string")}
+    column = rows(20)["img"] if kind == "struct" else [encoded(i) for i in range(20)]
+    features = Features(
+        {"image": struct if kind == "struct" else Value("binary"), "label": ClassLabel(names=["a", "b"])}
+    )
+    data = {"image": column, "label": [0, 1] * 10}
+    splits = load_splits(parquet(tmp_path / "d", features, train=data), validation_size=0)
+    assert splits.train.image_column == "image"
+    assert set(identities(splits.train)) <= set(range(20))
+
+
+def test_label_map(digits):
+    split = digits.test
+    before = split.labels()
+    split.label_map = list(range(9, -1, -1))
+    try:
+        assert split.labels() == [9 - label for label in before]
+        assert ImageDataset(split, EVAL)[3]["label"] == 9 - before[3]
+    finally:
+        split.label_map = None
+
+
+# --- errors ---------------------------------------------------------------------------------------------
+
+
+def test_id_errors(tmp_path):
+    with pytest.raises(DataError, match="Did you mean 'cifar10'"):
+        load_splits("cifr10")
+    with pytest.raises(DataError, match="does not exist"):
+        load_splits("./no/such/folder")
+    with pytest.raises(DataError, match="holds no images"):
+        load_splits(str(tmp_path))
+    (tmp_path / "x.parquet").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="is a file; give the folder"):
+        load_splits(str(tmp_path / "x.parquet"))
+    with pytest.raises(DataError, match="cannot be read"):
+        load_splits(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    for hub_id in ("nobody/nothing:config@main", "cifar10@main"):
+        with pytest.raises(HubError, match="cannot be reached"):
+            load_splits(hub_id)
+
+
+def test_split_and_size_errors(cache, tmp_path):
+    folder = parquet(tmp_path / "d", train=rows(20), test=rows(4))
+    with pytest.raises(DataError, match=r"no split 'tset'; --eval-split can be train, test.*Did you mean 'test'"):
+        load_splits(folder, eval_split="tset")
+    with pytest.raises(DataError, match="no split 'x'; --train-split"):
+        load_splits(folder, train_split="x")
+    with pytest.raises(DataError, match="at most 10"):
+        load_splits(folder, validation_size=15)
+    with pytest.raises(DataError, match=r"--validation-size 2\.5"):
+        load_splits(folder, validation_size=2.5)
+    with pytest.raises(DataError, match="--limit-train 0"):
+        load_splits(folder, limit_train=0)
+    empty = parquet(tmp_path / "e", train=rows(20), test=rows(0))
+    with pytest.raises(DataError, match="'test' is empty"):
+        load_splits(empty)
+
+
+def test_column_errors(cache, tmp_path):
+    image, label = ImageFeature(), ClassLabel(names=["a", "b"])
+
+    def load(name, features, **options):
+        data = {c: rows(20)["img"] if f == image else [i % 2 for i in range(20)] for c, f in features.items()}
+        return load_splits(parquet(tmp_path / name, Features(features), train=data), validation_size=0, **options)
+
+    with pytest.raises(DataError, match=r"several image columns: left, right\. Choose one with --image-column"):
+        load("images", {"left": image, "right": image, "label": label})
+    with pytest.raises(DataError, match=r"several label columns: colour, shape\. Choose one with --label-column"):
+        load("labels", {"image": image, "colour": label, "shape": label})
+    with pytest.raises(DataError, match=r"no image column.*it has label"):
+        load("noimage", {"label": label})
+    with pytest.raises(DataError, match=r"no label column.*it has image, thing"):
+        load("nolabel", {"image": image, "thing": Value("int64")})
+    with pytest.raises(DataError, match=r"no column 'lable'.*Did you mean 'label'"):
+        load("typo", {"image": image, "label": label}, label_column="lable")
+    with pytest.raises(DataError, match=r"'label' .--image-column. holds no images"):
+        load("swapped", {"image": image, "label": label}, image_column="label")
+    assert load("fine", {"image": image, "fine_label": label, "coarse_label": label}).train.label_column == "fine_label"
+
+
+def test_label_out_of_range(cache, tmp_path):
+    data = rows(20) | {"y": [0, 1] * 9 + [0, None]}
+    with pytest.raises(DataError, match=r"split 'train': 1 labels .* None \(image 19\)"):
+        load_splits(parquet(tmp_path / "d", train=data, test=rows(4)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_image_is_one_clear_line(cache, tmp_path, workers):
+    data = rows(8)
+    data["img"][5]["bytes"] = data["img"][5]["bytes"][:40]
+    splits = load_splits(parquet(tmp_path / "d", train=rows(20), test=data))
+    with pytest.raises(ImageError) as error:
+        list(eval_loader(splits.test, EVAL, batch_size=4, num_workers=workers))
+    assert str(error.value).startswith("split 'test', image 5: it cannot be decoded")
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, DataError)
+
+
+# --- decoding -------------------------------------------------------------------------------------------
+
+
+def save(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "kind", "expected"),
+    [
+        ("L", 100, "PNG", (100, 100, 100)),
+        ("1", 1, "PNG", (255, 255, 255)),
+        ("LA", (100, 7), "PNG", (100, 100, 100)),
+        ("RGBA", (10, 20, 30, 128), "PNG", (10, 20, 30)),
+        ("CMYK", (0, 255, 255, 0), "TIFF", (255, 0, 0)),
+        ("I;16", 51400, "PNG", (200, 200, 200)),
+        ("I", 65535, "TIFF", (255, 255, 255)),
+    ],
+)
+def test_modes_become_rgb(mode, colour, kind, expected):
+    image = decode_image(save(Image.new(mode, (3, 2), colour), kind))
+    assert (image.mode, image.size) == ("RGB", (3, 2))
+    assert image.getpixel((0, 0)) == expected
+
+
+def test_palette_with_transparency_and_paths(tmp_path):
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 9, 8, 7])
+    (tmp_path / "p.png").write_bytes(save(image, transparency=0))
+    decoded = decode_image({"bytes": None, "path": str(tmp_path / "p.png")})
+    assert decoded.getpixel((1, 1)) == (9, 8, 7)
+
+
+def test_exif_orientation():
+    image = Image.new("RGB", (4, 2))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise to see it upright
+    upright = decode_image(save(image, exif=exif))
+    assert upright.size == (2, 4)
+    assert upright.getpixel((1, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (b"no image", "cannot be decoded"),
+        (encoded(1)[:-30], "cannot be decoded"),
+        ({"bytes": None, "path": "/no/such.png"}, "No such file"),
+        ({"bytes": None, "path": None}, "missing"),
+        (save(Image.new("F", (2, 2), 0.5), "TIFF"), "floating point"),
+        (save(Image.new("I", (2, 2), 70000), "TIFF"), "outside 0..65535"),
+    ],
+)
+def test_undecodable(value, words):
+    with pytest.raises(ImageError, match=words):
+        decode_image(value)
+
+
+# --- loaders --------------------------------------------------------------------------------------------
+
+
+def test_to_pixels():
+    assert to_pixels(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0, 0.2, 1])
+
+
+def test_epoch_sampler():
+    sampler = EpochSampler(50, seed=1)
+    first = list(sampler)
+    assert first == list(sampler)
+    assert sorted(index for _, index in first) == list(range(50))
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert {epoch for epoch, _ in second} == {1}
+    assert [i for _, i in second] != [i for _, i in first]
+    assert [i for _, i in EpochSampler(50, seed=2)] != [i for _, i in first]
+    assert list(EpochSampler(3, shuffle=False)) == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_augmentation_depends_on_seed_epoch_index_alone(digits):
+    data = ImageDataset(digits.train, TRAIN, seed=1)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    once = data[(2, 7)]["pixels"]
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is untouched
+    torch.manual_seed(99)
+    assert torch.equal(data[(2, 7)]["pixels"], once)
+    assert any(not torch.equal(data[(e, 7)]["pixels"], once) for e in (3, 4, 5))
+    assert any(not torch.equal(ImageDataset(digits.train, TRAIN, seed=s)[(2, 7)]["pixels"], once) for s in (2, 3, 4))
+
+
+def collect(loader) -> list[tuple[int, int, bytes]]:
+    return [
+        (int(i), int(label), pixels.numpy().tobytes())
+        for batch in loader
+        for i, label, pixels in zip(batch["index"], batch["label"], batch["pixels"], strict=True)
+    ]
+
+
+def test_train_loader_is_the_same_whatever_the_workers(digits):
+    """Two epochs with persistent workers equal two epochs without any."""
+    both = []
+    for workers in (0, 2):
+        loader = train_loader(digits.train, TRAIN, batch_size=100, seed=3, num_workers=workers)
+        epochs = []
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            epochs.append(collect(loader))
+        both.append(epochs)
+    assert both[0] == both[1]
+    first, second = both[0]
+    assert len(first) == 1200  # 1293 less the incomplete batch
+    assert len({index for index, _, _ in first}) == 1200
+    pixels = {index: content for index, _, content in first}
+    shared = [(pixels[index], content) for index, _, content in second if index in pixels]
+    assert np.mean([a == b for a, b in shared]) < 0.5  # augmented anew in the second epoch
+
+
+def test_eval_loader_keeps_order_and_the_rest(digits):
+    batches = list(eval_loader(digits.test, EVAL, batch_size=100, num_workers=0))
+    assert [len(batch["label"]) for batch in batches] == [100, 100, 100, 60]
+    assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(360))
+    assert torch.cat([batch["label"] for batch in batches]).tolist() == digits.test.labels()
+    assert batches[0]["pixels"].dtype == torch.uint8
+
+
+def test_batch_larger_than_split(digits):
+    with pytest.raises(DataError, match="fewer than one batch of 5000"):
+        train_loader(digits.train, TRAIN, batch_size=5000, seed=0, num_workers=0)
+
+
+def test_accelerate_skips_to_exactly_the_rest(digits):
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(train_loader(digits.train, TRAIN, batch_size=100, seed=3, num_workers=0))
+    loader.set_epoch(4)
+    whole = collect(loader)
+    loader.set_epoch(4)
+    assert collect(accelerator.skip_first_batches(loader, 5)) == whole[500:]
+    plain = train_loader(digits.train, TRAIN, batch_size=100, seed=3, num_workers=0)
+    plain.sampler.set_epoch(4)
+    assert collect(plain) == whole
+
+
+def test_two_processes_see_what_one_sees(digits):
+    def loader(batch_size, processes, process):
+        made = train_loader(digits.train, TRAIN, batch_size=batch_size, seed=3, num_workers=0)
+        made = prepare_data_loader(made, num_processes=processes, process_index=process)
+        made.set_epoch(2)
+        return collect(made)
+
+    one = loader(100, 1, 0)
+    two = loader(50, 2, 0) + loader(50, 2, 1)
+    assert sorted(one) == sorted(two)
+
+
+def test_datasets_travel_to_workers_that_are_not_forked(digits, shards):
+    stream = load_splits(shards, streaming=True).train
+    for dataset in (ImageDataset(digits.train, TRAIN, seed=1), StreamingImages(stream, TRAIN, seed=1)):
+        first, second = (next(iter(d)) for d in (dataset, pickle.loads(pickle.dumps(dataset))))
+        assert torch.equal(first["pixels"], second["pixels"])
+
+
+def test_training_leaves_the_global_generator_alone(digits):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    collect(train_loader(digits.train, TRAIN, batch_size=600, seed=3, num_workers=0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+# --- streaming ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(cache, tmp_path):
+    """Four files of 30 images; pixel value i is image i, label i % 2."""
+    for shard in range(4):
+        parquet(tmp_path / "s", **{f"train-{shard:05d}-of-00004": rows(30, start=30 * shard)})
+    return parquet(tmp_path / "s", test=rows(10, start=200))
+
+
+def values(items) -> list[int]:
+    return [int(item["pixels"][0, 0, 0]) for item in items]
+
+
+def test_stream_splits(shards):
+    splits = load_splits(shards, streaming=True, validation_size=10)
+    held = values(StreamingImages(splits.validation, EVAL, shuffle=False))
+    assert held == list(range(10))
+    assert values(StreamingImages(splits.train, EVAL, shuffle=False)) == list(range(10, 120))
+    assert any("skip and take" in note for note in splits.notes)
+    loader = eval_loader(splits.test, EVAL, batch_size=4, num_workers=2)
+    batches = list(loader)
+    assert torch.cat([b["pixels"][:, 0, 0, 0] for b in batches]).tolist() == list(range(200, 210))
+    assert torch.cat([b["label"] for b in batches]).tolist() == [0, 1] * 5
+    with pytest.raises(TypeError, match="stream"):
+        len(splits.test)
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 7])
+@pytest.mark.parametrize(("held_out", "by_shard"), [(0, True), (10, True), (40, False)])
+def test_stream_readers_share_without_overlap(shards, readers, held_out, by_shard):
+    """By shard where there are enough of them (4), by example otherwise; never a held-out image."""
+    split = load_splits(shards, streaming=True, validation_size=held_out).train
+    assert split.by_shard == by_shard
+    orders = []
+    for epoch in (0, 1):
+        parts = []
+        for process in range(readers):
+            stream = StreamingImages(split, EVAL, seed=5, num_processes=readers, process_index=process, buffer_size=16)
+            stream.set_epoch(epoch)
+            parts.append(values(stream))
+        assert sorted(value for part in parts for value in part) == list(range(held_out, 120))
+        orders.append(parts)
+    assert orders[0] != orders[1]
+
+
+def test_stream_loader(shards):
+    split = load_splits(shards, streaming=True, validation_size=0).train
+    assert split.num_examples == 120
+    loader = train_loader(split, EVAL, batch_size=20, seed=1, num_workers=2)
+    assert len(loader) == 6
+    epochs = []
+    for epoch in (0, 1):
+        loader.dataset.set_epoch(epoch)  # persistent workers must see it
+        batches = list(loader)
+        assert len(batches) == 6
+        pixels = torch.cat([b["pixels"][:, 0, 0, 0] for b in batches]).tolist()
+        assert sorted(pixels) == list(range(120))
+        indices = torch.cat([b["index"] for b in batches])
+        assert len(indices.unique()) == 120
+        epochs.append(pixels)
+    assert epochs[0] != epochs[1]
+
+
+def test_stream_processes_take_equally_many_steps(shards):
+    split = load_splits(shards, streaming=True, validation_size=0).train
+    counts = [
+        len(list(train_loader(split, EVAL, batch_size=8, seed=1, num_workers=0, num_processes=3, process_index=p)))
+        for p in range(3)
+    ]
+    assert counts == [5, 5, 5]
+    split.num_examples = None
+    with pytest.raises(DataError, match="length of the stream"):
+        train_loader(split, EVAL, batch_size=8, seed=1, num_workers=0, num_processes=3)
+
+
+def test_stream_limit(shards):
+    splits = load_splits(shards, streaming=True, validation_size=0, limit_train=12, limit_eval=5)
+    first, second = (StreamingImages(splits.train, EVAL, seed=s) for s in (0, 1))
+    second.set_epoch(3)
+    assert sorted(values(first)) == sorted(values(second))
+    assert len(set(values(first))) == splits.train.num_examples == 12
+    assert len(values(StreamingImages(splits.test, EVAL, shuffle=False))) == 5
+    assert any("not balanced" in note for note in splits.notes)
+
+
+def test_stream_label_out_of_range(cache, tmp_path):
+    data = rows(20) | {"y": [0, 1] * 9 + [0, None]}
+    split = load_splits(parquet(tmp_path / "d", train=data, test=rows(4)), streaming=True, validation_size=0).train
+    with pytest.raises(DataError, match="image 19: label None"):
+        list(StreamingImages(split, EVAL, shuffle=False))
+
+
+def test_stream_needs_class_names(cache, tmp_path):
+    features = Features({"image": ImageFeature(), "label": Value("int64")})
+    data = {"image": rows(20)["img"], "label": [0, 1] * 10}
+    with pytest.raises(DataError, match="Leave out --streaming"):
+        load_splits(parquet(tmp_path / "d", features, train=data), streaming=True)
