@@ -1,0 +1,144 @@
+"""Clean and robust accuracy: counts over a loader, on any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from arrest_hub.attacks import frozen_eval, pgd
+from arrest_hub.checkpoint import derive_seed
+from arrest_hub.data import to_pixels
+from arrest_hub.progress import progress_bar
+from arrest_hub.results import Result
+
+
+class Counts(NamedTuple):
+    """How many of ``n`` images were classified correctly, clean and under attack, and how long each took (seconds)."""
+
+    n: int
+    clean: int
+    robust: int
+    clean_seconds: float
+    robust_seconds: float
+
+
+class PgdSettings(NamedTuple):
+    """PGD for an evaluation: radius and step length on pixels in [0, 1]."""
+
+    norm: str
+    eps: float
+    step_size: float
+    steps: int
+
+
+def count_correct(
+    model: nn.Module,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    settings: PgdSettings | None,
+    *,
+    seed: int,
+    description: str,
+    total: int | None,
+) -> Counts:
+    """Count correct predictions, clean and (given ``settings``) under PGD from one random start.
+
+    ``model`` maps pixels in [0, 1] to `BackboneOutput`; ``loader`` must be prepared by ``accelerator`` and yields
+    "pixels" (uint8), "label" and "index". An image that is wrong when clean counts as wrong under attack, since the
+    clean image is inside the ball; it is not attacked. The random start depends on the seed and on the images of a
+    batch alone, so that the figure does not depend on the number of processes.
+    """
+    generator = torch.Generator(device=accelerator.device)
+    n = clean = robust = 0
+    clean_seconds = robust_seconds = 0.0
+    with frozen_eval(model), progress_bar(total, 0, description, accelerator, leave=False) as bar:
+        for batch in loader:
+            pixels, labels = to_pixels(batch["pixels"]), batch["label"]
+            started = time.perf_counter()
+            with torch.no_grad(), accelerator.autocast():
+                clean_correct = model(pixels).logits.argmax(dim=1) == labels
+            robust_correct = torch.zeros_like(clean_correct)
+            attacked = clean_correct.nonzero().squeeze(1)  # waits for the device, so the times below are true
+            clean_seconds += time.perf_counter() - started
+            started = time.perf_counter()
+            if settings is not None and len(attacked):
+                generator.manual_seed(derive_seed(seed, "evaluate", int(batch["index"][0])))
+                with accelerator.autocast():
+                    adversarial = pgd(
+                        lambda x: model(x).logits,
+                        pixels[attacked],
+                        labels[attacked],
+                        norm=settings.norm,
+                        eps=settings.eps,
+                        step_size=settings.step_size,
+                        steps=settings.steps,
+                        generator=generator,
+                    ).adversarial
+                    with torch.no_grad():
+                        robust_correct[attacked] = model(adversarial).logits.argmax(dim=1) == labels[attacked]
+            gathered_clean, gathered_robust = accelerator.gather_for_metrics((clean_correct, robust_correct))
+            n += len(gathered_clean)
+            clean += int(gathered_clean.sum())
+            robust += int(gathered_robust.sum())
+            robust_seconds += time.perf_counter() - started
+            bar.update(len(gathered_clean))
+            shown = {"clean": clean} if settings is None else {"clean": clean, "robust": robust}
+            bar.set_postfix({name: f"{100 * count / n:.1f} %" for name, count in shown.items()})
+    return Counts(n, clean, robust, clean_seconds, robust_seconds)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 without TF32: the precision of every figure that is reported."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def to_results(counts: Counts, settings: PgdSettings, *, eps: str, dataset: str, split: str, seed: int) -> list[Result]:
+    """Counts as the two entries of `results.json`: clean accuracy and accuracy under PGD."""
+    row = partial(Result, n=counts.n, dataset=dataset, split=split, seed=seed)
+    return [
+        row("clean_accuracy", None, None, None, counts.clean, seconds=counts.clean_seconds),
+        row(
+            "robust_accuracy",
+            f"pgd-{settings.steps}",
+            settings.norm,
+            eps,
+            counts.robust,
+            seconds=counts.robust_seconds,
+            attack_parameters={
+                "steps": settings.steps,
+                "step_size": settings.step_size,
+                "restarts": 1,
+                "start": "uniform",
+                "loss": "cross-entropy",
+            },
+        ),
+    ]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    names = ("arrest-hub", "torch", "torchvision", "timm", "accelerate", "datasets", "huggingface-hub")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def hardware_name(accelerator: Accelerator) -> str:
+    """``2 x NVIDIA H200`` or ``1 x CPU (x86_64, 2 threads)``."""
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
+    return f"{accelerator.num_processes} x CPU ({platform.machine()}, {torch.get_num_threads()} threads)"

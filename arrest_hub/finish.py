@@ -1,0 +1,132 @@
+"""The end of a run: export the chosen weights, reload them as a stranger would, measure, write results and card."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from accelerate import Accelerator
+
+from arrest_hub.backbones import Backbone, load_backbone
+from arrest_hub.checkpoint import Progress
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.data import Splits, eval_loader
+from arrest_hub.evaluate import PgdSettings, count_correct, full_precision, hardware_name, library_versions, to_results
+from arrest_hub.export import write_model_folder
+from arrest_hub.model_card import CardFacts, render_card
+from arrest_hub.prepare import RunPaths, new_accelerator
+from arrest_hub.results import EvalReport, Result, results_table
+from arrest_hub.transforms import eval_transform
+
+# not part of what was trained: the reader's machine, not the writer's
+NOT_EXPORTED = ("output_dir", "resume", "overwrite", "num_workers", "log_with")
+
+
+@dataclass
+class RunDir:
+    """A finished run: its folder, the folder to publish, and the final figures."""
+
+    path: Path
+    export: Path
+    report: EvalReport
+
+
+def finish_run(
+    config: FinetuneConfig,
+    paths: RunPaths,
+    accelerator: Accelerator,
+    splits: Splits,
+    student: Backbone,
+    *,
+    progress: Progress,
+    num_workers: int,
+    teacher_id: str | None,
+) -> RunDir:
+    """Write `checkpoints/last` and `export/`, evaluate both networks from their folders, print the table.
+
+    ``student`` holds the last weights; the best ones are in `checkpoints/best` if there were validation images.
+    ``teacher_id`` is what `load_backbone` takes for the network before robust finetuning, None if there is none.
+    """
+    best = paths.checkpoints / "best"
+    use_best = config.export_weights == "best" and progress.best_step is not None
+    if accelerator.is_main_process:
+        write_model_folder(student, paths.checkpoints / "last")
+        _copy_whole(best if use_best else paths.checkpoints / "last", paths.export)
+    accelerator.wait_for_everyone()
+    chosen = f"best validation score, step {progress.best_step}" if use_best else f"last, step {progress.step}"
+    accelerator.print(f"\nexported {paths.export} ({chosen})")
+    for tracker in accelerator.trackers:  # Accelerate's own end_training would also part the processes
+        tracker.finish()
+    accelerator.free_memory()
+
+    accelerator = new_accelerator(mixed_precision="no")
+    report = measure_export(config, paths, accelerator, splits, num_workers=num_workers, teacher_id=teacher_id)
+    if accelerator.is_main_process:
+        (paths.export / "results.json").write_text(report.to_json(), encoding="utf-8")
+        values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_EXPORTED}
+        (paths.export / "training_config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        source = student.source
+        facts = CardFacts.from_folder(
+            paths.export, architecture=source.architecture, library=source.library, steps=progress.step
+        )
+        (paths.export / "README.md").write_text(render_card(facts), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    accelerator.print("\n" + results_table(report, "teacher (standard)", f"student ({config.method})"))
+    first = report.results[0]
+    accelerator.print(f"{first.n:,} images of {first.dataset} [{first.split}], fp32, 95 % intervals in brackets")
+    accelerator.print(f"{paths.export}: model, results.json, README.md")
+    return RunDir(paths.root, paths.export, report)
+
+
+def measure_export(
+    config: FinetuneConfig,
+    paths: RunPaths,
+    accelerator: Accelerator,
+    splits: Splits,
+    *,
+    num_workers: int,
+    teacher_id: str | None,
+) -> EvalReport:
+    """Clean and PGD accuracy of `export/` and of the teacher, both loaded anew, on the test split in fp32."""
+    settings = PgdSettings(config.norm, config.eps_value, config.eps_value / 4, config.eval_attack_steps)
+
+    def measure(model: Backbone, name: str) -> list[Result]:
+        loader = eval_loader(
+            splits.test, eval_transform(model.preprocessing), batch_size=config.batch_size, num_workers=num_workers
+        )
+        with full_precision():
+            counts = count_correct(
+                model.to(accelerator.device), accelerator.prepare(loader), accelerator, settings, seed=config.seed,
+                description=f"test, {name}", total=splits.test.num_examples,
+            )  # fmt: skip
+        return to_results(
+            counts, settings, eps=config.eps, dataset=splits.dataset_id, split=splits.test.name, seed=config.seed
+        )
+
+    student = load_backbone(str(paths.export))
+    report = EvalReport(
+        results=measure(student, "student"),
+        preprocessing=dataclasses.asdict(student.preprocessing),
+        versions=library_versions(),
+        hardware=hardware_name(accelerator),
+    )
+    if teacher_id is not None:
+        own = Path(teacher_id) == paths.teacher
+        teacher = load_backbone(
+            teacher_id, image_size=None if own else config.image_size, allow_pickle=config.allow_pickle
+        )
+        report.teacher_results = measure(teacher, "teacher")
+    return report
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Replace ``target`` by a copy of ``source``, complete before it takes the name."""
+    temporary = target.with_name(f"{target.name}.{time.time_ns()}.tmp")
+    shutil.copytree(source, temporary)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)

@@ -1,0 +1,287 @@
+"""Everything that is checked and built before the first step: precision, output folder, data, label space, student.
+
+Bad input ends here, with one clear error, before anything is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+
+from arrest_hub.backbones import Backbone, load_backbone
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.data import ImageSplit, Splits, load_splits
+from arrest_hub.errors import ConfigError
+from arrest_hub.labels import match_labels
+
+
+@dataclass
+class RunPaths:
+    """The folders of a run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def teacher(self) -> Path:
+        """Where the network that the clean phase trained is kept; absent if there was no such phase."""
+        return self.root / "teacher"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+
+def make_accelerator(config: FinetuneConfig, paths: RunPaths) -> Accelerator:
+    """The Accelerator of a run.
+
+    Raises:
+        ConfigError: the precision does not exist on this hardware, or the tracker is not installed.
+    """
+    problems = []
+    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+    if config.mixed_precision == "fp16" and not cuda:
+        problems.append("--mixed-precision fp16 needs a GPU and this machine offers none: give no or bf16.")
+    if config.mixed_precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        problems.append("--mixed-precision bf16: this GPU has no bfloat16 arithmetic. Give fp16 or no.")
+    if config.log_with:
+        from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
+
+        available = {
+            "tensorboard": is_tensorboard_available,
+            "wandb": is_wandb_available,
+            "trackio": is_trackio_available,
+        }
+        if not available[config.log_with]():
+            problems.append(f"--log-with {config.log_with} is not installed: pip install {config.log_with}")
+    if problems:
+        raise ConfigError(problems)
+    return new_accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.grad_accum_steps,
+        log_with=config.log_with,
+        project_dir=str(paths.root),
+    )
+
+
+def new_accelerator(**options: Any) -> Accelerator:
+    """An Accelerator with these options, also where the process had one with others before.
+
+    Raises:
+        ConfigError: several processes were launched and do not find each other: each would run alone.
+    """
+    AcceleratorState._reset_state()
+    # Accelerate joins CPU processes to one run only if it is told that they are to use the CPU
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **options)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"{launched} processes were launched (WORLD_SIZE) and Accelerate joined {accelerator.num_processes}: "
+            "start them with torchrun or `accelerate launch`."
+        )
+    return accelerator
+
+
+def launcher_warning(accelerator: Accelerator) -> str | None:
+    """A sentence for the case that `accelerate launch` was asked for several processes and started one.
+
+    It does so on a CPU without MPI: it sets the address of a main process, and no rank.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if accelerator.num_processes > 1 or not launched or "RANK" in os.environ:
+        return None
+    return (
+        "warning: `accelerate launch` was asked for several processes and started ONE, as it does on a CPU without "
+        "MPI. For several CPU processes: torchrun --nproc_per_node N -m arrest_hub finetune ..."
+    )
+
+
+def check_output_dir(config: FinetuneConfig, paths: RunPaths) -> None:
+    """Refuse an output folder that holds something, unless it is to be resumed or overwritten. Changes nothing.
+
+    Raises:
+        ConfigError: says `--resume` or `--overwrite`; a folder that is no run is never overwritten.
+    """
+    root = paths.root
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"--output-dir {root} is a file: give a folder.")
+    if not root.is_dir() or not any(root.iterdir()):
+        return
+    if not paths.config.is_file():
+        raise ConfigError(
+            f"--output-dir {root} is not empty and is not a run (it has no config.yaml): give another folder. "
+            "Nothing in it is touched, not even with --overwrite."
+        )
+    if not config.resume and not config.overwrite:
+        raise ConfigError(
+            f"--output-dir {root} already holds a run. Continue it with --resume, replace it with --overwrite, "
+            "or give another --output-dir."
+        )
+
+
+def start_run_folder(config: FinetuneConfig, paths: RunPaths, accelerator: Accelerator) -> None:
+    """Create the run folder and write config.yaml, deleting an earlier run if `--overwrite` was given."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if config.overwrite and paths.root.is_dir():
+            shutil.rmtree(paths.root)
+        paths.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not (config.resume and paths.config.is_file()):
+            paths.config.write_text(config.to_yaml(), encoding="utf-8")
+    accelerator.wait_for_everyone()
+
+
+def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:
+    """Load the splits, the main process first so that a download happens once.
+
+    Raises:
+        DataError, HubError: see `data.load_splits`. ConfigError: batch larger than the training split.
+    """
+    with accelerator.main_process_first():
+        splits = load_splits(
+            config.dataset,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            train_split=config.train_split,
+            eval_split=config.eval_split,
+            validation_size=config.validation_size,
+            limit_train=config.limit_train,
+            limit_eval=config.limit_eval,
+            seed=config.seed,
+            streaming=config.streaming,
+        )
+    size, batch = splits.train.num_examples, config.batch_size * accelerator.num_processes
+    if size is not None and batch > size:
+        each = f" on each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+        raise ConfigError(
+            f"--batch-size {config.batch_size}{each} is larger than the training split of {size} images: "
+            f"give at most {size // accelerator.num_processes}."
+        )
+    if size is None and config.max_steps is None:
+        raise ConfigError("--streaming: the number of training images is not known, so give --max-steps.")
+    if size is None and config.standard_epochs:
+        raise ConfigError(
+            "--streaming: the number of training images is not known, so --standard-epochs has no length."
+        )
+    return splits
+
+
+def prepare_student(config: FinetuneConfig, splits: Splits, accelerator: Accelerator) -> tuple[Backbone, str]:
+    """The pretrained network with a head that fits the dataset, and a sentence about its label space.
+
+    A head that does not fit is replaced only if `--standard-epochs` will train it. Sets the splits' label maps.
+
+    Raises:
+        BackboneError, HubError: see `backbones.load_backbone`. ConfigError: the label spaces differ, or a random
+            initialisation would be taken for a standardly pretrained network.
+    """
+    set_seed(config.seed)
+    with accelerator.main_process_first():
+        backbone = load_backbone(
+            config.model,
+            image_size=config.image_size,
+            model_args=config.model_args or None,
+            allow_pickle=config.allow_pickle,
+        )
+    names: list[str] | int = splits.class_names or splits.num_classes
+    random_start = not backbone.source.pretrained
+    if random_start:
+        if not config.standard_epochs and (config.needs_teacher or config.init == "pretrained"):
+            raise ConfigError(
+                f"--model {config.model} is an architecture without weights, so there is no standardly pretrained "
+                "network to start from: add --standard-epochs N to train one first, or name a pretrained model. "
+                "(--method at and trades also run from --init random.)"
+            )
+        backbone.reset_head(names)
+        return backbone, f"head: new, {backbone.num_classes} classes"
+    try:
+        match = match_labels(
+            splits.class_names, splits.num_classes, backbone.label_names, backbone.num_classes, mode=config.label_match
+        )
+    except ConfigError:
+        if not config.standard_epochs:
+            raise
+        old = backbone.num_classes
+        backbone.reset_head(names)
+        return (
+            backbone,
+            f"head: new, {backbone.num_classes} classes (the model's own had {old}, of other names or number)",
+        )
+    if match.order is not None:
+        for split in distinct_splits(splits):
+            split.label_map = match.order
+    if backbone.label_names is None and splits.class_names is not None:
+        backbone.label_names = list(splits.class_names)
+    return backbone, f"head: kept, {backbone.num_classes} classes" + (f"; {match.note}" if match.note else "")
+
+
+def distinct_splits(splits: Splits) -> list[ImageSplit]:
+    """Train, validation (if any) and test."""
+    return [split for split in (splits.train, splits.validation, splits.test) if split is not None]
+
+
+def describe_run(
+    config: FinetuneConfig,
+    paths: RunPaths,
+    accelerator: Accelerator,
+    splits: Splits,
+    backbone: Backbone,
+    head_note: str,
+    passes: dict[str, int],
+) -> list[str]:
+    """What is about to happen, a line a subject."""
+    source, size = backbone.source, backbone.preprocessing.size
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    revision = f" @ {source.revision[:12]}" if source.revision else ""
+    weights = "pretrained" if source.pretrained else "random initialisation"
+    if not config.needs_teacher:
+        teacher = f"none used by {config.method}" if config.method != "arrest" else "none used (RGKD and NR are off)"
+    elif config.standard_epochs:
+        teacher = f"this network after {config.standard_epochs} epochs of clean training, frozen"
+    else:
+        teacher = "the same pretrained weights, frozen"
+    counts = [f"{split.num_examples:,} {role}" if split.num_examples is not None else f"unknown number of {role}"
+              for role, split in (("training", splits.train), ("validation", splits.validation), ("test", splits.test))
+              if split is not None]  # fmt: skip
+    method = config.method
+    if method == "arrest":
+        tau = "off" if config.replay_threshold is None else f"{config.replay_threshold:g}"
+        method += f", lambda {config.rgkd_weight:g}, replay threshold {tau}"
+    elif method == "trades":
+        method += f", beta {config.trades_beta:g}"
+    length = f"{config.max_steps:,} steps" if config.max_steps else f"{config.epochs} epochs"
+    total = config.batch_size * accelerator.num_processes * config.grad_accum_steps
+    return [
+        f"model       {source.model_id}{revision} ({source.library} {source.architecture}, {parameters / 1e6:.2f} M "
+        f"parameters, {size[0]}x{size[1]} px, {weights})",
+        f"            {head_note}",
+        f"teacher     {teacher}",
+        f"data        {splits.dataset_id}: {', '.join(counts)} images, {splits.num_classes} classes",
+        *[f"            {note}" for note in splits.notes],
+        f"threat      {config.norm}, eps {config.eps}; PGD-{config.attack_steps}, step {config.step_size_value:.5f}",
+        f"method      {method}; student's initialisation: {config.init}",
+        f"passes      per image and step: {', '.join(f'{count} {name}' for name, count in passes.items())}",
+        f"training    {length}, batch {config.batch_size} x {accelerator.num_processes} processes x "
+        f"{config.grad_accum_steps} accumulated = {total}, {config.optimizer}, lr {config.lr:g}, "
+        f"precision {config.mixed_precision}, {accelerator.device.type}",
+        f"output      {paths.root}",
+    ]

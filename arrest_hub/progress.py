@@ -1,0 +1,106 @@
+"""What a run says while it works: averages over logging intervals, log.jsonl, the progress bar, trackers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+QUANTILES = {"drift": (0.5, 0.9)}
+COUNTS = ("zero_gradients",)
+# per-sample parts of an objective -> the names they are logged under
+LOG_NAMES = {
+    "adversarial_correct": "adversarial_accuracy",
+    "clean_correct": "clean_accuracy",
+    "replayed": "replay_rate",
+}
+
+
+class Meter:
+    """Collects per-sample values ([B] tensors, left on their device) and reduces them over all processes."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Tensor]] = {}
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Take the parts of one batch; nothing is synchronised here."""
+        for name, value in parts.items():
+            self.values.setdefault(name, []).append(value.detach().float().reshape(-1))
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means (sums for counts, plus quantiles where asked) over every sample since the last call, all processes.
+
+        Every process must call it with the same names.
+        """
+        result: dict[str, float] = {}
+        for name in sorted(self.values):
+            values = torch.cat(self.values[name])
+            if name in QUANTILES:
+                gathered = accelerator.gather(values)
+                for quantile in QUANTILES[name]:
+                    result[f"{name}_p{100 * quantile:.0f}"] = float(torch.quantile(gathered, quantile))
+                result[f"{name}_max"] = float(gathered.max())
+            total = accelerator.reduce(torch.stack([values.sum(), values.new_tensor(float(len(values)))]), "sum")
+            if name in COUNTS:
+                result[name] = float(total[0])
+            else:
+                result[LOG_NAMES.get(name, name)] = float(total[0] / total[1])
+        self.values.clear()
+        return result
+
+
+class Log:
+    """`log.jsonl`, a line per logging step, written by the main process; trackers get the same numbers."""
+
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self.path = path
+        self.accelerator = accelerator
+
+    def rewind(self, phase: str, step: int) -> None:
+        """Drop the lines of steps after the checkpoint that a resumed run goes on from."""
+        if not self.accelerator.is_main_process or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a line cut short by the interruption
+            later_phase = phase == "standard" and entry["phase"] == "robust"
+            if later_phase or (entry["phase"] == phase and entry["step"] > step):
+                continue
+            kept.append(line)
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, entry: dict[str, Any], tracker_step: int) -> None:
+        """Append one line; numbers also go to the tracker, under ``<phase>/<name>``, whose steps never go back."""
+        if not self.accelerator.is_main_process:
+            return
+        rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in entry.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(rounded) + "\n")
+        numbers = {f"{entry['phase']}/{k}": v for k, v in entry.items() if isinstance(v, (int, float)) and k != "step"}
+        self.accelerator.log(numbers, step=tracker_step)
+
+
+def progress_bar(
+    total: int | None, initial: int, description: str, accelerator: Accelerator, *, leave: bool = True
+) -> tqdm:
+    """Images done, images/s and time left, on the main process only."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=" images",
+        disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+        # a log file gets a line now and then instead of a screenful
+        mininterval=0.2 if sys.stderr.isatty() else 15.0,
+        leave=leave,
+    )

@@ -1,0 +1,64 @@
+"""Imports point down only: the plan of the house, held by a test."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "arrest_hub"
+LEVELS = [
+    {"errors", "config", "recipe_files"},
+    {"transforms", "images", "columns", "subsets", "sources", "splits", "labels", "data", "architectures",
+     "model_source", "image_processor", "heads", "backbones", "attacks", "results", "progress"},
+    {"arrest", "baselines", "checkpoint", "export", "model_card"},
+    {"evaluate", "prepare", "finish", "train"},
+    {"cli", "__main__"},
+]  # fmt: skip
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+MATHS = ("attacks", "arrest", "baselines")
+NO_TORCH = ("errors", "config", "recipe_files", "results", "cli", "model_card", "__main__")
+
+
+def imports(name, late=False):
+    """Modules imported when the file is, or (late) anywhere in it."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    nodes = ast.walk(tree) if late else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def modules():
+    return sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def test_every_module_has_its_place():
+    assert set(modules()) == set(LEVEL)
+
+
+def own_imports(name):
+    found = {module.split(".")[1] for module in imports(name, late=True) if module.startswith("arrest_hub.")}
+    return found - {"recipes", "model_cards"}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_point_down(name):
+    assert not [other for other in own_imports(name) if LEVEL[other] > LEVEL[name]]
+
+
+def test_no_cycles():
+    TopologicalSorter({name: own_imports(name) for name in modules()}).prepare()
+
+
+@pytest.mark.parametrize("name", MATHS)
+def test_maths_knows_no_config(name):
+    assert not any(module.startswith("arrest_hub.config") for module in imports(name, late=True))
+
+
+@pytest.mark.parametrize("name", NO_TORCH)
+def test_no_torch_at_import(name):
+    heavy = {"torch", "torchvision", "timm", "datasets", "accelerate", "transformers"}
+    assert not heavy & {module.split(".")[0] for module in imports(name)}

@@ -1,0 +1,353 @@
+"""Whole runs, small enough for a second or two each."""
+
+import json
+import math
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import NAMES, tiny_config, write_images, write_model
+
+import arrest_hub.train as train
+from arrest_hub.backbones import load_backbone
+from arrest_hub.config import load_config
+from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError
+from arrest_hub.results import read_results
+from arrest_hub.train import finetune
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def log_lines(run, drop=("images_per_second",)):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in drop} for line in lines]
+
+
+def weights(run):
+    return load_file(run / "export" / "model.safetensors")
+
+
+def same_weights(first, second):
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+EXPORT = {"README.md", "config.json", "model.safetensors", "results.json", "training_config.yaml"}
+STATE = {"model.safetensors", "optimizer.bin", "progress.json", "random_states_0.pkl"}
+
+
+def test_a_run_from_a_model_folder_end_to_end(tmp_path, capsys):
+    config = tiny_config(tmp_path)
+    run = finetune(config)
+    # 48 training images, 12 held out: 4 steps an epoch
+    assert files(tmp_path / "run") == (
+        {"config.yaml", "log.jsonl"}
+        | {f"export/{name}" for name in EXPORT}
+        | {f"checkpoints/step-000008/{name}" for name in STATE}
+        | {f"checkpoints/{kind}/{name}" for kind in ("best", "last") for name in ("config.json", "model.safetensors")}
+    )
+    report = read_results(run.export / "results.json")
+    assert report.to_json() == run.report.to_json()
+    assert [(row.metric, row.attack, row.n) for row in report.results] == [
+        ("clean_accuracy", None, 48),
+        ("robust_accuracy", "pgd-3", 48),
+    ]
+    assert report.results[1].eps == "8/255"
+    assert len(report.teacher_results) == 2
+    assert load_config(tmp_path / "run" / "config.yaml").output_dir == str(tmp_path / "run")
+
+    lines = log_lines(tmp_path / "run")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [2, 4, 6, 8]
+    assert {
+        "phase", "step", "epoch", "loss", "cross_entropy", "distance", "drift", "drift_p50", "drift_p90", "drift_max",
+        "replay_rate", "clean_accuracy", "adversarial_accuracy", "zero_gradients", "lr",
+    } == set(steps[0])  # fmt: skip
+    assert all(math.isfinite(value) for line in steps for value in line.values() if isinstance(value, float))
+    assert [line["step"] for line in lines if "validation_harmonic_mean" in line] == [4, 8]
+
+    out = capsys.readouterr().out
+    for part in ("model ", "teacher ", "36 training", "12 validation", "48 test", "eps 8/255", "2 attack", "output"):
+        assert part in out
+    assert "student (arrest)" in out
+
+    # the export is what plain timm loads, with the same logits
+    plain = timm.create_model(f"local-dir:{run.export}", pretrained=True).eval()
+    backbone = load_backbone(str(run.export))
+    pixels = torch.rand(4, 3, 8, 8)
+    data = timm.data.resolve_model_data_config(plain)
+    mean, std = (torch.tensor(data[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        assert torch.allclose(plain((pixels - mean) / std), backbone(pixels).logits, atol=1e-5)
+    assert backbone.label_names == NAMES
+    card = (run.export / "README.md").read_text()
+    assert "8/255" in card
+    assert f"{100 * report.results[0].value:.1f} %" in card
+    assert str(tmp_path) not in (run.export / "config.json").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "timm"
+
+
+def test_training_changes_the_weights_and_lowers_the_loss(tmp_path):
+    config = tiny_config(tmp_path, epochs=6, lr=0.1, export_weights="last", rgkd_weight=1.0)
+    finetune(config)
+    losses = [line["loss"] for line in log_lines(tmp_path / "run") if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    after = weights(tmp_path / "run")
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("conv1.weight"))
+
+
+def test_a_run_repeats_bit_for_bit(tmp_path):
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "a")))
+    torch.rand(7)  # what else the process draws plays no part
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "b")))
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b")
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "c"), seed=1))
+    assert not same_weights(tmp_path / "a", tmp_path / "c")
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(monkeypatch, phase, step):
+    """The run dies when it has trained ``step`` steps of ``phase``, before anything is written for that step."""
+    plain = train._log
+
+    def log(run, now, progress, values, bar):
+        if (now, progress.step) == (phase, step):
+            raise Killed
+        plain(run, now, progress, values, bar)
+
+    monkeypatch.setattr(train, "_log", log)
+    return lambda: monkeypatch.setattr(train, "_log", plain)
+
+
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        (7, {"checkpoint_every": 3}),  # goes on from step 6, in the middle of the second epoch
+        (6, {}),  # goes on from the end of the first epoch
+        (7, {"checkpoint_every": 2, "ema_decay": 0.9, "grad_accum_steps": 2, "epochs": 5, "optimizer": "adamw"}),
+        (2, {"checkpoint_every": 3}),  # no checkpoint yet: starts again
+    ],
+)
+def test_resume_equals_uninterrupted(tmp_path, monkeypatch, step, changes):
+    changes = {"log_every": 1} | changes
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "whole"), **changes))
+    revive = kill_at(monkeypatch, "robust", step)
+    with pytest.raises(Killed):
+        finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "cut"), **changes))
+    revive()
+    torch.manual_seed(99)
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "cut"), resume=True, **changes))
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert files(tmp_path / "whole") == files(tmp_path / "cut")
+    assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "cut")
+    first, second = (read_results(tmp_path / name / "export" / "results.json") for name in ("whole", "cut"))
+    assert [row.correct for row in first.results] == [row.correct for row in second.results]
+
+
+SCRATCH = {"model": "resnet18_cifar", "model_args": {"channels": [4, 4, 8, 8]}, "image_size": 8, "standard_epochs": 2}
+
+
+def test_standard_phase_makes_the_teacher_and_resumes(tmp_path, monkeypatch):
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "whole"), log_every=1, **SCRATCH))
+    assert {"teacher/config.json", "teacher/model.safetensors"} <= files(tmp_path / "whole")
+    phases = [line["phase"] for line in log_lines(tmp_path / "whole")]
+    assert phases == sorted(phases, reverse=True), "standard, then robust"
+    for phase, step in (("standard", 6), ("robust", 6)):
+        revive = kill_at(monkeypatch, phase, step)
+        output = tmp_path / f"cut-{phase}"
+        with pytest.raises(Killed):
+            finetune(tiny_config(tmp_path, output_dir=str(output), log_every=1, **SCRATCH))
+        assert (output / "teacher").exists() == (phase == "robust")
+        revive()
+        finetune(tiny_config(tmp_path, output_dir=str(output), log_every=1, resume=True, **SCRATCH))
+        assert same_weights(tmp_path / "whole", output)
+        assert log_lines(tmp_path / "whole") == log_lines(output)
+
+
+def test_new_head_for_other_classes(tmp_path):
+    model = write_model(tmp_path / "five", ["a", "b", "c", "d", "e"])
+    with pytest.raises(ConfigError, match="standard-epochs"):
+        finetune(tiny_config(tmp_path, model=str(model)))
+    assert not (tmp_path / "run").exists()
+    run = finetune(tiny_config(tmp_path, model=str(model), standard_epochs=1))
+    exported = load_backbone(str(run.export))
+    assert exported.num_classes == 3
+    assert exported.label_names == NAMES
+
+
+def test_permuted_classes_are_reported_and_remapped(tmp_path):
+    order = ["light", "dark", "middle"]
+    write_model(tmp_path / "model", NAMES)
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "straight"), lr=1e-9))
+    permuted = write_model(tmp_path / "permuted", order)
+    # the same network with its output rows in the other order
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    rows = [NAMES.index(name) for name in order]
+    from safetensors.torch import save_file
+
+    state["fc.weight"], state["fc.bias"] = state["fc.weight"][rows].clone(), state["fc.bias"][rows].clone()
+    save_file(state, permuted / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="label-match name"):
+        finetune(tiny_config(tmp_path, model=str(permuted)))
+    finetune(
+        tiny_config(tmp_path, model=str(permuted), label_match="name", lr=1e-9, output_dir=str(tmp_path / "remapped"))
+    )
+    first, second = (read_results(tmp_path / name / "export" / "results.json") for name in ("straight", "remapped"))
+    assert first.teacher_results[0].correct == second.teacher_results[0].correct
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "at"},
+        {"method": "trades", "norm": "l2", "eps": "0.5"},
+        {"method": "at", "init": "random"},
+        {"method": "arrest", "init": "random"},
+        {"rgkd_weight": 0.0, "replay_threshold": None},
+        {"replay_threshold": None, "mixed_precision": "bf16", "clip_grad": 1.0},
+        {"method": "at", "init": "random"} | {k: v for k, v in SCRATCH.items() if k != "standard_epochs"},
+        {"validation_size": 0, "warmup_epochs": 0.5, "scheduler": "multistep"},
+        {"streaming": True, "max_steps": 5},
+        {"num_workers": 1, "limit_train": 30, "limit_eval": 9},
+        {"log_with": "tensorboard"},
+    ],
+    ids=lambda changes: "-".join(f"{key}={value}" for key, value in changes.items() if key not in SCRATCH),
+)
+def test_variants_run(tmp_path, changes):
+    run = finetune(tiny_config(tmp_path, **changes))
+    lines = [line for line in log_lines(tmp_path / "run") if "loss" in line]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert run.report.results[0].n == min(48, changes.get("limit_eval", 48))
+    scratch = "model" in changes
+    assert bool(run.report.teacher_results) != scratch
+    if changes.get("replay_threshold", 0) is None:
+        assert "replay_rate" not in lines[0]
+    if changes.get("validation_size") == 0:
+        assert not (tmp_path / "run" / "checkpoints" / "best").exists()
+    if "log_with" in changes:
+        assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_random_initialisation_starts_elsewhere(tmp_path):
+    finetune(tiny_config(tmp_path, init="random", lr=1e-9, export_weights="last"))
+    before, after = load_file(tmp_path / "model" / "model.safetensors"), weights(tmp_path / "run")
+    assert not torch.allclose(before["conv1.weight"], after["conv1.weight"], atol=1e-3)
+
+
+def test_a_transformers_model(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTForImageClassification(
+        ViTConfig(
+            image_size=8,
+            patch_size=4,
+            id2label=dict(enumerate(NAMES)),
+            label2id={n: i for i, n in enumerate(NAMES)},
+            **sizes,
+        )
+    )
+    model.save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    run = finetune(tiny_config(tmp_path, model=str(tmp_path / "vit"), epochs=1))
+    assert files(run.export) == EXPORT | {"preprocessor_config.json"}
+    plain = ViTForImageClassification.from_pretrained(run.export).eval()
+    pixels = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(
+            plain((pixels - 0.5) / 0.5).logits, load_backbone(str(run.export))(pixels).logits, atol=1e-5
+        )
+
+
+def test_best_weights_are_exported(tmp_path, monkeypatch):
+    scores = iter([0.9, 0.1, 0.3])
+    plain = train.count_correct
+
+    def scored(*args, **kwargs):
+        counts = plain(*args, **kwargs)
+        return counts._replace(clean=10, n=10, robust=int(10 * next(scores)))
+
+    monkeypatch.setattr(train, "count_correct", scored)
+    finetune(tiny_config(tmp_path, epochs=3, lr=0.1))
+    best = load_file(tmp_path / "run" / "checkpoints" / "best" / "model.safetensors")
+    last = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
+    exported = weights(tmp_path / "run")
+    assert torch.equal(exported["conv1.weight"], best["conv1.weight"])
+    assert not torch.equal(exported["conv1.weight"], last["conv1.weight"])
+
+
+def test_output_folder_is_never_overwritten_unasked(tmp_path):
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="not a run"):
+            finetune(tiny_config(tmp_path, output_dir=str(stranger), overwrite=overwrite))
+    assert files(stranger) == {"thesis.tex"}
+    finetune(tiny_config(tmp_path, epochs=1))
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    with pytest.raises(ConfigError, match="--resume"):
+        finetune(tiny_config(tmp_path, epochs=1))
+    with pytest.raises(BackboneError):
+        finetune(tiny_config(tmp_path, epochs=1, overwrite=True, model=str(tmp_path / "nowhere")))
+    assert (tmp_path / "run" / "log.jsonl").read_text() == before, "an old run outlives a new one that cannot start"
+    finetune(tiny_config(tmp_path, epochs=1, overwrite=True, seed=3))
+    assert load_config(tmp_path / "run" / "config.yaml").seed == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch_size": 64}, ConfigError, "64.*36"),
+        ({"mixed_precision": "fp16"}, ConfigError, "fp16"),
+        ({"optimizer": "sdg"}, ConfigError, "sgd"),
+        ({"model": "resnet18_cifr"}, BackboneError, "resnet18_cifar"),
+        ({"model": "resnet18_cifar", "image_size": 8}, ConfigError, "standard-epochs"),
+        ({"dataset": "cifar01"}, DataError, "cifar10"),
+        ({"log_with": "wandb"}, ConfigError, "pip install wandb"),
+        ({"lr": -1.0, "eps": "8", "epochs": 0}, ConfigError, "(?s)--eps.*|--lr.*--epochs"),
+    ],
+)
+def test_bad_input_writes_nothing(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        finetune(tiny_config(tmp_path, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corrupt_image_is_one_clear_error(tmp_path):
+    from datasets import Dataset, Image
+
+    write_images(tmp_path / "data")
+    path = tmp_path / "data" / "train-00000-of-00001.parquet"
+    data = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache")).cast_column("img", Image(decode=False))
+    rows = data.to_list()
+    rows[0]["img"] = {"bytes": rows[0]["img"]["bytes"][:40], "path": None}
+    Dataset.from_list(rows, features=data.features).to_parquet(str(path))
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"train.*image 0") as caught:
+            finetune(tiny_config(tmp_path, validation_size=0, num_workers=workers, overwrite=True))
+        assert "Traceback" not in str(caught.value)
+
+
+def test_a_diverging_loss_stops_the_run(tmp_path):
+    with pytest.raises(ArrestError, match="loss is"):
+        finetune(tiny_config(tmp_path, lr=1e20, epochs=4))
+
+
+def test_resuming_with_another_model_revision_is_refused(tmp_path):
+    finetune(tiny_config(tmp_path, epochs=1))
+    path = tmp_path / "run" / "checkpoints" / "step-000004" / "progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_revision": "abc"}))
+    with pytest.raises(ConfigError, match="abc"):
+        finetune(tiny_config(tmp_path, epochs=1, resume=True))
