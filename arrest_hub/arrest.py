@@ -71,7 +71,7 @@ def angular_distance(u: Tensor, v: Tensor) -> Tensor:
 
 
 class ArrestObjective:
-    """mean CE(f(x'), y) + rgkd_weight * mean D(h(x'), h_T(x)), with noise replay in place of x' beyond the threshold.
+    """mean CE(f(x'), y) + rgkd_weight * mean D(h(x'), h_T(x)), with noisy replay in place of x' beyond the threshold.
 
     Args:
         teacher: the frozen standardly pretrained network in eval mode; may be None if neither part needs it.

@@ -80,7 +80,7 @@ def project(perturbed: Tensor, pixels: Tensor, *, eps: float, norm: str) -> Tens
 def random_in_ball(pixels: Tensor, *, eps: float, norm: str, generator: torch.Generator | None = None) -> Tensor:
     """A point drawn uniformly from the eps-ball around each sample, clipped to [0, 1].
 
-    [B, C, H, W] -> the same. The noise of noise replay and the random start of PGD.
+    [B, C, H, W] -> the same. The noise of noisy replay and the random start of PGD.
     Raises ValueError for an unknown norm.
     """
     if norm == "linf":

@@ -75,8 +75,8 @@ def hub_failure(error: Exception, kind: str, repo_id: str) -> ArrestError | None
             status = link.response.status_code
             if status == 401:
                 return HubError(
-                    f"{kind} {repo_id!r}: the Hub does not accept your access token (it may have expired). Log in again "
-                    "with `hf auth login`, or correct or unset HF_TOKEN."
+                    f"{kind} {repo_id!r}: the Hub does not accept your access token (it may have expired). Log in "
+                    "again with `hf auth login`, or correct or unset HF_TOKEN."
                 )
             return HubError(
                 f"{kind} {repo_id!r} cannot be fetched: the Hub answered {status} "

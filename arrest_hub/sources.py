@@ -186,7 +186,7 @@ def _open_hub(hub_id: str, config: str | None, revision: str | None, streaming: 
     if found and found != (commit or _cached_commit(hub_id, revision or "main")):
         raise HubError(
             f"dataset {hub_id!r} cannot be fetched at revision {revision or 'main'!r}, and the newest copy on this "
-            f"machine is of another. Check the network and your access token (or unset HF_HUB_OFFLINE), or give "
+            "machine is of another. Check the network and your access token (or unset HF_HUB_OFFLINE), or give "
             f"'{hub_id}@{found}' for that copy."
         )
     sizes = {name: info.num_examples for name, info in (builder.info.splits or {}).items() if info.num_examples}
@@ -207,8 +207,8 @@ def _look_up(hub_id: str, revision: str | None) -> tuple[str | None, Exception |
     script = hub_id.split("/")[1] + ".py"
     if any(file.rfilename == script for file in info.siblings or ()):
         raise DataError(
-            f"dataset {hub_id!r} is made by a script ({script}), which is never executed. If the Hub has converted it to "
-            f"Parquet, give '{hub_id}@refs/convert/parquet'; otherwise choose another dataset."
+            f"dataset {hub_id!r} is made by a script ({script}), which is never executed. If the Hub has converted it "
+            f"to Parquet, give '{hub_id}@refs/convert/parquet'; otherwise choose another dataset."
         )
     return info.sha, None
 

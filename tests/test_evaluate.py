@@ -1,0 +1,77 @@
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import TinyClassifier
+from torch.utils.data import DataLoader
+
+from arrest_hub.attacks import frozen_eval, pgd
+from arrest_hub.checkpoint import derive_seed
+from arrest_hub.evaluate import PgdSettings, count_correct, full_precision, to_results
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"pixels": torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator), "label": i % 3, "index": i}
+        for i in range(21)
+    ]
+
+
+SETTINGS = PgdSettings("linf", 0.02, 0.01, 4)
+
+
+def count(model, images, settings, batch_size=8, seed=0):
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(DataLoader(images, batch_size))
+    return count_correct(model, loader, accelerator, settings, seed=seed, description="test", total=21)
+
+
+def test_counts_equal_a_plain_loop(images):
+    model = TinyClassifier().train()
+    counts = count(model, images, SETTINGS)
+    assert model.training, "left as it was"
+    clean = robust = 0
+    with frozen_eval(model):
+        for start in range(0, 21, 8):
+            batch = images[start : start + 8]
+            pixels = torch.stack([image["pixels"] for image in batch]).float() / 255
+            labels = torch.tensor([image["label"] for image in batch])
+            right = model(pixels).logits.argmax(1) == labels
+            clean += int(right.sum())
+            if right.any():
+                adversarial = pgd(
+                    lambda x: model(x).logits, pixels[right], labels[right], eps=0.02, step_size=0.01, steps=4,
+                    generator=torch.Generator().manual_seed(derive_seed(0, "evaluate", start)),
+                ).adversarial  # fmt: skip
+                robust += int((model(adversarial).logits.argmax(1) == labels[right]).sum())
+    assert (counts.n, counts.clean, counts.robust) == (21, clean, robust)
+    assert 0 < clean < 21
+
+
+def test_a_stronger_attack_is_not_survived_more_often(images):
+    model = TinyClassifier().eval()
+    robust = [count(model, images, PgdSettings("linf", eps, eps / 4, 10)).robust for eps in (1e-6, 0.05, 0.5)]
+    counts = count(model, images, None)
+    assert robust[0] == counts.clean
+    assert robust[0] >= robust[1] >= robust[2]
+    assert robust[2] == 0
+    assert counts.robust == 0, "no attack was asked for"
+
+
+def test_full_precision_switches_tf32_off_and_back():
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    with full_precision():
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def test_results_name_the_attack(images):
+    counts = count(TinyClassifier().eval(), images, SETTINGS)
+    clean, robust = to_results(counts, SETTINGS, eps="5/255", dataset="d", split="test", seed=3)
+    assert (clean.attack, clean.correct, clean.n) == (None, counts.clean, 21)
+    assert (robust.attack, robust.norm, robust.eps, robust.correct) == ("pgd-4", "linf", "5/255", counts.robust)
+    assert robust.attack_parameters["step_size"] == 0.01

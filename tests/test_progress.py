@@ -1,0 +1,50 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from arrest_hub.progress import Log, Meter
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def test_meter_averages_over_samples_not_batches(accelerator):
+    meter = Meter()
+    drift = [np.random.default_rng(0).random(8).astype("f4"), np.random.default_rng(1).random(4).astype("f4")]
+    for values in drift:
+        meter.add({
+            "drift": torch.from_numpy(values), "replayed": torch.from_numpy((values > 0.5).astype("f4")),
+            "zero_gradients": torch.ones(len(values)), "loss": torch.tensor(2.0, requires_grad=True),
+        })  # fmt: skip
+    together = np.concatenate(drift)
+    result = meter.reduce(accelerator)
+    assert result["drift"] == pytest.approx(together.mean(), rel=1e-6)
+    assert result["drift_p50"] == pytest.approx(np.quantile(together, 0.5), rel=1e-6)
+    assert result["drift_p90"] == pytest.approx(np.quantile(together, 0.9), rel=1e-6)
+    assert result["drift_max"] == pytest.approx(together.max())
+    assert result["replay_rate"] == pytest.approx((together > 0.5).mean())
+    assert result["zero_gradients"] == 12
+    assert result["loss"] == 2
+    assert meter.values == {}
+
+
+def test_rewind_drops_what_came_after_the_checkpoint(accelerator, tmp_path):
+    log = Log(tmp_path / "log.jsonl", accelerator)
+    for phase, step in [("standard", 2), ("standard", 4), ("robust", 2), ("robust", 4)]:
+        log.write({"phase": phase, "step": step, "epoch": 0, "loss": 1 / 3}, step)
+    with log.path.open("a") as file:
+        file.write('{"phase": "robust", "st')  # the line being written when the run was killed
+    log.rewind("robust", 2)
+
+    def steps():
+        lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+        return [(line["phase"], line["step"]) for line in lines]
+
+    assert steps() == [("standard", 2), ("standard", 4), ("robust", 2)]
+    log.rewind("standard", 2)
+    assert steps() == [("standard", 2)]

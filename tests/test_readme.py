@@ -1,0 +1,50 @@
+"""The README's commands parse, its set-up commands are two, and what it names exists. CI runs the rest."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from arrest_hub.cli import parse_finetune
+from arrest_hub.config import FIELDS, flag
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+
+
+def test_exactly_two_setup_commands():
+    assert sum(line.startswith("python3 -m venv .venv && ") for line in BASH) == 2
+
+
+@pytest.mark.parametrize("command", [line for line in BASH if not line.startswith("python3")])
+def test_commands_parse(command):
+    words = shlex.split(command)
+    assert words[0] == "arrest-finetune" or words[:2] == ["accelerate", "launch"]
+    argv = words[1:] if words[0] == "arrest-finetune" else words[words.index("finetune") + 1 :]
+    config, _ = parse_finetune(argv)
+    assert config.model
+    assert config.dataset
+
+
+def test_flags_that_the_docs_name_exist():
+    known = {flag(name) for name in FIELDS} | {"--help", "--nproc_per_node", "--num_processes"}
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        assert set(re.findall(r"--[a-z][a-z_-]+", path.read_text())) <= known | {"---"}, path
+
+
+def test_links_lead_somewhere():
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_defaults_in_the_docs_are_the_defaults():
+    text = (ROOT / "docs/method.md").read_text()
+    from arrest_hub.config import FinetuneConfig
+
+    config = FinetuneConfig()
+    assert f"| `--rgkd-weight` (0: off) | {config.rgkd_weight:g} |".strip("| ") in text
+    assert f"(none: off) | {config.replay_threshold:g} |" in text
+    assert f"| {config.eps}, {config.norm} |" in text
