@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
@@ -87,11 +87,16 @@ def new_accelerator(**options: Any) -> Accelerator:
     """An Accelerator with these options, also where the process had one with others before.
 
     Raises:
-        ConfigError: several processes were launched and do not find each other: each would run alone.
+        ConfigError: several processes were launched and do not find each other, or the network is to be sharded.
     """
     AcceleratorState._reset_state()
     # Accelerate joins CPU processes to one run only if it is told that they are to use the CPU
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **options)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"the launcher asks for {accelerator.distributed_type.value}, which shards the network; the attack needs "
+            "it whole. Launch with data parallelism (accelerate launch --multi_gpu)."
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ConfigError(
@@ -131,6 +136,12 @@ def check_output_dir(config: FinetuneConfig, paths: RunPaths) -> None:
             f"--output-dir {root} is not empty and is not a run (it has no config.yaml): give another folder. "
             "Nothing in it is touched, not even with --overwrite."
         )
+    for name, source in (("--model", config.model), ("--dataset", config.dataset)):
+        if config.overwrite and Path(source).exists() and Path(source).resolve().is_relative_to(root.resolve()):
+            raise ConfigError(
+                f"--overwrite would delete {name} {source}, which is inside --output-dir {root}: "
+                "give another --output-dir."
+            )
     if not config.resume and not config.overwrite:
         raise ConfigError(
             f"--output-dir {root} already holds a run. Continue it with --resume, replace it with --overwrite, "

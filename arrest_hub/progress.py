@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,18 @@ class Log:
         """Append one line; numbers also go to the tracker, under ``<phase>/<name>``, whose steps never go back."""
         if not self.accelerator.is_main_process:
             return
-        rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in entry.items()}
+        rounded = {key: _json_number(value) for key, value in entry.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rounded) + "\n")
         numbers = {f"{entry['phase']}/{k}": v for k, v in entry.items() if isinstance(v, (int, float)) and k != "step"}
         self.accelerator.log(numbers, step=tracker_step)
+
+
+def _json_number(value: Any) -> Any:
+    """Floats to six decimals; JSON has no infinity (a skipped fp16 step's gradient norm), so that becomes null."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def progress_bar(

@@ -150,8 +150,16 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     exported = ema.module if ema is not None else student
     return finish_run(
         config, paths, accelerator, splits, exported, progress=progress, num_workers=run.num_workers,
-        teacher_id=backbone.source.model_id if backbone.source.pretrained else None,
+        teacher_id=_pinned_id(backbone),
     )  # fmt: skip
+
+
+def _pinned_id(backbone: Backbone) -> str | None:
+    """What loads the same weights again (on the Hub, at the same commit); None for a random initialisation."""
+    source = backbone.source
+    if not source.pretrained:
+        return None
+    return f"{source.hub_id}@{source.revision}" if source.hub_id and source.revision else source.model_id
 
 
 def standard_phase(run: Run, backbone: Backbone) -> Backbone:

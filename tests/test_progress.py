@@ -33,6 +33,12 @@ def test_meter_averages_over_samples_not_batches(accelerator):
     assert meter.values == {}
 
 
+def test_what_is_not_finite_becomes_null(accelerator, tmp_path):
+    log = Log(tmp_path / "log.jsonl", accelerator)
+    log.write({"phase": "robust", "step": 1, "grad_norm": float("inf")}, 1)
+    assert json.loads(log.path.read_text(), parse_constant=pytest.fail)["grad_norm"] is None
+
+
 def test_rewind_drops_what_came_after_the_checkpoint(accelerator, tmp_path):
     log = Log(tmp_path / "log.jsonl", accelerator)
     for phase, step in [("standard", 2), ("standard", 4), ("robust", 2), ("robust", 4)]:

@@ -301,6 +301,8 @@ def test_output_folder_is_never_overwritten_unasked(tmp_path):
         finetune(tiny_config(tmp_path, epochs=1))
     with pytest.raises(BackboneError):
         finetune(tiny_config(tmp_path, epochs=1, overwrite=True, model=str(tmp_path / "nowhere")))
+    with pytest.raises(ConfigError, match="would delete --model"):
+        finetune(tiny_config(tmp_path, epochs=1, overwrite=True, model=str(tmp_path / "run" / "export")))
     assert (tmp_path / "run" / "log.jsonl").read_text() == before, "an old run outlives a new one that cannot start"
     finetune(tiny_config(tmp_path, epochs=1, overwrite=True, seed=3))
     assert load_config(tmp_path / "run" / "config.yaml").seed == 3
@@ -338,6 +340,19 @@ def test_a_corrupt_image_is_one_clear_error(tmp_path):
         with pytest.raises(DataError, match=r"train.*image 0") as caught:
             finetune(tiny_config(tmp_path, validation_size=0, num_workers=workers, overwrite=True))
         assert "Traceback" not in str(caught.value)
+
+
+def test_bf16_where_the_gpu_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(ConfigError, match="bfloat16"):
+        finetune(tiny_config(tmp_path, mixed_precision="bf16"))
+
+
+def test_processes_that_do_not_find_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # four processes that nobody joined
+    with pytest.raises(ConfigError, match="4 processes"):
+        finetune(tiny_config(tmp_path))
 
 
 def test_a_diverging_loss_stops_the_run(tmp_path):
