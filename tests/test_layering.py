@@ -12,7 +12,7 @@ LEVELS = [
     {"transforms", "images", "columns", "subsets", "sources", "splits", "labels", "data", "architectures",
      "model_source", "image_processor", "heads", "backbones", "attacks", "results", "progress"},
     {"arrest", "baselines", "checkpoint", "export", "model_card"},
-    {"evaluate", "prepare", "finish", "train"},
+    {"evaluate", "prepare", "loop", "finish", "train"},
     {"cli", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny import NAMES, tiny_config, write_images, write_model
 
-import arrest_hub.train as train
+import arrest_hub.loop as loop
 from arrest_hub.backbones import load_backbone
 from arrest_hub.config import load_config
 from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError
@@ -119,15 +119,15 @@ class Killed(BaseException):
 
 def kill_at(monkeypatch, phase, step):
     """The run dies when it has trained ``step`` steps of ``phase``, before anything is written for that step."""
-    plain = train._log
+    plain = loop._log
 
     def log(run, now, progress, values, bar):
         if (now, progress.step) == (phase, step):
             raise Killed
         plain(run, now, progress, values, bar)
 
-    monkeypatch.setattr(train, "_log", log)
-    return lambda: monkeypatch.setattr(train, "_log", plain)
+    monkeypatch.setattr(loop, "_log", log)
+    return lambda: monkeypatch.setattr(loop, "_log", plain)
 
 
 @pytest.mark.parametrize(
@@ -272,13 +272,13 @@ def test_a_transformers_model(tmp_path):
 
 def test_best_weights_are_exported(tmp_path, monkeypatch):
     scores = iter([0.9, 0.1, 0.3])
-    plain = train.count_correct
+    plain = loop.count_correct
 
     def scored(*args, **kwargs):
         counts = plain(*args, **kwargs)
         return counts._replace(clean=10, n=10, robust=int(10 * next(scores)))
 
-    monkeypatch.setattr(train, "count_correct", scored)
+    monkeypatch.setattr(loop, "count_correct", scored)
     finetune(tiny_config(tmp_path, epochs=3, lr=0.1))
     best = load_file(tmp_path / "run" / "checkpoints" / "best" / "model.safetensors")
     last = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
