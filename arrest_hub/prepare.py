@@ -263,6 +263,7 @@ def describe_run(
     source, size = backbone.source, backbone.preprocessing.size
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     revision = f" @ {source.revision[:12]}" if source.revision else ""
+    data_revision = f" @ {splits.revision[:12]}" if splits.revision else ""
     weights = "pretrained" if source.pretrained else "random initialisation"
     if not config.needs_teacher:
         teacher = f"none used by {config.method}" if config.method != "arrest" else "none used (RGKD and NR are off)"
@@ -286,7 +287,7 @@ def describe_run(
         f"parameters, {size[0]}x{size[1]} px, {weights})",
         f"            {head_note}",
         f"teacher     {teacher}",
-        f"data        {splits.dataset_id}: {', '.join(counts)} images, {splits.num_classes} classes",
+        f"data        {splits.dataset_id}{data_revision}: {', '.join(counts)} images, {splits.num_classes} classes",
         *[f"            {note}" for note in splits.notes],
         f"threat      {config.norm}, eps {config.eps}; PGD-{config.attack_steps}, step {config.step_size_value:.5f}",
         f"method      {method}; student's initialisation: {config.init}",

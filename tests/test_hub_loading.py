@@ -1,0 +1,470 @@
+"""Models and datasets loaded through the real client from a Hub on loopback.
+
+The client reads its environment when it is imported, so what loads runs in processes of their own: a test
+starts this file as `python test_hub_loading.py <name> ...`, which calls ``child_<name>``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+
+SIZE = 8
+RUN = (
+    *("--epochs", "1", "--max-steps", "2", "--batch-size", "8", "--attack-steps", "1", "--eval-attack-steps", "1"),
+    *("--num-workers", "0", "--validation-size", "6", "--limit-eval", "8"),
+)
+WEIGHTS = "model.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is served
+# ---------------------------------------------------------------------------------------------------------
+
+
+def write_vit(folder: Path, **saving: Any) -> Path:
+    import torch
+    import transformers as t
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shape: dict[str, Any] = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "num_labels": 3,
+        }
+        model = t.ViTForImageClassification(t.ViTConfig(**shape, image_size=SIZE, patch_size=4))
+    model.save_pretrained(folder, **saving)
+    t.ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    return folder
+
+
+def with_pickle(folder: Path, source: Path) -> Path:
+    """A copy of a model folder whose weights are a pickle."""
+    import torch
+    from safetensors.torch import load_file
+
+    shutil.copytree(source, folder)
+    (folder / WEIGHTS).unlink()
+    torch.save(load_file(source / WEIGHTS), folder / "pytorch_model.bin")
+    return folder
+
+
+def with_other_weights(folder: Path, source: Path) -> Path:
+    """A copy of a model folder that answers differently."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    weights = {key: value * 2 if key.startswith("fc.") else value for key, value in load_file(source / WEIGHTS).items()}
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def with_files(folder: Path, source: Path, **files: str) -> Path:
+    """A copy of a folder with text files added; ``__`` in a name stands for a dot."""
+    shutil.copytree(source, folder)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def serve_models(hub: HubServer, root: Path) -> None:
+    import timm
+    import torch
+    from timm.models._hub import save_for_hf
+    from tiny import write_model
+
+    tiny = write_model(root / "tiny")
+    strangers = {"modeling__py": "raise SystemExit", "setup__py": "raise SystemExit", "pytorch_model__bin": "never"}
+    served = with_files(root / "served", tiny, **strangers)
+    hub.add("models", "org/tiny", served, ("v1.0", with_other_weights(root / "tiny-v1", tiny)))
+    vit = write_vit(root / "vit")
+    hub.add("models", "org/vit", with_files(root / "served-vit", vit, **strangers, tf_model__h5="never"))
+    hub.add("models", "org/shards", write_vit(root / "shards", max_shard_size="5KB"))
+    hub.add("models", "org/pickle", with_pickle(root / "pickle", tiny))
+    hub.add("models", "org/vit-pickle", with_pickle(root / "vit-pickle", vit))
+    hub.add("models", "org/gated", tiny, gated=True, readers={"friend"})
+    hub.add("models", "org/private", tiny, private=True, readers={"friend"})
+    hub.add("models", "org/busy", tiny, fault="busy")
+    hub.add("models", "org/cut", tiny, fault="cut")
+    (root / "no-config").mkdir()
+    shutil.copy(tiny / WEIGHTS, root / "no-config")
+    hub.add("models", "org/no-config", root / "no-config")
+    auto_map = json.loads((vit / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling.Evil"}}
+    hub.add("models", "org/code", with_files(root / "code", vit, config__json=json.dumps(auto_map), **strangers))
+    with torch.random.fork_rng():
+        registered = timm.create_model("test_resnet")
+    save_for_hf(registered, str(root / "registered"), safe_serialization=True)
+    hub.add("models", "timm/test_resnet.r160_in1k", root / "registered")
+
+
+def serve_datasets(hub: HubServer, root: Path) -> None:
+    from tiny import write_images
+
+    data = write_images(root / "data")
+    older = write_images(root / "older", count=30)
+    served = with_files(root / "served-data", data, helpers__py="raise SystemExit", setup__py="raise SystemExit")
+    hub.add("datasets", "org/data", served, ("v1.0", older))
+    configs = root / "configs"
+    for name, source in (("small", older), ("big", data)):
+        shutil.copytree(source, configs / name)
+    card = "---\nconfigs:\n- config_name: big\n  data_dir: big\n- config_name: small\n  data_dir: small\n---\n"
+    (configs / "README.md").write_text(card)
+    hub.add("datasets", "org/configs", configs)
+    hub.add("datasets", "org/gated", data, gated=True, readers={"friend"})
+    hub.add("datasets", "org/private", data, private=True, readers={"friend"})
+    hub.add("datasets", "org/busy", data, fault="busy")
+    hub.add("datasets", "org/cut", data, fault="cut")
+    hub.add(
+        "datasets",
+        "org/script",
+        with_files(root / "script", data, script__py="raise SystemExit"),
+        ("refs/convert/parquet", older),
+    )
+    (root / "no-data").mkdir()
+    (root / "no-data" / "README.md").write_text("nothing here\n")
+    hub.add("datasets", "org/no-data", root / "no-data")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def served(root: Path) -> Iterator[HubServer]:
+    with HubServer() as hub:
+        hub.tokens = {"hf_friend": "friend", "hf_stranger": "stranger"}
+        serve_models(hub, root)
+        serve_datasets(hub, root)
+        yield hub
+
+
+@pytest.fixture
+def hub(served: HubServer) -> Iterator[HubServer]:
+    """The Hub, on which nothing is ever changed, whose code is never fetched and whose storage never sees a token."""
+    served.requests.clear()
+    yield served
+    assert served.errors == []
+    for request in served.requests:
+        assert request.method in ("GET", "HEAD") or (request.method == "POST" and "/paths-info/" in request.path)
+        assert request.method == "HEAD" or not request.path.endswith(".py")
+        if "/storage/" in request.path:
+            assert request.headers["host"].startswith("localhost")
+            assert "authorization" not in request.headers
+
+
+def environment(url: str, home: Path, **variables: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
+    return kept | {
+        "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1",
+    } | variables  # fmt: skip
+
+
+def run_child(name: str, *arguments: Any, url: str, home: Path, **variables: str) -> str:
+    """Run ``child_<name>(*arguments)`` in a process whose client talks to ``url``; its standard output."""
+    command = [sys.executable, __file__, name, *map(str, arguments)]
+    result = subprocess.run(
+        command, env=environment(url, home, **variables), cwd=home.parent, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What runs in the other processes
+# ---------------------------------------------------------------------------------------------------------
+
+
+def stay_on_loopback() -> None:
+    """No address but this machine's is looked up, and no retry waits."""
+    import time
+
+    look_up = socket.getaddrinfo
+
+    def local_only(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host not in ("127.0.0.1", "localhost", b"127.0.0.1", b"localhost"):
+            raise socket.gaierror(socket.EAI_NONAME, f"{host} is not on loopback")
+        return look_up(host, *args, **kwargs)
+
+    socket.getaddrinfo = local_only
+    time.sleep = lambda _seconds: None
+
+
+def fails(load: Any, model_or_dataset: str, error: type[Exception], *fragments: str, **options: Any) -> None:
+    with pytest.raises(error) as caught:
+        load(model_or_dataset, **options)
+    message = str(caught.value)
+    print(f"{model_or_dataset}: {type(caught.value).__name__}: {message}")
+    assert type(caught.value) is error
+    assert "\n" not in message
+    assert len(message) < 500, message
+    for fragment in fragments:
+        assert fragment in message, message
+
+
+def same_logits(one: Any, other: Any) -> None:
+    import torch
+
+    pixels = torch.rand(2, 3, *other.preprocessing.size)
+    with torch.no_grad():
+        assert torch.equal(one(pixels).logits, other(pixels).logits)
+    assert one.label_names == other.label_names
+
+
+def child_models(root: Path, commits: dict[str, str]) -> None:
+    from arrest_hub.backbones import load_backbone
+
+    for model_id, folder, library in (
+        ("org/tiny", "tiny", "timm"),
+        ("org/tiny@v1.0", "tiny-v1", "timm"),
+        ("org/tiny@" + commits["org/tiny@v1.0"], "tiny-v1", "timm"),
+        ("org/vit", "vit", "transformers"),
+        ("org/shards", "shards", "transformers"),
+        ("timm/test_resnet.r160_in1k", "registered", "timm"),
+        ("timm/test_resnet", "registered", "timm"),
+    ):
+        backbone = load_backbone(model_id)
+        source = backbone.source
+        hub_id, _, revision = model_id.partition("@")
+        hub_id = "timm/test_resnet.r160_in1k" if hub_id == "timm/test_resnet" else hub_id
+        commit = revision if len(revision) == 40 else commits[f"{hub_id}@{revision or 'main'}"]
+        assert (source.model_id, source.hub_id, source.revision) == (model_id, hub_id, commit)
+        assert (source.library, source.pretrained) == (library, True)
+        same_logits(backbone, load_backbone(root / folder))
+    same_logits(load_backbone("org/tiny", revision="v1.0"), load_backbone(root / "tiny-v1"))
+    assert load_backbone("org/tiny", pretrained=False).source.revision == commits["org/tiny@main"]
+    unusable_models(root)
+
+
+def unusable_models(root: Path) -> None:
+    from arrest_hub.backbones import load_backbone
+    from arrest_hub.errors import BackboneError, HubError
+
+    for model_id in ("org/pickle", "org/vit-pickle"):
+        fails(load_backbone, model_id, BackboneError, "--allow-pickle", model_id)
+        assert not list(Path(os.environ["HF_HOME"]).rglob("*.bin"))
+    for model_id, folder in (("org/pickle", "pickle"), ("org/vit-pickle", "vit-pickle")):
+        same_logits(load_backbone(model_id, allow_pickle=True), load_backbone(root / folder, allow_pickle=True))
+    fails(load_backbone, "org/missing", HubError, "'org/missing' was not found", "hf auth login")
+    fails(load_backbone, "org/private", HubError, "'org/private' was not found", "hf auth login")
+    fails(load_backbone, "org/tiny@v9", HubError, "no such revision", "@main")
+    fails(load_backbone, "org/tiny@" + "0" * 40, HubError, "no such revision")
+    fails(load_backbone, "org/gated", HubError, "is gated", "hf auth login")
+    fails(load_backbone, "org/no-config", BackboneError, "has no config.json")
+    fails(load_backbone, "org/code", BackboneError, "auto_map")
+    fails(load_backbone, "org/busy", HubError, "org/busy")
+    fails(load_backbone, "org/cut", HubError, "org/cut")
+    os.environ["HF_TOKEN"] = "hf_stranger"
+    fails(load_backbone, "org/gated", HubError, "is gated")
+    fails(load_backbone, "org/private", HubError, "was not found")
+    fails(load_backbone, "org/missing", HubError, "was not found")
+    os.environ["HF_TOKEN"] = "hf_expired"
+    fails(load_backbone, "org/gated", HubError, "token", "hf auth login")
+    os.environ["HF_TOKEN"] = "hf_friend"
+    for model_id in ("org/gated", "org/private"):
+        same_logits(load_backbone(model_id), load_backbone(root / "tiny"))
+
+
+def child_datasets(commits: dict[str, str]) -> None:
+    from arrest_hub.errors import DataError, HubError
+    from arrest_hub.splits import load_splits
+
+    for dataset_id, images, ref in (
+        ("org/data", 48, "org/data@main"),
+        ("org/data@v1.0", 30, "org/data@v1.0"),
+        ("org/data@" + commits["org/data@v1.0"], 30, "org/data@v1.0"),
+        ("org/configs:small", 30, "org/configs@main"),
+        ("org/script@refs/convert/parquet", 30, "org/script@refs/convert/parquet"),
+        ("org/configs:big@main", 48, "org/configs@main"),
+    ):
+        splits = load_splits(dataset_id, validation_size=0)
+        assert (splits.train.num_examples, splits.test.num_examples) == (images, images)
+        assert splits.class_names == ["dark", "middle", "light"]
+        hub_id = re.split("[:@]", dataset_id)[0]
+        assert (splits.dataset_id, splits.hub_id, splits.revision) == (dataset_id, hub_id, commits[ref]), splits
+    for dataset_id, images in (("org/data", 48), ("org/data@v1.0", 30)):
+        splits = load_splits(dataset_id, streaming=True, validation_size=0)
+        assert splits.train.streaming
+        assert splits.revision == commits[dataset_id if "@" in dataset_id else f"{dataset_id}@main"]
+        assert sum(1 for _ in splits.train.dataset) == images
+    fails(load_splits, "org/configs", DataError, "org/configs", "small", "big")
+    fails(load_splits, "org/configs:huge", DataError, "huge", "small")
+    fails(load_splits, "org/no-data", DataError, "org/no-data")
+    fails(load_splits, "org/script", DataError, "script.py", "refs/convert/parquet")
+    for streaming in (False, True):
+        fails(load_splits, "org/missing", HubError, "'org/missing' was not found", streaming=streaming)
+        fails(load_splits, "org/gated", HubError, "is gated", "hf auth login", streaming=streaming)
+        fails(load_splits, "org/data@v9", HubError, "no such revision", streaming=streaming)
+    fails(load_splits, "org/private", HubError, "was not found", "hf auth login")
+    fails(load_splits, "org/busy", HubError, "org/busy")
+    fails(load_splits, "org/cut", HubError, "org/cut")
+    os.environ["HF_TOKEN"] = "hf_expired"
+    fails(load_splits, "org/no-data", HubError, "token", "hf auth login")
+    # `datasets` falls back on its newest copy, which is of another revision than what is asked for
+    fails(load_splits, "org/data", HubError, "another", "org/data@" + commits["org/data@v1.0"])
+    os.environ["HF_TOKEN"] = "hf_friend"
+    for dataset_id in ("org/gated", "org/private"):
+        assert load_splits(dataset_id).revision == commits[f"{dataset_id}@main"]
+
+
+def command(*words: str) -> tuple[int, str, str]:
+    """arrest-finetune in this process -> exit code, standard output, standard error."""
+    from arrest_hub.cli import finetune_command, run_cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = run_cli(finetune_command, [*RUN, *words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def command_fails(run: Path, fragment: str, *words: str) -> None:
+    code, out, err = command("--output-dir", str(run), *words)
+    print(err)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert fragment in err
+    assert "Traceback" not in out + err
+    assert not run.exists()
+
+
+def child_command_line(folder: Path, commits: dict[str, str]) -> None:
+    run = folder / "failed"
+    for model, fragment in (
+        ("org/missing", "not found"),
+        ("org/private", "not found"),
+        ("org/tiny@v9", "no such revision"),
+        ("org/gated", "is gated"),
+        ("org/no-config", "no config.json"),
+        ("org/pickle", "--allow-pickle"),
+        ("org/busy", "503"),
+        ("timm/test_resnett", "timm/test_resnet"),
+    ):
+        command_fails(run, fragment, "--model", model, "--dataset", "digits")
+    for dataset, fragment in (
+        ("org/missing", "not found"),
+        ("org/gated", "is gated"),
+        ("org/data@v9", "no such revision"),
+        ("org/configs", "small"),
+        ("org/script", "script.py"),
+    ):
+        command_fails(run, fragment, "--model", "org/tiny", "--dataset", dataset)
+        command_fails(run, fragment, "--model", "org/tiny", "--dataset", dataset, "--streaming")
+    code, out, err = command(
+        *("--model", "org/tiny@v1.0", "--dataset", "org/data@v1.0", "--streaming"),
+        *("--output-dir", str(folder / "stream")),
+    )
+    assert code == 0, err
+    assert commits["org/tiny@v1.0"][:12] in out
+
+
+def child_without_the_hub(root: Path, folder: Path, models: dict[str, str], datasets: dict[str, str]) -> None:
+    from arrest_hub.backbones import load_backbone
+    from arrest_hub.errors import HubError
+    from arrest_hub.splits import load_splits
+
+    backbone = load_backbone("org/tiny")
+    assert backbone.source.revision == models["org/tiny@main"]
+    same_logits(backbone, load_backbone(root / "tiny"))
+    for streaming in (False, True):
+        splits = load_splits("org/data", validation_size=0, streaming=streaming)
+        assert splits.revision == datasets["org/data@main"]
+    for model_id in ("org/vit", "org/tiny@v1.0", "timm/test_resnet"):
+        fails(load_backbone, model_id, HubError, "cannot be reached", "HF_HUB_OFFLINE")
+    fails(load_splits, "org/configs:big", HubError, "cannot be reached", "HF_HUB_OFFLINE")
+    fails(load_splits, "org/data@v1.0", HubError, "another", "HF_HUB_OFFLINE")
+    command_fails(folder / "failed", "cannot be reached", "--model", "org/vit", "--dataset", "org/data")
+    command_fails(folder / "failed", "cannot be reached", "--model", "org/tiny", "--dataset", "org/configs:big")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests
+# ---------------------------------------------------------------------------------------------------------
+
+
+def commits(hub: HubServer, kind: str) -> str:
+    """Every "repository@branch or tag" with its commit, as an argument of a child."""
+    known = [repo for (of_kind, _), repo in hub.repos.items() if of_kind == kind]
+    return json.dumps({f"{repo.repo_id}@{ref}": commit for repo in known for ref, commit in repo.refs.items()})
+
+
+def test_models(hub, root, tmp_path):
+    run_child("models", root, commits(hub, "models"), url=hub.url, home=tmp_path / "home")
+    assert hub.files_sent("org/tiny").count(WEIGHTS) == 2, "two commits, each fetched once"
+    assert set(hub.files_sent("org/tiny")) == {WEIGHTS, "config.json"}
+    assert set(hub.files_sent("org/vit")) == {WEIGHTS, "config.json", "preprocessor_config.json"}
+    assert len([name for name in hub.files_sent("org/shards") if name.startswith("model-")]) > 1
+    for repo_id in ("org/pickle", "org/vit-pickle"):
+        assert hub.files_sent(repo_id).count("pytorch_model.bin") == 1, "only when allowed"
+    assert hub.files_sent("org/no-config") == []
+    assert hub.files_sent("org/code") == ["config.json"]
+
+
+def test_datasets(hub, tmp_path):
+    run_child("datasets", commits(hub, "datasets"), url=hub.url, home=tmp_path / "home")
+    ranges = [request for request in hub.requests if request.status == 206 and "/datasets/org/data/" in request.path]
+    assert all(request.headers["range"].startswith("bytes=") for request in ranges)
+    assert ranges, "a stream reads parts of files"
+
+
+def test_the_command_line(hub, tmp_path):
+    run_child("command_line", tmp_path, commits(hub, "models"), url=hub.url, home=tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def trained(served, tmp_path_factory) -> tuple[Path, str]:
+    """A run from beginning to end, by the command that users type -> its folder, what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = ("--model", "org/tiny", "--dataset", "org/data", "--output-dir", str(folder / "run"), *RUN)
+    result = subprocess.run(
+        [sys.executable, "-m", "arrest_hub", "finetune", *words], env=environment(served.url, folder / "home"),
+        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result.stdout
+
+
+def test_end_to_end(hub, trained):
+    folder, printed = trained
+    commit = hub.repos["models", "org/tiny"].refs["main"]
+    assert f"org/tiny @ {commit[:12]} (timm resnet18_cifar" in printed
+    assert "42 training, 6 validation, 8 test images" in printed
+    assert {WEIGHTS, "config.json", "results.json", "README.md"} <= set(os.listdir(folder / "run" / "export"))
+
+
+@pytest.mark.parametrize("how", ["offline", "down"])
+def test_without_the_hub(how, hub, root, trained, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(trained[0] / "home", home, symlinks=True)
+    url, variables = hub.url, {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if how == "down":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url, variables = f"http://127.0.0.1:{free.getsockname()[1]}", {}
+    known = (commits(hub, "models"), commits(hub, "datasets"))
+    run_child("without_the_hub", root, tmp_path, *known, url=url, home=home, **variables)
+    assert hub.requests == []
+
+
+if __name__ == "__main__":
+    stay_on_loopback()
+    values = [json.loads(word) if word.startswith("{") else Path(word) for word in sys.argv[2:]]
+    globals()[f"child_{sys.argv[1]}"](*values)
