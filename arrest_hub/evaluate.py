@@ -50,18 +50,19 @@ def count_correct(
     seed: int,
     description: str,
     total: int | None,
+    nested: bool = False,
 ) -> Counts:
     """Count correct predictions, clean and (given ``settings``) under PGD from one random start.
 
     ``model`` maps pixels in [0, 1] to `BackboneOutput`; ``loader`` must be prepared by ``accelerator`` and yields
     "pixels" (uint8), "label" and "index". An image that is wrong when clean counts as wrong under attack, since the
     clean image is inside the ball; it is not attacked. The random start depends on the seed and on the images of a
-    batch alone, so that the figure does not depend on the number of processes.
+    batch alone, so that the figure does not depend on the number of processes. ``nested``: see `progress_bar`.
     """
     generator = torch.Generator(device=accelerator.device)
     n = clean = robust = 0
     clean_seconds = robust_seconds = 0.0
-    with frozen_eval(model), progress_bar(total, 0, description, accelerator, leave=False) as bar:
+    with frozen_eval(model), progress_bar(total, 0, description, accelerator, nested=nested) as bar:
         for batch in loader:
             pixels, labels = to_pixels(batch["pixels"]), batch["label"]
             started = time.perf_counter()

@@ -14,7 +14,6 @@ from accelerate.utils import send_to_device
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from arrest_hub.arrest import Objective
@@ -43,6 +42,7 @@ class Run:
     num_workers: int
     model_revision: str | None
     images_logged: int = 0
+    validation_loader: Any = None
 
 
 def train_phase(
@@ -204,7 +204,7 @@ def _validate(run: Run, phase: str, student: Backbone, ema: ModelEmaV3 | None, p
     if run.splits.validation is None:
         return
     model = ema.module if ema is not None else student
-    counts = evaluate_split(run, run.splits.validation, model, attack=phase == "robust", description="validation")
+    counts = count_validation(run, run.splits.validation, model, attack=phase == "robust")
     values: dict[str, Any] = {"validation_clean_accuracy": counts.clean / counts.n, "n": counts.n}
     if phase == "robust":
         score = harmonic_mean(counts.clean / counts.n, counts.robust / counts.n)
@@ -222,16 +222,23 @@ def _validate(run: Run, phase: str, student: Backbone, ema: ModelEmaV3 | None, p
         tqdm.write(f"{phase} epoch {progress.epoch}, step {progress.step}, {counts.n} validation images: {shown}")
 
 
-def evaluate_split(run: Run, split: ImageSplit, model: Backbone, *, attack: bool, description: str) -> Counts:
-    """Counts on a split in the training's own precision, with the training's attack."""
+def count_validation(run: Run, split: ImageSplit, model: Backbone, *, attack: bool) -> Counts:
+    """Counts on the validation images in the training's own precision, with the training's attack."""
     config = run.config
-    loader: DataLoader = eval_loader(
-        split, eval_transform(model.preprocessing), batch_size=config.batch_size, num_workers=run.num_workers
-    )
-    settings = (
-        PgdSettings(config.norm, config.eps_value, config.step_size_value, config.attack_steps) if attack else None
-    )
+    if run.validation_loader is None:  # once a run: its worker processes outlive an evaluation
+        run.validation_loader = run.accelerator.prepare(
+            eval_loader(
+                split, eval_transform(model.preprocessing), batch_size=config.batch_size, num_workers=run.num_workers
+            )
+        )
+    settings = PgdSettings(config.norm, config.eps_value, config.step_size_value, config.attack_steps)
     return count_correct(
-        model, run.accelerator.prepare(loader), run.accelerator, settings, seed=config.seed, description=description,
+        model,
+        run.validation_loader,
+        run.accelerator,
+        settings if attack else None,
+        seed=config.seed,
+        description="validation",
         total=split.num_examples,
-    )  # fmt: skip
+        nested=True,
+    )

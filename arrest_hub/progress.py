@@ -98,17 +98,21 @@ def _json_number(value: Any) -> Any:
 
 
 def progress_bar(
-    total: int | None, initial: int, description: str, accelerator: Accelerator, *, leave: bool = True
+    total: int | None, initial: int, description: str, accelerator: Accelerator, *, nested: bool = False
 ) -> tqdm:
-    """Images done, images/s and time left, on the main process only."""
+    """Images done, images/s and time left, on the main process only.
+
+    A ``nested`` bar runs below another and vanishes when it is done; a log file, where lines cannot be redrawn, gets
+    a line of the outer bars now and then and no nested ones.
+    """
+    terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         initial=initial,
         desc=description,
         unit=" images",
-        disable=not accelerator.is_main_process,
+        disable=not accelerator.is_main_process or (nested and not terminal),
         dynamic_ncols=True,
-        # a log file gets a line now and then instead of a screenful
-        mininterval=0.2 if sys.stderr.isatty() else 15.0,
-        leave=leave,
+        mininterval=0.2 if terminal else 15.0,
+        leave=not nested,
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 
 import pytest
 import timm
@@ -285,6 +286,19 @@ def test_best_weights_are_exported(tmp_path, monkeypatch):
     exported = weights(tmp_path / "run")
     assert torch.equal(exported["conv1.weight"], best["conv1.weight"])
     assert not torch.equal(exported["conv1.weight"], last["conv1.weight"])
+
+
+def test_validation_workers_do_not_pile_up(tmp_path, monkeypatch):
+    alive = []
+    plain = loop._validate
+
+    def validate(*args):
+        plain(*args)
+        alive.append(len(multiprocessing.active_children()))
+
+    monkeypatch.setattr(loop, "_validate", validate)
+    finetune(tiny_config(tmp_path, epochs=3, num_workers=1))
+    assert alive == [alive[0]] * 3, "one worker for training and one for validation, however many epochs"
 
 
 def test_output_folder_is_never_overwritten_unasked(tmp_path):
