@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from arrest_hub.config import GROUPS, FinetuneConfig, flag, load_config, resolve, resume_config, unknown_key
-from arrest_hub.errors import ArrestError, ConfigError
+from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError
 from arrest_hub.recipe_files import list_recipes, read_recipe, recipe_for_dataset
 
 EPILOG = """\
@@ -150,6 +150,8 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
             return 2  # every process finds the same; one says it
         heading = f"{len(error.problems)} problems:\n  - " if len(error.problems) > 1 else ""
         print("error: " + heading + "\n  - ".join(error.problems), file=sys.stderr)
+        return 2
+    except AlreadyReported:
         return 2
     except ArrestError as error:
         print(f"error: {error}", file=sys.stderr)

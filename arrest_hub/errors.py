@@ -33,6 +33,10 @@ class HubError(ArrestError):
     """The Hub cannot be reached or refuses (no network, gated, not found)."""
 
 
+class AlreadyReported(ArrestError):
+    """Another process of the run found the error and reports it; this one just stops."""
+
+
 def did_you_mean(value: str, known: Iterable[str], n: int = 1) -> str:
     """``" Did you mean 'x'?"`` with the names in ``known`` nearest to ``value``, or ``""``."""
     close = get_close_matches(value, list(known), n=n, cutoff=0.6)

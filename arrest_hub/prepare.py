@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import ImageSplit, Splits, load_splits
-from arrest_hub.errors import ConfigError
+from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError
 from arrest_hub.labels import match_labels
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -161,25 +165,48 @@ def start_run_folder(config: FinetuneConfig, paths: RunPaths, accelerator: Accel
     accelerator.wait_for_everyone()
 
 
+def main_first(accelerator: Accelerator, load: Callable[[], T]) -> T:
+    """``load()`` in the main process, then, from its caches, in the others.
+
+    Raises:
+        ArrestError: what the main process found; the others raise AlreadyReported instead of waiting for it.
+    """
+    error: ArrestError | None = None
+    result: T | None = None
+    if accelerator.is_main_process:
+        try:
+            result = load()
+        except ArrestError as found:
+            error = found
+    (failed,) = broadcast_object_list([error is not None])
+    if failed:
+        raise error or AlreadyReported
+    if not accelerator.is_main_process:
+        result = load()
+    accelerator.wait_for_everyone()
+    return result  # type: ignore[return-value]
+
+
 def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:
     """Load the splits, the main process first so that a download happens once.
 
     Raises:
         DataError, HubError: see `data.load_splits`. ConfigError: batch larger than the training split.
     """
-    with accelerator.main_process_first():
-        splits = load_splits(
-            config.dataset,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            train_split=config.train_split,
-            eval_split=config.eval_split,
-            validation_size=config.validation_size,
-            limit_train=config.limit_train,
-            limit_eval=config.limit_eval,
-            seed=config.seed,
-            streaming=config.streaming,
-        )
+    load = partial(
+        load_splits,
+        config.dataset,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        train_split=config.train_split,
+        eval_split=config.eval_split,
+        validation_size=config.validation_size,
+        limit_train=config.limit_train,
+        limit_eval=config.limit_eval,
+        seed=config.seed,
+        streaming=config.streaming,
+    )
+    splits = main_first(accelerator, load)
     size, batch = splits.train.num_examples, config.batch_size * accelerator.num_processes
     if size is not None and batch > size:
         each = f" on each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
@@ -206,13 +233,14 @@ def prepare_student(config: FinetuneConfig, splits: Splits, accelerator: Acceler
             initialisation would be taken for a standardly pretrained network.
     """
     set_seed(config.seed)
-    with accelerator.main_process_first():
-        backbone = load_backbone(
-            config.model,
-            image_size=config.image_size,
-            model_args=config.model_args or None,
-            allow_pickle=config.allow_pickle,
-        )
+    load = partial(
+        load_backbone,
+        config.model,
+        image_size=config.image_size,
+        model_args=config.model_args or None,
+        allow_pickle=config.allow_pickle,
+    )
+    backbone = main_first(accelerator, load)
     names: list[str] | int = splits.class_names or splits.num_classes
     random_start = not backbone.source.pretrained
     if random_start:

@@ -99,6 +99,20 @@ def test_resume_on_two_processes_and_bad_input(two):
     assert refused.stderr.count("error: --output-dir") == 1
 
 
+def test_one_clear_error_on_two_processes(two, tmp_path):
+    _, arguments, _ = two
+    arguments = list(arguments)
+    arguments[arguments.index("--output-dir") + 1] = str(tmp_path / "run")
+    arguments[arguments.index("--dataset") + 1] = str(tmp_path / "nowhere")
+    result = launch(*arguments)
+    assert result.returncode != 0
+    # torchrun adds a traceback of its own; the processes of the run add none
+    assert result.stderr.count("error: ") == 1
+    assert "nowhere" in result.stderr
+    assert "[rank" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_accelerate_launch_on_a_cpu_says_that_it_started_one_process(two, tmp_path):
     _, arguments, _ = two
     arguments = [*arguments, "--max-steps", "1", "--limit-eval", "6"]
