@@ -272,7 +272,7 @@ def _build_transformers(
 ) -> Backbone:
     from transformers import AutoConfig, AutoModelForImageClassification
 
-    from arrest_hub.image_processor import load_processor
+    from arrest_hub.image_processor import load_processor, no_transformers_bars
 
     source, folder = located.source, located.folder
     assert folder is not None  # a bare name is always timm's
@@ -281,17 +281,18 @@ def _build_transformers(
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if source.pretrained:
             weights = find_weights(folder, source.model_id, "transformers", allow_pickle)
-            native, info = AutoModelForImageClassification.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=".safetensors" in weights.name,
-                weights_only=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                output_loading_info=True,
-            )
+            with no_transformers_bars():
+                native, info = AutoModelForImageClassification.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=torch.float32,
+                    use_safetensors=".safetensors" in weights.name,
+                    weights_only=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    ignore_mismatched_sizes=True,  # refused below, by name
+                    output_loading_info=True,
+                )
         else:
             native = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
             info = {}
@@ -320,6 +321,7 @@ def _build_failure(
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     why = " ".join(lines[:3])
     why = why if len(why) <= 400 else why[:400] + " ..."
+    why += "" if why.endswith((".", "...", "!")) else "."
     if folder is None:
         given = f" with model_args {dict(model_args)}" if model_args else ""
         return BackboneError(

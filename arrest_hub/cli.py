@@ -95,6 +95,8 @@ def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
         recipe = read_recipe(name)
     except ConfigError as error:
         problems += error.problems
+        # what the recipe would have given is not missing
+        flags = {"model": "from-the-recipe", "dataset": "from-the-recipe"} | flags
     config = _collect(problems, lambda: resolve(flags, recipe, name))
     if "model" in flags and flags["model"] != recipe.get("model"):
         dropped = [key for key in ("model_args", "image_size", "standard_epochs") if key in recipe and key not in flags]

@@ -16,6 +16,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from arrest_hub.backbones import Backbone
+from arrest_hub.image_processor import no_transformers_bars
 
 
 def write_model_folder(backbone: Backbone, folder: str | os.PathLike[str]) -> None:
@@ -75,5 +76,6 @@ def _write_timm(network: Any, backbone: Backbone, folder: Path) -> None:
 
 
 def _write_transformers(network: Any, backbone: Backbone, folder: Path) -> None:
-    network.save_pretrained(folder, state_dict=_portable_state(network))
+    with no_transformers_bars():
+        network.save_pretrained(folder, state_dict=_portable_state(network))
     backbone.processor.save_pretrained(folder)

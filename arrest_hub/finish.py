@@ -15,9 +15,10 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.checkpoint import Progress
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import Splits, eval_loader
+from arrest_hub.errors import ArrestError
 from arrest_hub.evaluate import PgdSettings, count_correct, full_precision, hardware_name, library_versions, to_results
 from arrest_hub.export import write_model_folder
-from arrest_hub.model_card import CardFacts, render_card
+from arrest_hub.model_card import CardFacts, before_name, render_card
 from arrest_hub.prepare import RunPaths, new_accelerator
 from arrest_hub.results import EvalReport, Result, results_table
 from arrest_hub.transforms import eval_transform
@@ -49,8 +50,14 @@ def finish_run(
     """Write `checkpoints/last` and `export/`, evaluate both networks from their folders, print the table.
 
     ``student`` holds the last weights; the best ones are in `checkpoints/best` if there were validation images.
-    ``teacher_id`` is what `load_backbone` takes for the network before robust finetuning, None if there is none.
+    ``teacher_id`` is what `load_backbone` takes for the network before robust finetuning, None if there is none. Raises
+    ArrestError if the weights are not finite.
     """
+    if not all(value.isfinite().all() for value in student.state_dict().values() if value.is_floating_point()):
+        raise ArrestError(
+            "the trained weights are not finite: training diverged. Start again with a smaller --lr, or with "
+            "--warmup-epochs or --clip-grad 1."
+        )
     best = paths.checkpoints / "best"
     use_best = config.export_weights == "best" and progress.best_step is not None
     if accelerator.is_main_process:
@@ -75,7 +82,7 @@ def finish_run(
         )
         (paths.export / "README.md").write_text(render_card(facts), encoding="utf-8")
     accelerator.wait_for_everyone()
-    accelerator.print("\n" + results_table(report, "teacher (standard)", f"student ({config.method})"))
+    accelerator.print("\n" + results_table(report, before_name(config.method), f"student ({config.method})"))
     first = report.results[0]
     accelerator.print(f"{first.n:,} images of {first.dataset} [{first.split}], fp32, 95 % intervals in brackets")
     accelerator.print(f"{paths.export}: model, results.json, README.md")

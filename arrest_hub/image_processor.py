@@ -7,6 +7,8 @@ that does anything these attributes do not tell is refused, rather than evaluate
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,20 @@ from arrest_hub.model_source import has_preprocessor
 from arrest_hub.transforms import Preprocessing
 
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+@contextmanager
+def no_transformers_bars() -> Iterator[None]:
+    """transformers draws a bar for every load and save, also of a few tensors; a run has a bar of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_processor(folder: Path, model_id: str, image_size: int | None = None) -> tuple[Any, Preprocessing]:

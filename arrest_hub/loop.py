@@ -21,13 +21,16 @@ from arrest_hub.backbones import Backbone
 from arrest_hub.checkpoint import Progress, derive_seed, list_checkpoints, load_checkpoint, save_checkpoint
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import ImageSplit, Splits, StreamingImages, eval_loader, to_pixels, train_loader
-from arrest_hub.errors import ArrestError
+from arrest_hub.errors import ArrestError, DataError
 from arrest_hub.evaluate import Counts, PgdSettings, count_correct
 from arrest_hub.export import write_model_folder
 from arrest_hub.prepare import RunPaths
 from arrest_hub.progress import Log, Meter, progress_bar
 from arrest_hub.results import harmonic_mean
 from arrest_hub.transforms import eval_transform, train_transform
+
+# far above the cross-entropy that a confident network can have at its first adversarial batch
+DIVERGED = 1e5
 
 
 @dataclass
@@ -59,7 +62,7 @@ def train_phase(
     """Train ``student`` in place for ``epochs`` or ``max_steps``, resuming from a checkpoint of this phase if asked to.
 
     Every random draw is seeded by where the run stands, so a resumed run continues bit for bit (on a CPU).
-    Raises ArrestError if the loss is not finite.
+    Raises ArrestError if training diverges, DataError if an image cannot be read.
     """
     config, accelerator = run.config, run.accelerator
     transform = train_transform(student.preprocessing, config.hflip, config.crop_min_scale)
@@ -109,60 +112,55 @@ def train_phase(
     generator = torch.Generator(device=accelerator.device)
     meter = Meter()
     images = config.batch_size * accelerator.num_processes
-    bar = progress_bar(
-        total_steps * config.grad_accum_steps * images,
-        progress.step * config.grad_accum_steps * images,
-        phase,
-        accelerator,
-    )
     logged_at, logged_images = time.perf_counter(), 0
     model.train()
-    while progress.step < total_steps:
-        for batch in _epoch_batches(accelerator, loader, progress):
-            seed_parts = (config.seed, phase, progress.epoch, progress.batch, accelerator.process_index)
-            generator.manual_seed(derive_seed("attack", *seed_parts))
-            torch.manual_seed(derive_seed("dropout", *seed_parts))
-            with accelerator.accumulate(model):
-                with accelerator.autocast():
-                    parts = objective(model, student, to_pixels(batch["pixels"]), batch["label"], generator)
-                accelerator.backward(parts["loss"])
-                if accelerator.sync_gradients and config.clip_grad is not None:
-                    parts["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad()
-            meter.add(parts)
-            progress.batch += 1
-            logged_images += images
-            bar.update(images)
-            if not accelerator.sync_gradients:
-                continue
-            progress.step += 1
-            scheduler.step_update(progress.step)
-            if ema is not None:
-                ema.update(student, step=progress.step)
-            if progress.step % config.log_every == 0 or progress.step == total_steps:
-                values = meter.reduce(accelerator)
-                seconds = time.perf_counter() - logged_at
-                values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": logged_images / seconds}
-                run.images_logged += logged_images
-                _log(run, phase, progress, values, bar)
-                logged_at, logged_images = time.perf_counter(), 0
-            if progress.step == total_steps:
-                break
-            # at the end of an epoch it is written below, when the epoch's validation is part of it
-            due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
-            if due and progress.batch != batches_per_epoch:
+    done, total = (steps * config.grad_accum_steps * images for steps in (progress.step, total_steps))
+    with progress_bar(total, done, phase, accelerator) as bar:  # closed before an error is printed
+        while progress.step < total_steps:
+            for batch in _epoch_batches(accelerator, loader, progress):
+                seed_parts = (config.seed, phase, progress.epoch, progress.batch, accelerator.process_index)
+                generator.manual_seed(derive_seed("attack", *seed_parts))
+                torch.manual_seed(derive_seed("dropout", *seed_parts))
+                with accelerator.accumulate(model):
+                    with accelerator.autocast():
+                        parts = objective(model, student, to_pixels(batch["pixels"]), batch["label"], generator)
+                    accelerator.backward(parts["loss"])
+                    if accelerator.sync_gradients and config.clip_grad is not None:
+                        parts["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                meter.add(parts)
+                progress.batch += 1
+                logged_images += images
+                bar.update(images)
+                if not accelerator.sync_gradients:
+                    continue
+                progress.step += 1
+                scheduler.step_update(progress.step)
+                if ema is not None:
+                    ema.update(student, step=progress.step)
+                if progress.step % config.log_every == 0 or progress.step == total_steps:
+                    values = meter.reduce(accelerator)
+                    seconds = time.perf_counter() - logged_at
+                    values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": logged_images / seconds}
+                    run.images_logged += logged_images
+                    _log(run, phase, progress, values, bar)
+                    logged_at, logged_images = time.perf_counter(), 0
+                if progress.step == total_steps:
+                    break
+                # at the end of an epoch it is written below, when the epoch's validation is part of it
+                due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
+                if due and progress.batch != batches_per_epoch:
+                    save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
+            progress.epoch += 1
+            progress.batch = 0
+            finished = progress.step >= total_steps
+            if config.eval_every and (progress.epoch % config.eval_every == 0 or finished):
+                _validate(run, phase, student, ema, progress)
+                model.train()
+                logged_at = time.perf_counter()
+            if finished or not config.checkpoint_every or progress.step % config.checkpoint_every == 0:
                 save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
-        progress.epoch += 1
-        progress.batch = 0
-        finished = progress.step >= total_steps
-        if config.eval_every and (progress.epoch % config.eval_every == 0 or finished):
-            _validate(run, phase, student, ema, progress)
-            model.train()
-            logged_at = time.perf_counter()
-        if finished or not config.checkpoint_every or progress.step % config.checkpoint_every == 0:
-            save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
-    bar.close()
     return progress
 
 
@@ -171,7 +169,19 @@ def _epoch_batches(accelerator: Accelerator, loader: Any, progress: Progress) ->
     # before the skip: the loader that skip_first_batches returns does not pass the epoch on to a sharded sampler
     (loader.dataset if isinstance(loader.dataset, StreamingImages) else loader).set_epoch(progress.epoch)
     batches = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
-    for batch in batches:
+    iterator = iter(batches)
+    while True:
+        try:
+            batch = next(iterator, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a data loading process died, killed or out of memory. Give a smaller --num-workers (0: none) and "
+                "continue with --resume."
+            ) from error
+        if batch is None:
+            return
         yield send_to_device(batch, accelerator.device)
 
 
@@ -181,11 +191,11 @@ def _batches_per_epoch(run: Run, loader: Any) -> int | None:
 
 
 def _log(run: Run, phase: str, progress: Progress, values: dict[str, float], bar: Any) -> None:
-    """A line of log.jsonl, the tracker and the bar; stops the run at a loss that is not finite."""
-    if not math.isfinite(values["loss"]):
+    """A line of log.jsonl, the tracker and the bar; stops a run that has diverged."""
+    if not values["loss"] < DIVERGED:  # also if it is not a number
         raise ArrestError(
-            f"the loss is {values['loss']} at step {progress.step} of the {phase} phase: lower --lr, add --clip-grad 1 "
-            "or use --mixed-precision bf16, and continue with --resume from the last checkpoint."
+            f"the loss is {values['loss']:.3g} at step {progress.step} of the {phase} phase: training diverged. Start "
+            "again with a smaller --lr, or with --warmup-epochs or --clip-grad 1."
         )
     run.log.write({"phase": phase, "step": progress.step, "epoch": progress.epoch, **values}, run.images_logged)
     shown = {

@@ -30,6 +30,11 @@ class CardFacts:
         return cls(library, architecture, steps, read_results(folder / "results.json"), training)
 
 
+def before_name(method: str) -> str:
+    """What to call the standardly trained network: only ARREST learns from it as a teacher."""
+    return "teacher (standard)" if method == "arrest" else "before (standard)"
+
+
 def render_card(facts: CardFacts) -> str:
     """The card as Markdown with a YAML header."""
     template = resources.files("arrest_hub.model_cards").joinpath("robust_model.md.j2").read_text(encoding="utf-8")
@@ -46,6 +51,6 @@ def render_card(facts: CardFacts) -> str:
         facts=facts,
         training=training,
         first=first,
-        table=results_table(facts.report, "teacher (standard)", "this model", markdown=True),
+        table=results_table(facts.report, before_name(training["method"]), "this model", markdown=True),
         needs_arrest_hub=facts.architecture.endswith("_cifar"),
     )

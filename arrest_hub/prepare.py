@@ -54,6 +54,11 @@ class RunPaths:
     def export(self) -> Path:
         return self.root / "export"
 
+    @property
+    def has_work(self) -> bool:
+        """Whether training left anything here: a run that failed at its first image did not."""
+        return self.teacher.exists() or self.export.exists() or any(self.checkpoints.glob("*"))
+
 
 def make_accelerator(config: FinetuneConfig, paths: RunPaths) -> Accelerator:
     """The Accelerator of a run.
@@ -146,7 +151,7 @@ def check_output_dir(config: FinetuneConfig, paths: RunPaths) -> None:
                 f"--overwrite would delete {name} {source}, which is inside --output-dir {root}: "
                 "give another --output-dir."
             )
-    if not config.resume and not config.overwrite:
+    if not config.resume and not config.overwrite and paths.has_work:
         raise ConfigError(
             f"--output-dir {root} already holds a run. Continue it with --resume, replace it with --overwrite, "
             "or give another --output-dir."
@@ -160,6 +165,8 @@ def start_run_folder(config: FinetuneConfig, paths: RunPaths, accelerator: Accel
         if config.overwrite and paths.root.is_dir():
             shutil.rmtree(paths.root)
         paths.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not paths.has_work:
+            paths.log.unlink(missing_ok=True)
         if not (config.resume and paths.config.is_file()):
             paths.config.write_text(config.to_yaml(), encoding="utf-8")
     accelerator.wait_for_everyone()
@@ -278,6 +285,23 @@ def distinct_splits(splits: Splits) -> list[ImageSplit]:
     return [split for split in (splits.train, splits.validation, splits.test) if split is not None]
 
 
+def plural(count: int, noun: str) -> str:
+    """``1 epoch``, ``2 epochs``, ``2 processes``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
+def _planned_length(config: FinetuneConfig, splits: Splits, processes: int) -> str:
+    """``50 steps (10 epochs)``: what ends first, of --max-steps and --epochs."""
+    size = splits.train.num_examples
+    if size is None:
+        return plural(config.max_steps or 0, "step")
+    batches = size // config.batch_size // processes
+    steps = config.epochs * -(-batches // config.grad_accum_steps)
+    if config.max_steps is not None and config.max_steps < steps:
+        return f"{plural(config.max_steps, 'step')} (--max-steps)"
+    return f"{plural(steps, 'step')} ({plural(config.epochs, 'epoch')})"
+
+
 def describe_run(
     config: FinetuneConfig,
     paths: RunPaths,
@@ -296,7 +320,7 @@ def describe_run(
     if not config.needs_teacher:
         teacher = f"none used by {config.method}" if config.method != "arrest" else "none used (RGKD and NR are off)"
     elif config.standard_epochs:
-        teacher = f"this network after {config.standard_epochs} epochs of clean training, frozen"
+        teacher = f"this network after {plural(config.standard_epochs, 'epoch')} of clean training, frozen"
     else:
         teacher = "the same pretrained weights, frozen"
     counts = [f"{split.num_examples:,} {role}" if split.num_examples is not None else f"unknown number of {role}"
@@ -308,7 +332,7 @@ def describe_run(
         method += f", lambda {config.rgkd_weight:g}, replay threshold {tau}"
     elif method == "trades":
         method += f", beta {config.trades_beta:g}"
-    length = f"{config.max_steps:,} steps" if config.max_steps else f"{config.epochs} epochs"
+    length = _planned_length(config, splits, accelerator.num_processes)
     total = config.batch_size * accelerator.num_processes * config.grad_accum_steps
     return [
         f"model       {source.model_id}{revision} ({source.library} {source.architecture}, {parameters / 1e6:.2f} M "
@@ -320,7 +344,7 @@ def describe_run(
         f"threat      {config.norm}, eps {config.eps}; PGD-{config.attack_steps}, step {config.step_size_value:.5f}",
         f"method      {method}; student's initialisation: {config.init}",
         f"passes      per image and step: {', '.join(f'{count} {name}' for name, count in passes.items())}",
-        f"training    {length}, batch {config.batch_size} x {accelerator.num_processes} processes x "
+        f"training    {length}, batch {config.batch_size} x {plural(accelerator.num_processes, 'process')} x "
         f"{config.grad_accum_steps} accumulated = {total}, {config.optimizer}, lr {config.lr:g}, "
         f"precision {config.mixed_precision}, {accelerator.device.type}",
         f"output      {paths.root}",

@@ -97,6 +97,8 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     passes = build_objective(config, backbone).passes
     for line in describe_run(config, paths, accelerator, splits, backbone, head_note, passes):
         accelerator.print(line)
+    if config.resume and not paths.has_work:
+        accelerator.print(f"resume      there is no checkpoint in {paths.root} yet: starting from the beginning")
     start_run_folder(config, paths, accelerator)
     if config.log_with:
         values = {

@@ -45,8 +45,9 @@ def test_a_misspelt_flag_names_the_nearest(capsys):
 
 def test_all_problems_at_once(capsys):
     err = errors(["--dataset", "digits", "--epocs", "3", "--lr", "fast", "--recipe", "quikstart", "stray"], capsys)
-    for part in ("'--epochs'", "--lr 'fast'", "'quickstart'", "'stray'", "--model is missing"):
+    for part in ("'--epochs'", "--lr 'fast'", "'quickstart'", "'stray'"):
         assert part in err
+    assert "is missing" not in err, "the recipe would have named a model"
 
 
 def test_missing_value(capsys):

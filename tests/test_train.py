@@ -369,9 +369,60 @@ def test_processes_that_do_not_find_each_other_are_refused(tmp_path, monkeypatch
         finetune(tiny_config(tmp_path))
 
 
-def test_a_diverging_loss_stops_the_run(tmp_path):
-    with pytest.raises(ArrestError, match="loss is"):
-        finetune(tiny_config(tmp_path, lr=1e20, epochs=4))
+@pytest.mark.parametrize("lr", [1e20, 1e6])
+def test_a_diverging_run_stops_and_exports_nothing(tmp_path, lr):
+    with pytest.raises(ArrestError, match="diverged"):
+        finetune(tiny_config(tmp_path, lr=lr, epochs=4))
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path, monkeypatch):
+    plain = loop.train_phase
+
+    def poisoned(run, phase, student, *args, **kwargs):
+        progress = plain(run, phase, student, *args, **kwargs)
+        with torch.no_grad():
+            next(student.parameters()).fill_(math.nan)
+        return progress
+
+    monkeypatch.setattr("arrest_hub.train.train_phase", poisoned)
+    with pytest.raises(ArrestError, match="not finite"):
+        finetune(tiny_config(tmp_path, epochs=1))
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_the_folder_of_a_run_that_never_got_anywhere_can_be_used_again(tmp_path, monkeypatch):
+    revive = kill_at(monkeypatch, "robust", 2)
+    with pytest.raises(Killed):
+        finetune(tiny_config(tmp_path))
+    revive()
+    finetune(tiny_config(tmp_path, seed=5))
+    assert load_config(tmp_path / "run" / "config.yaml").seed == 5
+    assert [line["step"] for line in log_lines(tmp_path / "run") if "loss" in line] == [2, 4, 6, 8]
+
+
+def test_a_dead_data_loading_process_is_one_clear_error(tmp_path, monkeypatch):
+    plain = loop._log
+
+    def log(*args):
+        plain(*args)
+        multiprocessing.active_children()[0].kill()
+
+    monkeypatch.setattr(loop, "_log", log)
+    with pytest.raises(DataError, match="--num-workers"):
+        finetune(tiny_config(tmp_path, num_workers=1, batch_size=2, log_every=1))
+
+
+def test_the_planned_length_is_what_is_run(tmp_path, capsys):
+    finetune(tiny_config(tmp_path, max_steps=60, epochs=1, grad_accum_steps=3))
+    out = capsys.readouterr().out
+    assert "2 steps (1 epoch)" in out
+    assert "last, step 2" in out or "step 2)" in out
+
+
+def test_resume_without_a_run_starts_one_and_says_so(tmp_path, capsys):
+    finetune(tiny_config(tmp_path, epochs=1, resume=True))
+    assert "no checkpoint" in capsys.readouterr().out
 
 
 def test_resuming_with_another_model_revision_is_refused(tmp_path):
