@@ -70,13 +70,14 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 class Source:
     """The splits of a dataset by name, all map-style or all streaming, with where they come from.
 
-    ``sizes`` counts the images of streams where that is known.
+    ``sizes`` counts the images of streams where that is known; ``notes`` are sentences for the user.
     """
 
     splits: Mapping[str, RawSplit]
     hub_id: str | None = None
     revision: str | None = None
     sizes: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def find_alias(dataset_id: str) -> Alias | None:
@@ -239,7 +240,13 @@ def _open_folder(path: Path, typed: str, streaming: bool, cache_dir: str | None)
     tabular = any(name.endswith((".parquet", ".arrow", ".tar")) for name in names)
     if tabular or names & {"metadata.csv", "metadata.jsonl"}:
         return _open_data_files(path, typed, files, streaming, cache_dir)
-    return _as_source(_open_image_folder(path, typed, streaming), streaming)
+    source = _as_source(_open_image_folder(path, typed, streaming), streaming)
+    empty = sorted(
+        str(Path(folder).relative_to(path)) for folder, folders, inside in os.walk(path) if not folders + inside
+    )
+    if empty:
+        source.notes.append(f"empty folders, which are no class: {', '.join(empty[:5])}{', ...' if empty[5:] else ''}")
+    return source
 
 
 def _open_saved(path: Path, typed: str) -> dict[str, Dataset]:

@@ -90,7 +90,7 @@ def load_splits(
         made.by_shard = made.streaming
         return made
 
-    notes: list[str] = [alias.note] if alias is not None and alias.note else []
+    notes: list[str] = ([alias.note] if alias is not None and alias.note else []) + source.notes
     train = split(train_name)
     _check_labels(train)
     test, validation = None, None

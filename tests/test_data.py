@@ -173,6 +173,11 @@ def test_image_folder(tmp_path, with_splits):
     assert len(splits.test) == (20 if with_splits else 2)
     for item in ImageDataset(splits.train, EVAL):
         assert (item["pixels"][0, 0, 0] >= 100) == bool(item["label"])
+    assert not any("empty" in note for note in splits.notes)
+    (folder.parent / "bird").mkdir()
+    again = load_splits(str(tmp_path))
+    assert again.class_names == ["cat", "dog"]
+    assert any("empty" in note and "bird" in note for note in again.notes), "a class without images is not passed over"
 
 
 def test_saved_to_disk(tmp_path):
