@@ -81,7 +81,7 @@ def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
     if flags.get("resume") and "recipe" not in flags:
         saved = Path(flags.get("output_dir", "")) / "config.yaml"
         if flags.get("output_dir") and saved.is_file():
-            config = _collect(problems, lambda: resume_config(load_config(saved), flags))
+            config = _collect(problems, lambda: resume_config(load_config(saved), flags), flags)
             return config, [f"resuming with the configuration of {saved}"]
     name = flags.get("recipe")
     notes = []
@@ -97,7 +97,7 @@ def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
         problems += error.problems
         # what the recipe would have given is not missing
         flags = {"model": "from-the-recipe", "dataset": "from-the-recipe"} | flags
-    config = _collect(problems, lambda: resolve(flags, recipe, name))
+    config = _collect(problems, lambda: resolve(flags, recipe, name), flags)
     if "model" in flags and flags["model"] != recipe.get("model"):
         dropped = [key for key in ("model_args", "image_size", "standard_epochs") if key in recipe and key not in flags]
         if dropped:
@@ -110,16 +110,26 @@ def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
     return config, notes
 
 
-def _collect(problems: list[str], build: Callable[[], FinetuneConfig]) -> FinetuneConfig:
+def _collect(problems: list[str], build: Callable[[], FinetuneConfig], flags: dict[str, Any]) -> FinetuneConfig:
     """Run ``build`` and raise what it finds together with what was found before."""
     try:
         config = build()
     except ConfigError as error:
+        problems = problems + _optimizer_problems(flags)
         # a misspelt flag often is also the reason why a required one is missing: keep the order, drop repeats
         raise ConfigError(list(dict.fromkeys(problems + error.problems))) from None
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems + _optimizer_problems(flags))
     return config
+
+
+def _optimizer_problems(flags: dict[str, Any]) -> list[str]:
+    """The one name that only timm can check; it is worth the import if there are other problems to report with it."""
+    if "optimizer" not in flags:
+        return []
+    from arrest_hub.prepare import optimizer_problem
+
+    return [problem for problem in [optimizer_problem(flags["optimizer"])] if problem]
 
 
 def _follows_flag(argv: Sequence[str], word: str) -> bool:

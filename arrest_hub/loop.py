@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +116,8 @@ def train_phase(
     logged_at, logged_images = time.perf_counter(), 0
     model.train()
     done, total = (steps * config.grad_accum_steps * images for steps in (progress.step, total_steps))
-    with progress_bar(total, done, phase, accelerator) as bar:  # closed before an error is printed
+    # the bar is closed before an error is printed
+    with _dead_workers_reported(), progress_bar(total, done, phase, accelerator) as bar:
         while progress.step < total_steps:
             for batch in _epoch_batches(accelerator, loader, progress):
                 seed_parts = (config.seed, phase, progress.epoch, progress.batch, accelerator.process_index)
@@ -169,20 +171,25 @@ def _epoch_batches(accelerator: Accelerator, loader: Any, progress: Progress) ->
     # before the skip: the loader that skip_first_batches returns does not pass the epoch on to a sharded sampler
     (loader.dataset if isinstance(loader.dataset, StreamingImages) else loader).set_epoch(progress.epoch)
     batches = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
-    iterator = iter(batches)
-    while True:
-        try:
-            batch = next(iterator, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                "a data loading process died, killed or out of memory. Give a smaller --num-workers (0: none) and "
-                "continue with --resume."
-            ) from error
-        if batch is None:
-            return
+    for batch in batches:
         yield send_to_device(batch, accelerator.device)
+
+
+@contextmanager
+def _dead_workers_reported() -> Iterator[None]:
+    """One clear error for a data loading process that was killed.
+
+    torch raises it from a signal handler, so anywhere in the loop and not only where a batch is awaited.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            "a data loading process died, killed or out of memory. Give a smaller --num-workers (0: none) and "
+            "continue with --resume."
+        ) from error
 
 
 def _batches_per_epoch(run: Run, loader: Any) -> int | None:

@@ -16,12 +16,20 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedType,
+    broadcast_object_list,
+    is_tensorboard_available,
+    is_trackio_available,
+    is_wandb_available,
+    set_seed,
+)
+from timm.optim import list_optimizers
 
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import ImageSplit, Splits, load_splits
-from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError
+from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError, did_you_mean
 from arrest_hub.labels import match_labels
 
 T = TypeVar("T")
@@ -60,30 +68,32 @@ class RunPaths:
         return self.teacher.exists() or self.export.exists() or any(self.checkpoints.glob("*"))
 
 
-def make_accelerator(config: FinetuneConfig, paths: RunPaths) -> Accelerator:
-    """The Accelerator of a run.
+def optimizer_problem(name: str) -> str | None:
+    """A line for an optimizer that timm does not know, with the nearest that it does."""
+    known = [str(optimizer) for optimizer in list_optimizers()]
+    return None if name in known else f"--optimizer {name!r} is not one of timm's.{did_you_mean(name, known)}"
 
-    Raises:
-        ConfigError: the precision does not exist on this hardware, or the tracker is not installed.
-    """
-    problems = []
+
+def environment_problems(config: FinetuneConfig) -> list[str]:
+    """What this machine cannot do of the configuration: optimizer, precision, tracker. A line for each."""
+    problems = [problem for problem in [optimizer_problem(config.optimizer)] if problem]
     cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
     if config.mixed_precision == "fp16" and not cuda:
         problems.append("--mixed-precision fp16 needs a GPU and this machine offers none: give no or bf16.")
     if config.mixed_precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         problems.append("--mixed-precision bf16: this GPU has no bfloat16 arithmetic. Give fp16 or no.")
-    if config.log_with:
-        from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
+    available = {
+        "tensorboard": is_tensorboard_available,
+        "wandb": is_wandb_available,
+        "trackio": is_trackio_available,
+    }
+    if config.log_with and not available[config.log_with]():
+        problems.append(f"--log-with {config.log_with} is not installed: pip install {config.log_with}")
+    return problems
 
-        available = {
-            "tensorboard": is_tensorboard_available,
-            "wandb": is_wandb_available,
-            "trackio": is_trackio_available,
-        }
-        if not available[config.log_with]():
-            problems.append(f"--log-with {config.log_with} is not installed: pip install {config.log_with}")
-    if problems:
-        raise ConfigError(problems)
+
+def make_accelerator(config: FinetuneConfig, paths: RunPaths) -> Accelerator:
+    """The Accelerator of a run. Raises ConfigError: see `new_accelerator`."""
     return new_accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.grad_accum_steps,
@@ -129,33 +139,33 @@ def launcher_warning(accelerator: Accelerator) -> str | None:
     )
 
 
-def check_output_dir(config: FinetuneConfig, paths: RunPaths) -> None:
-    """Refuse an output folder that holds something, unless it is to be resumed or overwritten. Changes nothing.
+def output_dir_problems(config: FinetuneConfig, paths: RunPaths) -> list[str]:
+    """Why the output folder cannot be used: it holds something that is neither to be resumed nor overwritten.
 
-    Raises:
-        ConfigError: says `--resume` or `--overwrite`; a folder that is no run is never overwritten.
+    Changes nothing. A folder that is no run is never overwritten, nor one that the run reads from.
     """
     root = paths.root
     if root.exists() and not root.is_dir():
-        raise ConfigError(f"--output-dir {root} is a file: give a folder.")
+        return [f"--output-dir {root} is a file: give a folder."]
     if not root.is_dir() or not any(root.iterdir()):
-        return
+        return []
     if not paths.config.is_file():
-        raise ConfigError(
+        return [
             f"--output-dir {root} is not empty and is not a run (it has no config.yaml): give another folder. "
             "Nothing in it is touched, not even with --overwrite."
-        )
-    for name, source in (("--model", config.model), ("--dataset", config.dataset)):
-        if config.overwrite and Path(source).exists() and Path(source).resolve().is_relative_to(root.resolve()):
-            raise ConfigError(
-                f"--overwrite would delete {name} {source}, which is inside --output-dir {root}: "
-                "give another --output-dir."
-            )
-    if not config.resume and not config.overwrite and paths.has_work:
-        raise ConfigError(
+        ]
+    if config.overwrite:
+        return [
+            f"--overwrite would delete {name} {source}, which is inside --output-dir {root}: give another --output-dir."
+            for name, source in (("--model", config.model), ("--dataset", config.dataset))
+            if Path(source).exists() and Path(source).resolve().is_relative_to(root.resolve())
+        ]
+    if not config.resume and paths.has_work:
+        return [
             f"--output-dir {root} already holds a run. Continue it with --resume, replace it with --overwrite, "
             "or give another --output-dir."
-        )
+        ]
+    return []
 
 
 def start_run_folder(config: FinetuneConfig, paths: RunPaths, accelerator: Accelerator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.optim import list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -21,16 +21,17 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades
 from arrest_hub.checkpoint import list_checkpoints, read_progress
 from arrest_hub.config import FinetuneConfig
-from arrest_hub.errors import ConfigError, did_you_mean
+from arrest_hub.errors import ConfigError
 from arrest_hub.export import write_model_folder
 from arrest_hub.finish import RunDir, finish_run
 from arrest_hub.loop import Run, train_phase
 from arrest_hub.prepare import (
     RunPaths,
-    check_output_dir,
     describe_run,
+    environment_problems,
     launcher_warning,
     make_accelerator,
+    output_dir_problems,
     prepare_data,
     prepare_student,
     start_run_folder,
@@ -71,13 +72,10 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
             first step and with nothing overwritten.
     """
     config = dataclasses.replace(config).validate()
-    optimizers = [str(name) for name in list_optimizers()]
-    if config.optimizer not in optimizers:
-        raise ConfigError(
-            f"--optimizer {config.optimizer!r} is not one of timm's.{did_you_mean(config.optimizer, optimizers)}"
-        )
     paths = RunPaths(Path(config.output_dir))
-    check_output_dir(config, paths)
+    problems = environment_problems(config) + output_dir_problems(config, paths)
+    if problems:
+        raise ConfigError(problems)
     accelerator = make_accelerator(config, paths)
     warning = launcher_warning(accelerator)
     for note in (*notes, warning) if warning else notes:
@@ -111,9 +109,9 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     teacher = (
         copy.deepcopy(backbone).eval().requires_grad_(False).to(accelerator.device) if config.needs_teacher else None
     )
-    student = _initial_student(run, backbone)
+    student = _initial_student(run, backbone).to(accelerator.device)
     set_seed(config.seed)
-    ema = ModelEmaV3(student, decay=config.ema_decay, device=accelerator.device) if config.ema_decay else None
+    ema = ModelEmaV3(student, decay=config.ema_decay) if config.ema_decay else None
     objective = build_objective(config, teacher)
     progress = train_phase(
         run, "robust", student, objective, epochs=config.epochs, lr=config.lr, max_steps=config.max_steps, ema=ema
@@ -165,8 +163,6 @@ def _initial_student(run: Run, backbone: Backbone) -> Backbone:
 def _num_workers(config: FinetuneConfig, accelerator: Accelerator) -> int:
     if config.num_workers is not None:
         return config.num_workers
-    import os
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(8, cores // accelerator.num_processes - 1))
 

@@ -50,6 +50,12 @@ def test_all_problems_at_once(capsys):
     assert "is missing" not in err, "the recipe would have named a model"
 
 
+def test_a_misspelt_optimizer_comes_with_the_rest(capsys):
+    err = errors(["--dataset", "digits", "--optimizer", "sdg", "--scheduler", "cosin"], capsys)
+    assert "'sgd'" in err
+    assert "cosine" in err
+
+
 def test_missing_value(capsys):
     assert "--eps" in errors(["--eps"], capsys)
 

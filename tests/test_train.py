@@ -332,6 +332,7 @@ def test_output_folder_is_never_overwritten_unasked(tmp_path):
         ({"model": "resnet18_cifar", "image_size": 8}, ConfigError, "standard-epochs"),
         ({"dataset": "cifar01"}, DataError, "cifar10"),
         ({"log_with": "wandb"}, ConfigError, "pip install wandb"),
+        ({"log_with": "wandb", "optimizer": "sdg", "mixed_precision": "fp16"}, ConfigError, "(?s)sgd.*fp16.*wandb"),
         ({"lr": -1.0, "eps": "8", "epochs": 0}, ConfigError, "(?s)--eps.*|--lr.*--epochs"),
     ],
 )
