@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from arrest_hub.errors import DataError
 from arrest_hub.images import ImageError, decode_image
-from arrest_hub.splits import Splits, load_splits
+from arrest_hub.splits import EvalData, Splits, load_eval_split, load_splits
 from arrest_hub.subsets import SHUFFLE_BUFFER, ImageSplit
 from arrest_hub.transforms import Transform
 
 __all__ = [
     "EpochSampler",
+    "EvalData",
     "ImageDataset",
     "ImageError",
     "ImageSplit",
@@ -34,6 +35,7 @@ __all__ = [
     "StreamingImages",
     "decode_image",
     "eval_loader",
+    "load_eval_split",
     "load_splits",
     "to_pixels",
     "train_loader",

@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import TypeAlias
+from urllib.parse import quote
 
 import datasets
 import numpy as np
@@ -26,7 +28,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
-from arrest_hub.errors import DataError, HubError, did_you_mean, hub_failure
+from arrest_hub.errors import ArrestError, DataError, HubError, did_you_mean, hub_failure
+from arrest_hub.on_demand import SplitsOnDemand, is_prepared, keep_names, open_apart, opens_apart, prepared, read_names
 
 RawSplit: TypeAlias = Dataset | IterableDataset
 
@@ -71,6 +74,8 @@ class Source:
     """The splits of a dataset by name, all map-style or all streaming, with where they come from.
 
     ``sizes`` counts the images of streams where that is known; ``notes`` are sentences for the user.
+    ``on_demand``: a split is only downloaded and converted when it is first taken out of ``splits``, which may
+    then raise what `open_source` raises.
     """
 
     splits: Mapping[str, RawSplit]
@@ -78,6 +83,7 @@ class Source:
     revision: str | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    on_demand: bool = False
 
 
 def find_alias(dataset_id: str) -> Alias | None:
@@ -86,12 +92,16 @@ def find_alias(dataset_id: str) -> Alias | None:
     return alias if alias is None or alias.hub_id or dataset_id in ALIASES else None
 
 
-def open_source(dataset_id: str, *, streaming: bool = False, cache_dir: str | None = None) -> Source:
+def open_source(
+    dataset_id: str, *, streaming: bool = False, on_demand: bool = False, cache_dir: str | None = None
+) -> Source:
     """Open every split of a dataset; nothing is chosen, held out or decoded.
 
     ``dataset_id``: a known name, a folder, or ``org/name[:config][@revision]`` on the Hub. ``streaming``
-    returns `datasets.IterableDataset`s, which fetch what is read. ``cache_dir`` is where `datasets` keeps
-    its files (its own default when None).
+    returns `datasets.IterableDataset`s, which fetch what is read. ``on_demand`` (without ``streaming``) fetches
+    no split that is not asked for, where the format allows it (`Source.on_demand`, Parquet): the others have
+    nothing to fetch or are opened whole. ``cache_dir`` is where `datasets` keeps its files (its own default when
+    None).
 
     Raises DataError (unknown name, no such folder, nothing usable in it) or HubError (not found, gated,
     no network).
@@ -102,7 +112,7 @@ def open_source(dataset_id: str, *, streaming: bool = False, cache_dir: str | No
     if alias is None:
         path = Path(dataset_id).expanduser()
         if path.is_dir():
-            return _open_folder(path, dataset_id, streaming, cache_dir)
+            return _open_folder(path, dataset_id, streaming, on_demand, cache_dir)
         if path.is_file():
             raise DataError(f"dataset {dataset_id!r} is a file; give the folder that holds it, {str(path.parent)!r}.")
         if dataset_id.startswith((".", "~")) or path.is_absolute() or dataset_id.split("@")[0].count("/") > 1:
@@ -111,7 +121,7 @@ def open_source(dataset_id: str, *, streaming: bool = False, cache_dir: str | No
         name = re.split("[:@]", dataset_id)[0]
         dataset_id = alias.hub_id + dataset_id[len(name) :]
     hub_id, config, revision = _parse_hub_id(dataset_id)
-    return _open_hub(hub_id, config, revision, streaming, cache_dir)
+    return _open_hub(hub_id, config, revision, streaming, on_demand, cache_dir)
 
 
 def _parse_hub_id(dataset_id: str) -> tuple[str, str | None, str | None]:
@@ -152,23 +162,67 @@ def _digits() -> dict[str, Dataset]:
     return splits
 
 
-def _prepared(builder: datasets.DatasetBuilder) -> dict[str, Dataset]:
-    """Every split of a prepared builder; an empty one is no error here (in `datasets` it is)."""
-    return {
-        name: builder.as_dataset(split=name) if info.num_examples else Dataset.from_dict({}, features=Features())
-        for name, info in (builder.info.splits or {}).items()
-    }
-
-
-def _open_hub(hub_id: str, config: str | None, revision: str | None, streaming: bool, cache_dir: str | None) -> Source:
+def _open_hub(
+    hub_id: str, config: str | None, revision: str | None, streaming: bool, on_demand: bool, cache_dir: str | None
+) -> Source:
     commit, refusal = _look_up(hub_id, revision)
-    try:
-        builder = datasets.load_dataset_builder(hub_id, name=config, revision=revision, cache_dir=cache_dir)
+
+    @cache
+    def build() -> datasets.DatasetBuilder:
+        with _hub_errors(hub_id, refusal):
+            builder = datasets.load_dataset_builder(hub_id, name=config, revision=revision, cache_dir=cache_dir)
+        found = _commit_of(builder)
+        # where the Hub gives nothing, `datasets` takes the newest copy in its cache, whichever revision that is
+        if found and found != (commit or _cached_commit(hub_id, revision or "main")):
+            raise HubError(
+                f"dataset {hub_id!r} cannot be fetched at revision {revision or 'main'!r}, and the newest copy on this "
+                "machine is of another. Check the network and your access token (or unset HF_HUB_OFFLINE), or give "
+                f"'{hub_id}@{found}' for that copy."
+            )
+        return builder
+
+    notes = []
+    if on_demand:
+        at = commit or _cached_commit(hub_id, revision or "main")
+        root = _own_cache(cache_dir) / "hub" / hub_id.replace("/", "___") / f"config-{quote(config or '', safe='')}"
+        names = read_names(root / at) if at else None
+        if names is None and opens_apart(build()) and not is_prepared(build()):
+            at = _commit_of(build())
+            names = keep_names(root / at, build()) if at else None
+        if names is not None:
+            folder = root / str(at)
+
+            def open_split(name: str) -> Dataset:
+                with _hub_errors(hub_id, refusal):
+                    return open_apart(folder, name, build)
+
+            return Source(SplitsOnDemand(names, open_split), hub_id, at, on_demand=True)
+        if not is_prepared(build()):
+            notes = [f"every split of {hub_id!r} is fetched: only a dataset in Parquet files can be fetched by split"]
+    builder = build()
+    with _hub_errors(hub_id, refusal):
         if streaming:
             splits = builder.as_streaming_dataset()
         else:
             builder.download_and_prepare()
-            splits = _prepared(builder)
+            splits = prepared(builder)
+    sizes = {name: info.num_examples for name, info in (builder.info.splits or {}).items() if info.num_examples}
+    named = {str(name): split for name, split in splits.items()}
+    return Source(named, hub_id, _commit_of(builder), sizes, notes)
+
+
+def _commit_of(builder: datasets.DatasetBuilder) -> str | None:
+    """For a dataset on the Hub the builder's hash is the commit it was read at."""
+    return builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else None
+
+
+@contextmanager
+def _hub_errors(hub_id: str, refusal: Exception | None) -> Iterator[None]:
+    """Failures inside become one HubError or DataError; ``refusal`` is what the Hub first said, if it refused."""
+    try:
+        yield
+    except ArrestError:
+        raise
     except Exception as error:  # told apart below; what is not understood is raised as it is
         if refusal is None and isinstance(error, DatasetNotFoundError):
             refusal = _denial(hub_id)
@@ -181,17 +235,6 @@ def _open_hub(hub_id: str, config: str | None, revision: str | None, streaming: 
             # for example: no such config, a config is needed, no data files, columns that do not agree
             raise DataError(f"dataset {hub_id!r} cannot be loaded: {_first_lines(error)}") from error
         raise
-    # for a dataset on the Hub the builder's hash is the commit it was read at
-    found = builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else None
-    # where the Hub gives nothing, `datasets` takes the newest copy in its cache, whichever revision that is
-    if found and found != (commit or _cached_commit(hub_id, revision or "main")):
-        raise HubError(
-            f"dataset {hub_id!r} cannot be fetched at revision {revision or 'main'!r}, and the newest copy on this "
-            "machine is of another. Check the network and your access token (or unset HF_HUB_OFFLINE), or give "
-            f"'{hub_id}@{found}' for that copy."
-        )
-    sizes = {name: info.num_examples for name, info in (builder.info.splits or {}).items() if info.num_examples}
-    return Source({str(name): split for name, split in splits.items()}, hub_id, found, sizes)
 
 
 def _look_up(hub_id: str, revision: str | None) -> tuple[str | None, Exception | None]:
@@ -232,14 +275,19 @@ def _cached_commit(hub_id: str, revision: str) -> str | None:
     return note.read_text(encoding="utf-8").strip() if note.is_file() else None
 
 
-def _open_folder(path: Path, typed: str, streaming: bool, cache_dir: str | None) -> Source:
+def _own_cache(cache_dir: str | None) -> Path:
+    """What is cached beside the datasets that `datasets` itself knows of."""
+    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "arrest-hub"
+
+
+def _open_folder(path: Path, typed: str, streaming: bool, on_demand: bool, cache_dir: str | None) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _as_source(_open_saved(path, typed), streaming)
     files = sorted(_walk(path))
     names = {os.path.basename(file).lower() for file in files}
     tabular = any(name.endswith((".parquet", ".arrow", ".tar")) for name in names)
     if tabular or names & {"metadata.csv", "metadata.jsonl"}:
-        return _open_data_files(path, typed, files, streaming, cache_dir)
+        return _open_data_files(path, typed, files, streaming, on_demand, cache_dir)
     source = _as_source(_open_image_folder(path, typed, streaming), streaming)
     empty = sorted(
         str(Path(folder).relative_to(path)) for folder, folders, inside in os.walk(path) if not folders + inside
@@ -258,33 +306,47 @@ def _open_saved(path: Path, typed: str) -> dict[str, Dataset]:
     return {str(name): part for name, part in parts.items()}
 
 
-def _open_data_files(path: Path, typed: str, files: list[str], streaming: bool, cache_dir: str | None) -> Source:
+def _open_data_files(
+    path: Path, typed: str, files: list[str], streaming: bool, on_demand: bool, cache_dir: str | None
+) -> Source:
     """Parquet and the other formats that `datasets` reads, splits found by file name."""
-    import datasets
-
     # `datasets` takes a cached copy for fresh when the paths and mtimes are the same; a copy that keeps the
     # mtime (rsync, cp -p) would give stale data, so the size and the time of the last change count too
     state = hashlib.sha256()
     for file in files:
         stat = os.stat(file)
         state.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\n".encode())
-    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "arrest-hub" / state.hexdigest()[:16]
-    try:
-        with _quiet():
-            builder = datasets.load_dataset_builder(str(path.resolve()), cache_dir=str(root))
-            if streaming:
-                splits = builder.as_streaming_dataset()
-            else:
-                builder.download_and_prepare()
-                splits = _prepared(builder)
-    except (DatasetsError, ValueError, OSError) as error:
-        raise DataError(f"dataset folder {typed!r} cannot be read: {_first_lines(error)}") from error
+    root = _own_cache(cache_dir) / state.hexdigest()[:16]
+    with _folder_errors(typed):
+        builder = datasets.load_dataset_builder(str(path.resolve()), cache_dir=str(root))
+        if on_demand and opens_apart(builder) and not is_prepared(builder):
+
+            def open_split(name: str) -> Dataset:
+                with _folder_errors(typed):
+                    return open_apart(root, name, lambda: builder)
+
+            return Source(SplitsOnDemand(builder.config.data_files, open_split), on_demand=True)
+        if streaming:
+            splits = builder.as_streaming_dataset()
+        else:
+            builder.download_and_prepare()
+            splits = prepared(builder)
     sizes = {}
     if streaming:  # `datasets` only knows the sizes after a run without streaming
         for name, parts in (builder.config.data_files or {}).items():
             if all(part.endswith(".parquet") for part in parts):
                 sizes[str(name)] = sum(pq.read_metadata(part).num_rows for part in parts)
     return Source({str(name): split for name, split in splits.items()}, sizes=sizes)
+
+
+@contextmanager
+def _folder_errors(typed: str) -> Iterator[None]:
+    """Reading local files, without progress bars; failures become one DataError."""
+    try:
+        with _quiet():
+            yield
+    except (DatasetsError, ValueError, OSError) as error:
+        raise DataError(f"dataset folder {typed!r} cannot be read: {_first_lines(error)}") from error
 
 
 def _open_image_folder(path: Path, typed: str, shuffle: bool) -> dict[str, Dataset]:

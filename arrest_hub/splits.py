@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Image, IterableDataset
 
-from arrest_hub.columns import find_columns
+from arrest_hub.columns import Columns, find_columns
 from arrest_hub.errors import DataError, did_you_mean
-from arrest_hub.sources import SPLIT_NAMES, RawSplit, find_alias, open_source
+from arrest_hub.sources import SPLIT_NAMES, RawSplit, Source, find_alias, open_source
 from arrest_hub.subsets import ImageSplit, hold_out, limit, read_column
 
 
@@ -28,6 +29,19 @@ class Splits:
     train: ImageSplit
     validation: ImageSplit | None
     test: ImageSplit
+    class_names: list[str] | None
+    num_classes: int
+    dataset_id: str
+    hub_id: str | None = None
+    revision: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EvalData:
+    """The images a model is evaluated on (map-style), their classes, and where they came from; see `Splits`."""
+
+    split: ImageSplit
     class_names: list[str] | None
     num_classes: int
     dataset_id: str
@@ -62,69 +76,24 @@ def load_splits(
     Raises DataError when no such splits can be made of the dataset, HubError when the Hub refuses.
     """
     _check_sizes(validation_size, limit_train, limit_eval)
-    alias = find_alias(dataset_id)
     source = open_source(dataset_id, streaming=streaming, cache_dir=cache_dir)
-    if alias is not None:
-        label_column = label_column or alias.label_column
-        eval_split = eval_split or (alias.eval_split if alias.eval_split in source.splits else None)
+    label_column, eval_split, notes = _with_alias(dataset_id, source, label_column, eval_split)
     train_name = _named_split(source.splits, train_split, "train", "--train-split", dataset_id)
     assert train_name is not None
-    raw = source.splits[train_name]
-    columns = find_columns(raw, image_column, label_column, dataset_id)
-    class_names, values, num_classes = _classes(raw, columns.label, dataset_id)
-
-    def split(name: str) -> ImageSplit:
-        dataset, size = source.splits[name], None
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise DataError(f"dataset {dataset_id!r}: split {name!r} is empty. Choose another split.")
-        missing = [c for c in columns if c not in (dataset.column_names or columns)]
-        if missing:
-            raise DataError(
-                f"dataset {dataset_id!r}: split {name!r} has no column {missing[0]!r}, which {train_name!r} has. "
-                "Choose another split with --eval-split."
-            )
-        dataset = dataset.select_columns(list(columns)).cast_column(columns.image, Image(decode=False))
-        if isinstance(dataset, IterableDataset):
-            size = source.sizes.get(name)
-        made = ImageSplit(dataset, columns.image, columns.label, name, num_classes, size, values)
-        made.by_shard = made.streaming
-        return made
-
-    notes: list[str] = ([alias.note] if alias is not None and alias.note else []) + source.notes
-    train = split(train_name)
+    opened = _open(source, dataset_id, train_name, image_column, label_column)
+    train = opened.split(train_name)
     _check_labels(train)
-    test, validation = None, None
-    test_name = _named_split(source.splits, eval_split, None, "--eval-split", dataset_id)
-    if test_name is not None:
-        test = split(test_name)
-        _check_labels(test)
-        if test_name == train_name:
-            notes.append(f"the test split is the train split {train_name!r} itself: the results are no test")
-    else:
-        for usual in ("test", "validation"):
-            name = _named_split(source.splits, None, usual, "--eval-split", dataset_id, required=False)
-            if name is None or name == train_name:
-                continue
-            candidate = split(name)
-            if _is_labelled(candidate):
-                _check_labels(candidate)
-                test = candidate
-                break
-            notes.append(f"split {name!r} is not used: its labels are missing or -1")
+    test = _find_test(opened, eval_split, train_name, notes)
+    validation = None
     own = _named_split(source.splits, None, "validation", "--eval-split", dataset_id, required=False)
     if validation_size != 0 and own is not None and own != train_name and (test is None or own != test.name):
-        validation = split(own)
+        validation = opened.split(own)
         if _is_labelled(validation):
             _check_labels(validation)
         else:
             validation = None
 
-    test_size = _held_out_size(train, 0.1, None) if test is None else 0
-    if test is None and not test_size:
-        raise DataError(
-            f"dataset {dataset_id!r} has no labelled test or validation split, and too few (or an unknown "
-            f"number of) images to hold out a test set. Name one with --eval-split: {', '.join(source.splits)}."
-        )
+    test_size = _test_size(opened, train) if test is None else 0
     if validation is not None or validation_size == 0:
         size = 0
     elif validation_size is None:
@@ -144,7 +113,175 @@ def load_splits(
         validation = limit(validation, limit_eval, seed, notes, "--limit-eval")
     roles = [("train", train), ("validation", validation), ("test", test)]
     notes.insert(0, "; ".join(f"{role}: {_describe(part)}" for role, part in roles))
-    return Splits(train, validation, test, class_names, num_classes, dataset_id, source.hub_id, source.revision, notes)
+    classes = (opened.class_names, opened.num_classes)
+    return Splits(train, validation, test, *classes, dataset_id, source.hub_id, source.revision, notes)
+
+
+def load_eval_split(
+    dataset_id: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    eval_split: str | None = None,
+    limit_eval: int | None = None,
+    seed: int = 0,
+    cache_dir: str | None = None,
+) -> EvalData:
+    """The test split that `load_splits` makes with the same options: same images, order, labels and classes.
+
+    The other splits are neither downloaded nor converted where the dataset is in Parquet files with the classes
+    in them (feature ClassLabel) and has a labelled test or validation split; a note says where they are. A
+    dataset without a train split will do if ``eval_split`` or a usual name says which one is meant.
+
+    Raises what `load_splits` raises.
+    """
+    _check_sizes(None, None, limit_eval)
+    settle = partial(
+        _eval_split,
+        dataset_id=dataset_id,
+        image_column=image_column,
+        label_column=label_column,
+        eval_split=eval_split,
+        seed=seed,
+    )
+    data = settle(open_source(dataset_id, on_demand=True, cache_dir=cache_dir))
+    if isinstance(data, str):
+        why, data = data, settle(open_source(dataset_id, cache_dir=cache_dir))
+        assert isinstance(data, EvalData)
+        data.notes.append(f"every split of {dataset_id!r} was opened: {why}")
+    data.split = limit(data.split, limit_eval, seed, data.notes, "--limit-eval")
+    data.notes.insert(0, f"test: {_describe(data.split)}")
+    return data
+
+
+def _eval_split(
+    source: Source,
+    dataset_id: str,
+    image_column: str | None,
+    label_column: str | None,
+    eval_split: str | None,
+    seed: int,
+) -> EvalData | str:
+    """The whole test split of a source; of one opened on demand, possibly why all the splits are needed."""
+    label_column, eval_split, notes = _with_alias(dataset_id, source, label_column, eval_split)
+    train_name = _named_split(source.splits, None, "train", "", dataset_id, required=False)
+    if train_name is None and eval_split is None and len(source.splits) == 1:
+        train_name = next(iter(source.splits))
+    held_out = f"the test images are held out of {train_name!r}"
+    origin = train_name
+    if origin is None or source.on_demand:  # then the columns and classes are those of the test split
+        names = _test_names(source, eval_split, train_name, dataset_id)
+        if not names and train_name is None:
+            raise _no_test(source, dataset_id)
+        if not names:
+            return held_out
+        origin = names[0]
+    if origin != train_name:
+        label = find_columns(source.splits[origin], image_column, label_column, dataset_id).label
+        if not isinstance(source.splits[origin].features[label], ClassLabel):
+            if train_name is not None:
+                return f"without {train_name!r} it is not known which classes column {label!r} has"
+            raise DataError(
+                f"dataset {dataset_id!r}: column {label!r} does not say which classes there are (feature ClassLabel), "
+                "and there is no train split to take them from. Choose another --label-column."
+            )
+    opened = _open(source, dataset_id, origin, image_column, label_column)
+    test = _find_test(opened, eval_split, train_name, notes)
+    if test is None:
+        if train_name is None:
+            raise _no_test(source, dataset_id)
+        if source.on_demand:
+            return held_out
+        train = opened.split(train_name)
+        _check_labels(train)
+        _, test, _ = hold_out(train, _test_size(opened, train), 0, seed, notes)
+        assert test is not None
+    return EvalData(test, opened.class_names, opened.num_classes, dataset_id, source.hub_id, source.revision, notes)
+
+
+@dataclass
+class _Opened:
+    """A source whose columns and classes are settled: they are those of its split ``origin``."""
+
+    source: Source
+    dataset_id: str
+    origin: str
+    columns: Columns
+    class_names: list[str] | None
+    values: list[str] | None
+    num_classes: int
+
+    def split(self, name: str) -> ImageSplit:
+        """One split, without the other columns. Raises DataError when it is empty or lacks one of the two."""
+        dataset, columns = self.source.splits[name], self.columns
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise DataError(f"dataset {self.dataset_id!r}: split {name!r} is empty. Choose another split.")
+        missing = [c for c in columns if c not in (dataset.column_names or columns)]
+        if missing:
+            raise DataError(
+                f"dataset {self.dataset_id!r}: split {name!r} has no column {missing[0]!r}, which {self.origin!r} has. "
+                "Choose another split with --eval-split."
+            )
+        dataset = dataset.select_columns(list(columns)).cast_column(columns.image, Image(decode=False))
+        size = self.source.sizes.get(name) if isinstance(dataset, IterableDataset) else None
+        made = ImageSplit(dataset, columns.image, columns.label, name, self.num_classes, size, self.values)
+        made.by_shard = made.streaming
+        return made
+
+
+def _open(source: Source, dataset_id: str, origin: str, image_column: str | None, label_column: str | None) -> _Opened:
+    raw = source.splits[origin]
+    columns = find_columns(raw, image_column, label_column, dataset_id)
+    return _Opened(source, dataset_id, origin, columns, *_classes(raw, columns.label, dataset_id))
+
+
+def _with_alias(
+    dataset_id: str, source: Source, label_column: str | None, eval_split: str | None
+) -> tuple[str | None, str | None, list[str]]:
+    """(label column, test split, notes), where nothing was typed as the alias has them."""
+    alias = find_alias(dataset_id)
+    if alias is None:
+        return label_column, eval_split, list(source.notes)
+    usual = alias.eval_split if alias.eval_split in source.splits else None
+    notes = ([alias.note] if alias.note else []) + source.notes
+    return label_column or alias.label_column, eval_split or usual, notes
+
+
+def _test_names(source: Source, eval_split: str | None, train_name: str | None, dataset_id: str) -> list[str]:
+    """The splits that may be the test split, the best first: what was typed, else test and validation."""
+    typed = _named_split(source.splits, eval_split, None, "--eval-split", dataset_id)
+    if typed is not None:
+        return [typed]
+    usual = [_named_split(source.splits, None, u, "", dataset_id, required=False) for u in ("test", "validation")]
+    return [name for name in usual if name is not None and name != train_name]
+
+
+def _find_test(opened: _Opened, eval_split: str | None, train_name: str | None, notes: list[str]) -> ImageSplit | None:
+    """The test split that was typed, else the first labelled one; None: hold one out of train."""
+    for name in _test_names(opened.source, eval_split, train_name, opened.dataset_id):
+        test = opened.split(name)
+        if eval_split is not None or _is_labelled(test):
+            _check_labels(test)
+            if name == train_name:
+                notes.append(f"the test split is the train split {name!r} itself: the results are no test")
+            return test
+        notes.append(f"split {name!r} is not used: its labels are missing or -1")
+    return None
+
+
+def _test_size(opened: _Opened, train: ImageSplit) -> int:
+    """How many images to hold out as the test split. Raises DataError when none can be."""
+    size = _held_out_size(train, 0.1, None)
+    if not size:
+        raise _no_test(opened.source, opened.dataset_id)
+    return size
+
+
+def _no_test(source: Source, dataset_id: str) -> DataError:
+    return DataError(
+        f"dataset {dataset_id!r} has no labelled test or validation split, and too few (or an unknown "
+        f"number of) images to hold out a test set. Name one with --eval-split: {', '.join(source.splits)}."
+    )
 
 
 def _check_sizes(validation_size: float | int | None, limit_train: int | None, limit_eval: int | None) -> None:

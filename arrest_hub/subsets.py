@@ -27,6 +27,8 @@ class ImageSplit:
     ``num_examples`` is None for a stream of unknown length. ``skip`` and ``by_shard`` concern streams: the
     split is ``dataset`` without its first ``skip`` examples, all of them in its first shard, and its shards
     may be read separately when ``by_shard``.
+    ``rows`` (int64 [N], None: 0..N - 1) says where each image was in the split as it is kept, before some were
+    chosen or held out; see `row_array`.
     """
 
     dataset: Dataset | IterableDataset
@@ -39,6 +41,7 @@ class ImageSplit:
     label_map: list[int] | None = None
     skip: int = 0
     by_shard: bool = False
+    rows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset, Dataset):
@@ -68,6 +71,16 @@ class ImageSplit:
         labels = _codes(read_column(self.dataset, self.label_column), self.values, self.name)
         return labels if self.label_map is None else np.asarray(self.label_map)[labels]
 
+    def row_array(self) -> np.ndarray:
+        """The row of every image in the split as it is kept, int64 [N]. Raises TypeError for a stream."""
+        return np.arange(len(self), dtype=np.int64) if self.rows is None else self.rows
+
+    def select(self, rows: np.ndarray, name: str) -> ImageSplit:
+        """The images at ``rows`` (int [M], positions in this split), in that order. Raises TypeError for a stream."""
+        if not isinstance(self.dataset, Dataset):
+            raise TypeError(f"split {self.name!r} is a stream; no images can be chosen by their position")
+        return replace(self, dataset=self.dataset.select(rows), name=name, rows=self.row_array()[rows])
+
     def encode(self, value: Any, position: int) -> int:
         """The label of one raw value from the label column of a stream, checked and remapped.
 
@@ -93,9 +106,9 @@ def hold_out(
             labels = train.label_array()
             # no class may lose more than half of its images
             rows = balanced_subset(labels, size, seed + (1 if role == "test" else 2), keep_half=True)
-            taken[role] = replace(train, dataset=train.dataset.select(rows), name=f"{origin}[held-out {role}]")
+            taken[role] = train.select(rows, f"{origin}[held-out {role}]")
             rest = np.setdiff1d(np.arange(len(labels)), rows, assume_unique=True)
-            train = replace(train, dataset=train.dataset.select(rest), name=f"{origin}[without held out]")
+            train = train.select(rest, f"{origin}[without held out]")
             notes.append(f"{role}: {size} images held out of {origin!r}, classes as equal as possible, seed {seed}")
     total = sum(sizes.values())
     if total and isinstance(train.dataset, IterableDataset):
@@ -140,7 +153,7 @@ def limit(split: ImageSplit, size: int | None, seed: int, notes: list[str], flag
     if isinstance(split.dataset, Dataset):
         rows = balanced_subset(split.label_array(), size, seed + 3)
         notes.append(f"{flag} {size}: of the {known} images of {split.name!r}, balanced, seed {seed}")
-        return replace(split, dataset=split.dataset.select(rows), name=name)
+        return split.select(rows, name)
     stream = split.dataset.skip(split.skip) if split.skip else split.dataset
     # one shard at a time: reading several at once, `datasets` sleeps for 5 s when a reader stops early
     stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1).take(size)

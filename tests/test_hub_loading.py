@@ -141,6 +141,43 @@ def serve_datasets(hub: HubServer, root: Path) -> None:
     hub.add("datasets", "org/no-data", root / "no-data")
 
 
+def serve_evaluations(hub: HubServer, root: Path) -> None:
+    """Datasets of three splits whose test split is unlabelled; what is known of them lies where it may lie."""
+    import pyarrow.parquet as pq
+    from tiny import NAMES, write_images
+
+    source = write_images(root / "three", splits=("train", "validation", "test"))
+    test = source / "test-00000-of-00001.parquet"
+    table = pq.read_table(test)
+    label = table.schema.get_field_index("label")
+    hidden = [[-1] * table.num_rows]
+    pq.write_table(table.set_column(label, table.schema.field(label), hidden), test)
+    hub.add("datasets", "ILSVRC/imagenet-1k", source)
+    # the classes are in the card alone
+    bare = shutil.copytree(source, root / "bare")
+    for file in bare.glob("*.parquet"):
+        pq.write_table(pq.read_table(file).replace_schema_metadata(None), file)
+    names = "".join(f"          '{i}': {name}\n" for i, name in enumerate(NAMES))
+    sizes = "".join(f"  - name: {split}\n    num_examples: 48\n" for split in ("train", "validation", "test"))
+    card = "---\ndataset_info:\n  features:\n  - name: img\n    dtype: image\n  - name: label\n    dtype:\n"
+    card += f"      class_label:\n        names:\n{names}  splits:\n{sizes}---\n"
+    card_only = with_files(root / "card", bare, README__md=card)
+    hub.add("datasets", "org/card", card_only)
+    # of a size that no disk holds
+    vast = {
+        "features": {"img": {"_type": "Image"}, "label": {"names": NAMES, "_type": "ClassLabel"}},
+        "splits": {split: {"name": split, "num_examples": 48} for split in ("train", "validation", "test")},
+        "size_in_bytes": 1 << 60,
+    }
+    infos = json.dumps({"default": vast})
+    hub.add("datasets", "org/vast", with_files(root / "vast", bare, dataset_infos__json=infos))
+    # numbers without class names, whose number only the train split tells
+    hub.add("datasets", "org/numbers", bare)
+    wrong = with_files(root / "wrong", bare, README__md=card.replace("48", "47"))
+    hub.add("datasets", "org/wrong-size", wrong)
+    hub.add("datasets", "org/train-only", write_images(root / "train-only", splits=("train",)))
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hub")
@@ -152,6 +189,7 @@ def served(root: Path) -> Iterator[HubServer]:
         hub.tokens = {"hf_friend": "friend", "hf_stranger": "stranger"}
         serve_models(hub, root)
         serve_datasets(hub, root)
+        serve_evaluations(hub, root)
         yield hub
 
 
@@ -325,6 +363,81 @@ def child_datasets(commits: dict[str, str]) -> None:
         assert load_splits(dataset_id).revision == commits[f"{dataset_id}@main"]
 
 
+def child_eval_split(commits: dict[str, str]) -> None:
+    """First the evaluation, of which the parent looks up what was fetched."""
+    from arrest_hub.errors import DataError, HubError
+    from arrest_hub.splits import load_eval_split
+
+    for dataset_id, ref, name, images in (
+        ("org/data", "org/data@main", "test", 48),
+        ("org/data@v1.0", "org/data@v1.0", "test", 30),
+        ("org/configs:small", "org/configs@main", "test", 30),
+        ("org/card", "org/card@main", "validation", 48),
+        ("org/vast", "org/vast@main", "validation", 48),
+        ("imagenet", "ILSVRC/imagenet-1k@main", "validation", 48),
+    ):
+        data = load_eval_split(dataset_id)
+        assert (data.split.name, len(data.split), data.class_names) == (name, images, ["dark", "middle", "light"])
+        hub_id = ref.partition("@")[0]
+        assert (data.dataset_id, data.hub_id, data.revision) == (dataset_id, hub_id, commits[ref])
+        assert not any("every split" in note for note in data.notes), data.notes
+    for dataset_id, why in (("org/numbers", "'label'"), ("org/train-only", "held out of 'train'")):
+        data = load_eval_split(dataset_id)
+        assert any("every split" in note and why in note for note in data.notes), data.notes
+    fails(load_eval_split, "org/wrong-size", DataError, "org/wrong-size")
+    fails(load_eval_split, "org/missing", HubError, "'org/missing' was not found", "hf auth login")
+    fails(load_eval_split, "org/gated", HubError, "is gated", "hf auth login")
+    fails(load_eval_split, "org/data@v9", HubError, "no such revision")
+    fails(load_eval_split, "org/private", HubError, "was not found", "hf auth login")
+    fails(load_eval_split, "org/busy", HubError, "org/busy")
+    fails(load_eval_split, "org/cut", HubError, "org/cut")
+    fails(load_eval_split, "org/configs", DataError, "org/configs", "small", "big")
+    fails(load_eval_split, "org/no-data", DataError, "org/no-data")
+    fails(load_eval_split, "org/script", DataError, "script.py", "refs/convert/parquet")
+    fails(load_eval_split, "org/data", DataError, "no split 'tset'", "train, test", eval_split="tset")
+
+
+def child_without_the_train_split() -> None:
+    """Without the Hub: what was evaluated can be evaluated again; of the rest there is no copy."""
+    from arrest_hub.errors import HubError
+    from arrest_hub.splits import load_eval_split, load_splits
+
+    for dataset_id, images in (("org/data", 48), ("org/data@v1.0", 30), ("org/configs:small", 30), ("imagenet", 48)):
+        data = load_eval_split(dataset_id)
+        assert (len(data.split), len(data.revision)) == (images, 40)
+    assert load_eval_split("org/numbers").num_classes == 3
+    fails(load_splits, "org/data", HubError, "cannot be reached", "HF_HUB_OFFLINE")
+    fails(load_eval_split, "org/data", HubError, "cannot be reached", eval_split="train")
+    fails(load_eval_split, "org/configs:big", HubError, "cannot be reached")
+    fails(load_eval_split, "org/private", HubError, "cannot be reached")
+
+
+def child_after_eval_split() -> None:
+    """Then a run in the same cache has every split, and the evaluation was of its test split."""
+    from arrest_hub.splits import load_eval_split, load_splits
+
+    for dataset_id in ("org/data", "org/data@v1.0", "org/configs:small", "org/card", "imagenet", "org/numbers"):
+        for limit in (None, 7):
+            data = load_eval_split(dataset_id, limit_eval=limit, seed=3)
+            splits = load_splits(dataset_id, limit_eval=limit, seed=3, validation_size=0)
+            assert data.split.dataset[:] == splits.test.dataset[:]
+            assert data.split.labels() == splits.test.labels()
+            assert data.split.row_array().tolist() == splits.test.row_array().tolist()
+            assert (data.class_names, data.num_classes) == (splits.class_names, splits.num_classes)
+            assert (data.split.name, data.revision) == (splits.test.name, splits.revision)
+            assert len(splits.train) in (30, 48)
+
+
+def child_another_copy(commits: dict[str, str]) -> None:
+    """Without the Hub, with a whole copy of one revision: it serves for that revision and no other."""
+    from arrest_hub.errors import HubError
+    from arrest_hub.splits import load_eval_split
+
+    assert len(load_eval_split("org/data").split) == 48
+    assert load_eval_split("org/data", eval_split="train").revision == commits["org/data@main"]
+    fails(load_eval_split, "org/data@v1.0", HubError, "another", "HF_HUB_OFFLINE")
+
+
 def command(*words: str) -> tuple[int, str, str]:
     """arrest-finetune in this process -> exit code, standard output, standard error."""
     from arrest_hub.cli import finetune_command, run_cli
@@ -423,6 +536,36 @@ def test_datasets(hub, tmp_path):
     ranges = [request for request in hub.requests if request.status == 206 and "/datasets/org/data/" in request.path]
     assert all(request.headers["range"].startswith("bytes=") for request in ranges)
     assert ranges, "a stream reads parts of files"
+
+
+def test_an_evaluation_fetches_one_split(hub, tmp_path):
+    known, home = commits(hub, "datasets"), tmp_path / "home"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+    def fetched(repo_id: str) -> list[str]:
+        return [name for name in hub.files_sent(repo_id) if name.endswith(".parquet")]
+
+    run_child("eval_split", known, url=hub.url, home=home)
+    test, validation, train = (f"{split}-00000-of-00001.parquet" for split in ("test", "validation", "train"))
+    assert fetched("org/data") == [test, test], "two revisions"
+    assert fetched("org/configs") == [f"small/{test}"]
+    assert fetched("ILSVRC/imagenet-1k") == [validation], "named as the test split: the other is not tried"
+    assert sorted(fetched("org/card")) == sorted(fetched("org/vast")) == [test, validation], "test has no labels"
+    assert train in fetched("org/numbers")
+    assert fetched("org/train-only") == [train]
+    hub.requests.clear()
+    run_child("without_the_train_split", url=hub.url, home=home, **offline)
+    assert hub.requests == []
+    run_child("after_eval_split", url=hub.url, home=home)
+    assert fetched("ILSVRC/imagenet-1k").count(validation) == 0, "it was there already"
+    assert fetched("org/data") == [train, train]
+
+
+def test_an_evaluation_with_the_copy_of_a_run(hub, trained, tmp_path):
+    home = shutil.copytree(trained[0] / "home", tmp_path / "home", symlinks=True)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    run_child("another_copy", commits(hub, "datasets"), url=hub.url, home=home, **offline)
+    assert hub.requests == []
 
 
 def test_the_command_line(hub, tmp_path):
