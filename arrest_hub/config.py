@@ -1,15 +1,12 @@
-"""The one configuration: what it holds, where its values come from (default < recipe < flag), what is valid.
-
-A field carries its type, default, unit and help in one place; the command line, the recipes, `config.yaml`
-and the card are all made from it. No torch here, so that `--help` answers at once.
+"""The configuration of `arrest-finetune`: what it holds, where its values come from (default < recipe < flag), what is
+valid. No torch here, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +15,8 @@ from typing import Any
 import yaml
 
 from arrest_hub.errors import ConfigError, did_you_mean
+from arrest_hub.fields import config_field as _field
+from arrest_hub.fields import convert, convert_all, eps_problem, flag
 
 GROUPS = ("model", "data", "method", "threat model", "training", "run")
 # A recipe's values for these belong to the recipe's own model and are dropped when --model names another.
@@ -26,28 +25,6 @@ MODEL_KEYS = ("model", "model_args", "image_size", "standard_epochs", "standard_
 RESUME_MAY_DIFFER = (
     "output_dir", "resume", "overwrite", "num_workers", "log_every", "log_with", "keep_checkpoints",
 )  # fmt: skip
-
-
-def _field(
-    default: Any,
-    kind: str,
-    group: str,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    optional: bool = False,
-) -> Any:
-    """A config field. ``low``/``high`` are inclusive bounds, ``above`` an exclusive lower one."""
-    metadata = {
-        "kind": kind, "group": group, "help": help, "choices": tuple(choices),
-        "low": low, "high": high, "above": above, "optional": optional,
-    }  # fmt: skip
-    if kind == "mapping":
-        return dataclasses.field(default_factory=dict, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -181,16 +158,8 @@ class FinetuneConfig:
         Raises:
             ConfigError: with a line for each problem.
         """
-        problems: list[str] = []
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            try:
-                values[field.name] = convert(field, getattr(self, field.name))
-            except ValueError as error:
-                problems.append(str(error))
-        for name, value in values.items():
-            setattr(self, name, value)
-        problems += _cross_checks(self, set(values))
+        good, problems = convert_all(self)
+        problems += _cross_checks(self, good)
         if problems:
             raise ConfigError(problems)
         if not self.output_dir:
@@ -205,97 +174,6 @@ class FinetuneConfig:
 FIELDS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
 
 
-def flag(name: str) -> str:
-    """The flag of a key: ``attack_steps`` -> ``--attack-steps``."""
-    return "--" + name.replace("_", "-")
-
-
-def parse_fraction(text: str) -> Fraction:
-    """``"8/255"`` or ``"0.5"``, read exactly. Raises ValueError for anything else."""
-    if not re.fullmatch(r"\s*\d+(\.\d*)?([eE]-?\d+)?\s*|\s*\d+\s*/\s*\d+\s*", text):
-        raise ValueError(text)
-    try:
-        return Fraction(text.replace(" ", ""))
-    except ZeroDivisionError as error:
-        raise ValueError(text) from error
-
-
-def convert(field: dataclasses.Field[Any], value: Any) -> Any:
-    """Bring a value from a flag (text) or from YAML (typed) to its field's type and check its range.
-
-    Raises:
-        ValueError: naming the flag, the value, why it is wrong and what to type.
-    """
-    meta, name = field.metadata, flag(field.name)
-    kind = meta["kind"]
-    if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null")):
-        if meta["optional"]:
-            return None
-        if value is None:
-            raise ValueError(f"{name} has no value; give {_wanted(field)}.")
-    wrong = ValueError(f"{name} {value!r} is not {_wanted(field)}.")
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise wrong
-        return value
-    if isinstance(value, bool):
-        raise wrong
-    if kind == "mapping":
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise wrong
-        return dict(value)
-    if kind == "str":
-        if isinstance(value, (int, float)):
-            value = str(value)
-        if not isinstance(value, str):
-            raise wrong
-        if meta["choices"] and value not in meta["choices"]:
-            raise ValueError(f"{wrong}{did_you_mean(value, meta['choices'])}")
-        return value
-    if kind == "fraction":
-        try:
-            number: float | Fraction = parse_fraction(str(value))
-        except ValueError:
-            raise wrong from None
-        result: Any = str(value).replace(" ", "")
-    elif kind == "int":
-        try:
-            number = result = int(value) if isinstance(value, str) else value
-        except ValueError:
-            raise wrong from None
-        if not isinstance(result, int):
-            raise wrong
-    else:
-        try:
-            number = result = float(value)
-        except (TypeError, ValueError):
-            raise wrong from None
-        if not math.isfinite(number):
-            raise wrong
-    low, high, above = meta["low"], meta["high"], meta["above"]
-    if (
-        (low is not None and number < low)
-        or (high is not None and number > high)
-        or (above is not None and number <= above)
-    ):
-        raise ValueError(f"{name} {value} is out of range: give {_wanted(field)}.")
-    return result
-
-
-def _wanted(field: dataclasses.Field[Any]) -> str:
-    meta = field.metadata
-    text = {
-        "bool": "true or false", "str": "a name", "int": "a whole number", "float": "a number",
-        "fraction": "a fraction such as 8/255", "mapping": "a list of key=value",
-    }[meta["kind"]]  # fmt: skip
-    if meta["choices"]:
-        text = "one of " + ", ".join(meta["choices"])
-    bounds = [f"{word} {meta[key]:g}" for key, word in (("above", "above"), ("low", "at least"), ("high", "at most"))
-              if meta[key] is not None]  # fmt: skip
-    text += (" " + " and ".join(bounds)) if bounds else ""
-    return text + (", or none" if meta["optional"] else "")
-
-
 def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
     """Problems between fields; only those whose own values are good are looked at."""
     problems = []
@@ -305,11 +183,7 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
         problems.append("--dataset is missing: give digits, cifar10, cifar100, imagenet, a `datasets` id or a folder.")
     if {"norm", "eps"} <= good:
         eps = Fraction(config.eps)
-        if config.norm == "linf" and eps >= 1:
-            hint = f" Did you mean {config.eps}/255?" if eps.denominator == 1 and eps < 255 else ""
-            problems.append(
-                f"--eps {config.eps} is out of range: pixels are in [0, 1], so linf needs eps below 1.{hint}"
-            )
+        problems += eps_problem(config.norm, config.eps)
         if "attack_step_size" in good and config.attack_step_size and Fraction(config.attack_step_size) > 2 * eps:
             problems.append(
                 f"--attack-step-size {config.attack_step_size} is more than the whole ball (2 x eps {config.eps}): "

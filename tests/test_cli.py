@@ -6,7 +6,8 @@ import time
 import pytest
 
 from arrest_hub.cli import finetune_command, parse_finetune, run_cli
-from arrest_hub.config import FIELDS, flag
+from arrest_hub.config import FIELDS
+from arrest_hub.fields import flag
 
 
 def errors(argv, capsys):

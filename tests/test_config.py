@@ -3,8 +3,9 @@ from fractions import Fraction
 
 import pytest
 
-from arrest_hub.config import FIELDS, FinetuneConfig, convert, load_config, parse_fraction, resolve, resume_config
+from arrest_hub.config import FIELDS, FinetuneConfig, load_config, resolve, resume_config
 from arrest_hub.errors import ConfigError
+from arrest_hub.fields import convert, parse_fraction
 
 GOOD = {"model": "m", "dataset": "d"}
 

@@ -1,0 +1,150 @@
+"""Fields of a configuration: a dataclass field carries its type, default, unit, range and help in one place.
+
+The command line, the recipes and the saved YAML are all made from it. No torch here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from arrest_hub.errors import did_you_mean
+
+
+def config_field(
+    default: Any,
+    kind: str,
+    group: str,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    optional: bool = False,
+) -> Any:
+    """A config field. ``low``/``high`` are inclusive bounds, ``above`` an exclusive lower one."""
+    metadata = {
+        "kind": kind, "group": group, "help": help, "choices": tuple(choices),
+        "low": low, "high": high, "above": above, "optional": optional,
+    }  # fmt: skip
+    if kind == "mapping":
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """The flag of a key: ``attack_steps`` -> ``--attack-steps``."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_fraction(text: str) -> Fraction:
+    """``"8/255"`` or ``"0.5"``, read exactly. Raises ValueError for anything else."""
+    if not re.fullmatch(r"\s*\d+(\.\d*)?([eE]-?\d+)?\s*|\s*\d+\s*/\s*\d+\s*", text):
+        raise ValueError(text)
+    try:
+        return Fraction(text.replace(" ", ""))
+    except ZeroDivisionError as error:
+        raise ValueError(text) from error
+
+
+def convert(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Bring a value from a flag (text) or from YAML (typed) to its field's type and check its range.
+
+    Raises:
+        ValueError: naming the flag, the value, why it is wrong and what to type.
+    """
+    meta, name = field.metadata, flag(field.name)
+    kind = meta["kind"]
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null")):
+        if meta["optional"]:
+            return None
+        if value is None:
+            raise ValueError(f"{name} has no value; give {_wanted(field)}.")
+    wrong = ValueError(f"{name} {value!r} is not {_wanted(field)}.")
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if isinstance(value, bool):
+        raise wrong
+    if kind == "mapping":
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise wrong
+        return dict(value)
+    if kind == "str":
+        if isinstance(value, (int, float)):
+            value = str(value)
+        if not isinstance(value, str):
+            raise wrong
+        if meta["choices"] and value not in meta["choices"]:
+            raise ValueError(f"{wrong}{did_you_mean(value, meta['choices'])}")
+        return value
+    if kind == "fraction":
+        try:
+            number: float | Fraction = parse_fraction(str(value))
+        except ValueError:
+            raise wrong from None
+        result: Any = str(value).replace(" ", "")
+    elif kind == "int":
+        try:
+            number = result = int(value) if isinstance(value, str) else value
+        except ValueError:
+            raise wrong from None
+        if not isinstance(result, int):
+            raise wrong
+    else:
+        try:
+            number = result = float(value)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if not math.isfinite(number):
+            raise wrong
+    low, high, above = meta["low"], meta["high"], meta["above"]
+    if (
+        (low is not None and number < low)
+        or (high is not None and number > high)
+        or (above is not None and number <= above)
+    ):
+        raise ValueError(f"{name} {value} is out of range: give {_wanted(field)}.")
+    return result
+
+
+def _wanted(field: dataclasses.Field[Any]) -> str:
+    meta = field.metadata
+    text = {
+        "bool": "true or false", "str": "a name", "int": "a whole number", "float": "a number",
+        "fraction": "a fraction such as 8/255", "mapping": "a list of key=value",
+    }[meta["kind"]]  # fmt: skip
+    if meta["choices"]:
+        text = "one of " + ", ".join(meta["choices"])
+    bounds = [f"{word} {meta[key]:g}" for key, word in (("above", "above"), ("low", "at least"), ("high", "at most"))
+              if meta[key] is not None]  # fmt: skip
+    text += (" " + " and ".join(bounds)) if bounds else ""
+    return text + (", or none" if meta["optional"] else "")
+
+
+def convert_all(config: Any) -> tuple[set[str], list[str]]:
+    """Convert every field of a configuration in place: (names of the good ones, a problem for each of the others)."""
+    good: set[str] = set()
+    problems: list[str] = []
+    for field in dataclasses.fields(config):
+        try:
+            setattr(config, field.name, convert(field, getattr(config, field.name)))
+            good.add(field.name)
+        except ValueError as error:
+            problems.append(str(error))
+    return good, problems
+
+
+def eps_problem(norm: str, eps: str) -> list[str]:
+    """A line for a radius that no image in [0, 1] has room for, such as 8 instead of 8/255."""
+    value = Fraction(eps)
+    if norm != "linf" or value < 1:
+        return []
+    hint = f" Did you mean {eps}/255?" if value.denominator == 1 and value < 255 else ""
+    return [f"--eps {eps} is out of range: pixels are in [0, 1], so linf needs eps below 1.{hint}"]
