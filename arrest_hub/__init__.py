@@ -14,7 +14,9 @@ from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from arrest_hub.backbones import load_backbone
+    from arrest_hub.evaluation import evaluate
     from arrest_hub.finish import RunDir
+    from arrest_hub.results import EvalReport
     from arrest_hub.train import finetune
 
 __version__ = "0.1.0"
@@ -23,13 +25,21 @@ __all__ = [
     "BackboneError",
     "ConfigError",
     "DataError",
+    "EvalReport",
     "FinetuneConfig",
     "HubError",
     "RunDir",
+    "evaluate",
     "finetune",
     "load_backbone",
 ]
-_LAZY = {"finetune": "train", "load_backbone": "backbones", "RunDir": "finish"}
+_LAZY = {
+    "evaluate": "evaluation",
+    "finetune": "train",
+    "load_backbone": "backbones",
+    "EvalReport": "results",
+    "RunDir": "finish",
+}
 
 
 def __getattr__(name: str) -> Any:

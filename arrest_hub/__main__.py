@@ -1,13 +1,13 @@
-"""`python -m arrest_hub finetune ...`, for `accelerate launch -m arrest_hub finetune ...`."""
+"""`python -m arrest_hub finetune|eval ...`, for `accelerate launch -m arrest_hub finetune ...`."""
 
 from __future__ import annotations
 
 import sys
 
-from arrest_hub.cli import finetune_command, run_cli
+from arrest_hub.cli import eval_command, finetune_command, run_cli
 from arrest_hub.errors import did_you_mean
 
-COMMANDS = {"finetune": finetune_command}
+COMMANDS = {"finetune": finetune_command, "eval": eval_command}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The command line: flags -> FinetuneConfig -> train. Everything heavy is imported after the flags are known good."""
+"""The command line: flags -> configuration -> work. Everything heavy is imported after the flags are known good."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Any
 
 import yaml
 
-from arrest_hub.config import GROUPS, FinetuneConfig, flag, load_config, resolve, resume_config, unknown_key
+from arrest_hub.config import GROUPS, FinetuneConfig, load_config, resolve, resume_config, unknown_key
 from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError
+from arrest_hub.eval_config import EVAL_FIELDS, EvalConfig, evaluation_name, unknown_eval_key
+from arrest_hub.eval_config import GROUPS as EVAL_GROUPS
+from arrest_hub.fields import flag
 from arrest_hub.recipe_files import list_recipes, read_recipe, recipe_for_dataset
 
 EPILOG = """\
@@ -25,6 +28,16 @@ examples:
 
 recipes: {recipes}
 A flag beats the recipe, the recipe beats the default. Without --recipe, the dataset's own is taken."""
+
+
+EVAL_EPILOG = """\
+examples:
+  arrest-eval runs/mine/export --dataset cifar10 --eps 8/255
+  arrest-eval timm/resnet50.a1_in1k --dataset imagenet --attacks clean,pgd-20,autoattack --limit-eval 5000
+  arrest-eval runs/a/export runs/b/export --dataset cifar10 --attacks clean,pgd-20
+  accelerate launch --num_processes 8 -m arrest_hub eval someone/model --dataset imagenet --attacks autoattack
+
+Several models are put side by side in comparison.md and comparison.json."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,8 +56,32 @@ def finetune_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    for field in dataclasses.fields(FinetuneConfig):
+    _add_fields(parser, FinetuneConfig, GROUPS)
+    return parser
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    """One flag for each field of EvalConfig, and the models without a flag."""
+    parser = _Parser(
+        prog="arrest-eval",
+        description="Measure how robust image classifiers are to adversarial examples, with the evidence for it.",
+        epilog=EVAL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=EVAL_FIELDS["model"].metadata["help"])
+    _add_fields(parser, EvalConfig, EVAL_GROUPS, leave_out=("model",))
+    return parser
+
+
+def _add_fields(
+    parser: argparse.ArgumentParser, config: type, groups: Sequence[str], leave_out: Sequence[str] = ()
+) -> None:
+    """A flag for each field of a configuration, in its group."""
+    sections = {name: parser.add_argument_group(name) for name in groups}
+    for field in dataclasses.fields(config):
+        if field.name in leave_out:
+            continue
         meta = field.metadata
         help_text = meta["help"]
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
@@ -57,8 +94,54 @@ def finetune_parser() -> argparse.ArgumentParser:
             options["metavar"] = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else names[meta["kind"]]
             if field.default not in (None, ""):
                 help_text += f" (default: {field.default})"
-        groups[meta["group"]].add_argument(flag(field.name), help=help_text, **options)
-    return parser
+        sections[meta["group"]].add_argument(flag(field.name), help=help_text, **options)
+
+
+def parse_eval(argv: Sequence[str]) -> list[EvalConfig]:
+    """Flags -> a configuration for each model, each with a folder of its own.
+
+    Raises:
+        ConfigError: every problem found at once.
+    """
+    namespace, unknown = eval_parser().parse_known_args(list(argv))
+    flags: dict[str, Any] = vars(namespace)
+    models = list(flags.pop("models"))
+    problems = [unknown_eval_key(word[2:].split("=")[0].replace("_", "-")) for word in unknown if word.startswith("--")]
+    # the value of an unknown flag looks like a model
+    models = [model for model in models if not (unknown and _follows_unknown(argv, model, unknown))]
+    if not models:
+        problems.append("no model is given: name one or several, as in arrest-eval runs/mine/export --dataset cifar10.")
+    if not flags.get("dataset"):
+        problems.append("--dataset is missing: give digits, cifar10, cifar100, imagenet, a `datasets` id or a folder.")
+    if len(models) > 1 and flags.get("robustbench_json"):
+        problems.append("--robustbench-json is the entry of one model: evaluate the models one by one for it.")
+    if len(set(models)) < len(models):
+        problems.append("a model is named twice: name each once.")
+    configs = []
+    names: list[str] = []
+    for model in models or ["model"]:
+        config = EvalConfig(model=model, **flags)
+        try:
+            config.validate()
+        except ConfigError as error:
+            problems += error.problems
+        if len(models) > 1:
+            root = flags.get("output_dir") or "evals/" + evaluation_name(
+                config.dataset, config.norm, config.eps, "comparison"
+            )
+            name = evaluation_name(model)
+            names.append(name)
+            config.output_dir = f"{root}/{name}" + (f"-{names.count(name)}" if names.count(name) > 1 else "")
+        configs.append(config)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return configs
+
+
+def _follows_unknown(argv: Sequence[str], word: str, unknown: Sequence[str]) -> bool:
+    """Whether ``word`` stands right behind a flag that does not exist."""
+    index = list(argv).index(word)
+    return index > 0 and argv[index - 1] in unknown
 
 
 def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
@@ -187,6 +270,26 @@ def finetune_command(argv: Sequence[str]) -> None:
     finally:
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def eval_command(argv: Sequence[str]) -> None:
+    """`arrest-eval`: parse, evaluate each model, compare if there are several. Raises ArrestError for bad input."""
+    configs = parse_eval(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from torch import distributed
+
+    from arrest_hub.evaluation import evaluate_all
+
+    try:
+        evaluate_all(configs)
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def eval_main() -> None:
+    """Entry point of `arrest-eval`."""
+    sys.exit(run_cli(eval_command, sys.argv[1:]))
 
 
 def finetune_main() -> None:

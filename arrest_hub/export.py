@@ -5,6 +5,7 @@ The CIFAR architectures are the exception: timm knows them after ``import arrest
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -79,3 +80,12 @@ def _write_transformers(network: Any, backbone: Backbone, folder: Path) -> None:
     with no_transformers_bars():
         network.save_pretrained(folder, state_dict=_portable_state(network))
     backbone.processor.save_pretrained(folder)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of a network's parameters and buffers, names and values: which weights a figure belongs to."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

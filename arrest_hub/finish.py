@@ -16,12 +16,19 @@ from arrest_hub.checkpoint import Progress
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import Splits, eval_loader
 from arrest_hub.errors import ArrestError
-from arrest_hub.evaluate import PgdSettings, count_correct, full_precision, hardware_name, library_versions, to_results
-from arrest_hub.export import write_model_folder
+from arrest_hub.export import weights_digest, write_model_folder
 from arrest_hub.model_card import CardFacts, before_name, render_card
 from arrest_hub.prepare import RunPaths, new_accelerator
 from arrest_hub.results import EvalReport, Result, results_table
 from arrest_hub.transforms import eval_transform
+from arrest_hub.validation import (
+    PgdSettings,
+    count_correct,
+    full_precision,
+    hardware_name,
+    library_versions,
+    to_results,
+)
 
 # not part of what was trained: the reader's machine, not the writer's
 NOT_EXPORTED = ("output_dir", "resume", "overwrite", "num_workers", "log_with")
@@ -73,14 +80,14 @@ def finish_run(
     accelerator = new_accelerator(mixed_precision="no")
     report = measure_export(config, paths, accelerator, splits, num_workers=num_workers, teacher_id=teacher_id)
     if accelerator.is_main_process:
-        (paths.export / "results.json").write_text(report.to_json(), encoding="utf-8")
         values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_EXPORTED}
         (paths.export / "training_config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        source = student.source
-        facts = CardFacts.from_folder(
-            paths.export, architecture=source.architecture, library=source.library, steps=progress.step
-        )
-        (paths.export / "README.md").write_text(render_card(facts), encoding="utf-8")
+        report.model |= {"architecture": student.source.architecture, "library": student.source.library,
+                         "steps": progress.step}  # fmt: skip
+        if teacher_id is not None and "@" in teacher_id:  # on the Hub: another machine can find it too
+            report.model["teacher"] = teacher_id
+        report.write(paths.export / "results.json")
+        (paths.export / "README.md").write_text(render_card(CardFacts.from_folder(paths.export)), encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.print("\n" + results_table(report, before_name(config.method), f"student ({config.method})"))
     first = report.results[0]
@@ -120,6 +127,10 @@ def measure_export(
         preprocessing=dataclasses.asdict(student.preprocessing),
         versions=library_versions(),
         hardware=hardware_name(accelerator),
+        model={
+            "parameters": sum(parameter.numel() for parameter in student.parameters()),
+            "weights_sha256": weights_digest(student),
+        },
     )
     if teacher_id is not None:
         own = Path(teacher_id) == paths.teacher

@@ -23,12 +23,12 @@ from arrest_hub.checkpoint import Progress, derive_seed, list_checkpoints, load_
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import ImageSplit, Splits, StreamingImages, eval_loader, to_pixels, train_loader
 from arrest_hub.errors import ArrestError, DataError
-from arrest_hub.evaluate import Counts, PgdSettings, count_correct
 from arrest_hub.export import write_model_folder
 from arrest_hub.prepare import RunPaths
 from arrest_hub.progress import Log, Meter, progress_bar
 from arrest_hub.results import harmonic_mean
 from arrest_hub.transforms import eval_transform, train_transform
+from arrest_hub.validation import Counts, PgdSettings, count_correct
 
 # far above the cross-entropy that a confident network can have at its first adversarial batch
 DIVERGED = 1e5

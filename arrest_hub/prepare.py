@@ -125,7 +125,7 @@ def new_accelerator(**options: Any) -> Accelerator:
     return accelerator
 
 
-def launcher_warning(accelerator: Accelerator) -> str | None:
+def launcher_warning(accelerator: Accelerator, command: str) -> str | None:
     """A sentence for the case that `accelerate launch` was asked for several processes and started one.
 
     It does so on a CPU without MPI: it sets the address of a main process, and no rank.
@@ -135,8 +135,16 @@ def launcher_warning(accelerator: Accelerator) -> str | None:
         return None
     return (
         "warning: `accelerate launch` was asked for several processes and started ONE, as it does on a CPU without "
-        "MPI. For several CPU processes: torchrun --nproc_per_node N -m arrest_hub finetune ..."
+        f"MPI. For several CPU processes: torchrun --nproc_per_node N -m arrest_hub {command} ..."
     )
+
+
+def num_workers(wanted: int | None, accelerator: Accelerator) -> int:
+    """Loader processes: as many as wanted, else the cores of this machine's process less one, at most 8."""
+    if wanted is not None:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // accelerator.num_processes - 1))
 
 
 def output_dir_problems(config: FinetuneConfig, paths: RunPaths) -> list[str]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 QUANTILES = {"drift": (0.5, 0.9)}
 COUNTS = ("zero_gradients",)
+FRACTIONAL = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 # per-sample parts of an objective -> the names they are logged under
 LOG_NAMES = {
     "adversarial_correct": "adversarial_accuracy",
@@ -98,9 +99,15 @@ def _json_number(value: Any) -> Any:
 
 
 def progress_bar(
-    total: int | None, initial: int, description: str, accelerator: Accelerator, *, nested: bool = False
+    total: int | None,
+    initial: int,
+    description: str,
+    accelerator: Accelerator,
+    *,
+    nested: bool = False,
+    fractional: bool = False,
 ) -> tqdm:
-    """Images done, images/s and time left, on the main process only.
+    """Images done, images/s and time left, on the main process only. ``fractional``: parts of an image count too.
 
     A ``nested`` bar runs below another and vanishes when it is done; a log file, where lines cannot be redrawn, gets
     a line of the outer bars now and then and no nested ones.
@@ -115,4 +122,5 @@ def progress_bar(
         dynamic_ncols=True,
         mininterval=0.2 if terminal else 15.0,
         leave=not nested,
+        bar_format=FRACTIONAL if fractional else None,
     )

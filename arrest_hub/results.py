@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FORMAT_VERSION = 1
+MISSING = "–"
+"""Stands in tables for what was not measured."""
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -32,7 +36,8 @@ class Result:
     """One figure: how many of ``n`` images were classified correctly, clean or under one attack.
 
     ``metric`` is "clean_accuracy" or "robust_accuracy"; ``eps`` is the fraction as typed, on pixels in [0, 1];
-    ``attack_parameters`` hold steps, step size and restarts.
+    ``attack_parameters`` hold steps, step size and restarts, and for AutoAttack the parts that ran with theirs.
+    ``seconds`` is the time of the batches, divided by the number of processes that shared them.
     """
 
     metric: str
@@ -62,8 +67,35 @@ class Result:
 
 
 @dataclass
+class Check:
+    """One sign of gradient masking, or of a mistake in the evaluation, looked for.
+
+    ``status`` is "pass", "warn" or "skipped"; ``value`` is the figure it rests on (None if skipped), ``finding`` says
+    in a sentence what was measured and, if it warns, what that may mean.
+    """
+
+    name: str
+    status: str
+    value: float | None
+    finding: str
+
+
+@dataclass
+class CurvePoint:
+    """Accuracy at one radius: ``eps`` as a fraction such as "2/255", ``correct`` of ``n`` images."""
+
+    eps: str
+    correct: int
+    n: int
+
+
+@dataclass
 class EvalReport:
-    """What an evaluation found: the model's figures, its teacher's for comparison, and how they were made."""
+    """What an evaluation found: the model's figures, its teacher's for comparison, and how they were made.
+
+    ``model`` says which network it was (id, revision, architecture, parameters, SHA-256 of the weights); ``eps_curve``
+    holds the points of "student" and "teacher"; ``images_per_second`` is the speed of clean classification.
+    """
 
     results: list[Result]
     teacher_results: list[Result] = field(default_factory=list)
@@ -71,6 +103,10 @@ class EvalReport:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
+    images_per_second: float | None = None
+    checks: list[Check] = field(default_factory=list)
+    eps_curve: dict[str, list[CurvePoint]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """`results.json`, stable in order."""
@@ -82,20 +118,41 @@ class EvalReport:
             "preprocessing": self.preprocessing,
             "versions": self.versions,
             "hardware": self.hardware,
+            "model": self.model,
+            "images_per_second": self.images_per_second,
+            "checks": [dataclasses.asdict(check) for check in self.checks],
+            "eps_curve": {name: [dataclasses.asdict(p) for p in points] for name, points in self.eps_curve.items()},
         }
-        return json.dumps(data, indent=2) + "\n"
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
-    def get(self, metric: str, *, teacher: bool = False) -> Result | None:
-        """The first result of that metric, of the model or of its teacher."""
+    def write(self, path: Path) -> None:
+        """Write `results.json`, whole or not at all."""
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def get(self, metric: str, *, attack: str | None = None, teacher: bool = False) -> Result | None:
+        """The first result of that metric (under that attack, if given), of the model or of its teacher."""
         rows = self.teacher_results if teacher else self.results
-        return next((row for row in rows if row.metric == metric), None)
+        return next((row for row in rows if row.metric == metric and attack in (None, row.attack)), None)
+
+    def strongest(self) -> Result | None:
+        """The robust accuracy that the harmonic mean is taken with: AutoAttack's, else the lowest one there is."""
+        rows = [row for row in self.results if row.metric == "robust_accuracy"]
+        autoattack = next((row for row in rows if row.attack == "autoattack"), None)
+        return autoattack or min(rows, key=lambda row: row.value, default=None)
+
+    @property
+    def warnings(self) -> list[Check]:
+        """The checks that warn."""
+        return [check for check in self.checks if check.status == "warn"]
 
 
 def read_results(path: Path) -> EvalReport:
     """Read a `results.json`.
 
     Raises:
-        ValueError: not a results file of a format this version knows.
+        ValueError: not a results file of a format this version knows, or one that lacks something.
     """
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict) or data.get("format") != FORMAT_VERSION:
@@ -105,8 +162,44 @@ def read_results(path: Path) -> EvalReport:
     def rows(key: str) -> list[Result]:
         return [Result(**{name: entry[name] for name in names}) for entry in data[key]]
 
-    context = {key: data[key] for key in ("precision", "preprocessing", "versions", "hardware")}
-    return EvalReport(results=rows("results"), teacher_results=rows("teacher_results"), **context)
+    optional = ("precision", "preprocessing", "versions", "hardware", "model", "images_per_second")
+    try:
+        return EvalReport(
+            results=rows("results"),
+            teacher_results=rows("teacher_results"),
+            checks=[Check(**check) for check in data.get("checks", [])],
+            eps_curve={name: [CurvePoint(**p) for p in points] for name, points in data.get("eps_curve", {}).items()},
+            **{key: data[key] for key in optional if key in data},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is a damaged results file: {type(error).__name__} {error}") from error
+
+
+def merge_reports(old: EvalReport, new: EvalReport) -> EvalReport:
+    """``new`` over ``old``: a figure of the same attack, radius, dataset and split is replaced, the others are kept.
+
+    Only figures of the same weights may be put together; the caller makes sure of it.
+    """
+
+    def merged(before: list[Result], after: list[Result]) -> list[Result]:
+        known = {_key(row) for row in after}
+        kept = [row for row in before if _key(row) not in known]
+        return sorted(kept + after, key=lambda row: row.metric != "clean_accuracy")
+
+    report = dataclasses.replace(
+        new,
+        results=merged(old.results, new.results),
+        teacher_results=merged(old.teacher_results, new.teacher_results),
+        checks=new.checks or old.checks,
+        eps_curve=new.eps_curve or old.eps_curve,
+        images_per_second=old.images_per_second if new.images_per_second is None else new.images_per_second,
+    )
+    report.model = old.model | new.model
+    return report
+
+
+def _key(row: Result) -> tuple[Any, ...]:
+    return row.metric, row.attack, row.norm, row.eps, row.dataset, row.split
 
 
 def harmonic_mean(clean: float, robust: float) -> float:
@@ -115,33 +208,68 @@ def harmonic_mean(clean: float, robust: float) -> float:
 
 
 def results_table(report: EvalReport, teacher_name: str, student_name: str, *, markdown: bool = False) -> str:
-    """A small table, a row a model and a column a metric, accuracies in per cent with their 95 % intervals."""
+    """A small table, a row a model and a column a figure of the model, accuracies in per cent with 95 % intervals.
+
+    A figure that the teacher lacks is a dash; one that only the teacher has is left out.
+    """
     columns = report.results
-    header = ["model"] + [column_title(result) for result in columns]
-    lines = []
+    several = len({(row.dataset, row.split) for row in columns}) > 1
+    titles = [column_title(row) + f" on {row.dataset} [{row.split}]" * several for row in columns]
+    table = [["model", *titles]]
     for name, rows in ((teacher_name, report.teacher_results), (student_name, report.results)):
         if rows:
-            lines.append([name] + [_cell(result) for result in rows])
+            known = {_key(row): row for row in rows}
+            table.append([name, *(accuracy_cell(known.get(_key(column))) for column in columns)])
     if markdown:
-        rule = ["---"] + ["---:"] * len(columns)
-        return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *lines])
-    widths = [max(len(row[i]) for row in [header, *lines]) for i in range(len(header))]
+        return markdown_table([[escape_markdown(cell) for cell in row] for row in table])
+    return aligned_table([[one_line(cell) for cell in row] for row in table])
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of cells, the header first, as a Markdown table: first column to the left, the others to the right."""
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def aligned_table(rows: list[list[str]]) -> str:
+    """The same for a terminal."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [header, *lines]
+        ).rstrip()
+        for row in rows
     )
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line and without control characters: names come from users."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def escape_markdown(text: str) -> str:
+    """``text`` so that Markdown shows it as it is, on one line, in a table too."""
+    text = re.sub(r"([\\`*|<>~&]|\[(?=[^\]]*\]\())", r"\\\1", one_line(text))
+    # underscores within words are no emphasis, and names are full of them
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)
 
 
 def column_title(result: Result) -> str:
     """``clean`` or ``PGD-20 (linf 8/255)``."""
     if result.attack is None:
         return "clean"
-    return f"{result.attack.upper()} ({result.norm} {result.eps})"
+    return f"{attack_title(result.attack)} ({result.norm} {result.eps})"
 
 
-def _cell(result: Result) -> str:
+def attack_title(attack: str) -> str:
+    """``AutoAttack``, ``noise``, ``PGD-20``, ``APGD-CE``: an attack as it is written in tables and figures."""
+    return {"autoattack": "AutoAttack", "noise": "noise", "square": "Square"}.get(attack, attack.upper())
+
+
+def accuracy_cell(result: Result | None) -> str:
+    """``90.0 % [82.6, 94.5]``, or a dash for what was not measured."""
+    if result is None:
+        return MISSING
     low, high = wilson_interval(result.correct, result.n)
     return f"{100 * result.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -31,6 +29,7 @@ from arrest_hub.prepare import (
     environment_problems,
     launcher_warning,
     make_accelerator,
+    num_workers,
     output_dir_problems,
     prepare_data,
     prepare_student,
@@ -77,7 +76,7 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     if problems:
         raise ConfigError(problems)
     accelerator = make_accelerator(config, paths)
-    warning = launcher_warning(accelerator)
+    warning = launcher_warning(accelerator, "finetune")
     for note in (*notes, warning) if warning else notes:
         accelerator.print(note)
     splits = prepare_data(config, accelerator)
@@ -88,7 +87,7 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
         accelerator=accelerator,
         splits=splits,
         log=Log(paths.log, accelerator),
-        num_workers=_num_workers(config, accelerator),
+        num_workers=num_workers(config.num_workers, accelerator),
         model_revision=backbone.source.revision,
     )
     _check_revisions(run)
@@ -158,13 +157,6 @@ def _initial_student(run: Run, backbone: Backbone) -> Backbone:
     student = load_backbone(model, pretrained=False, image_size=run.config.image_size, num_classes=backbone.num_classes)
     student.label_names = backbone.label_names
     return student
-
-
-def _num_workers(config: FinetuneConfig, accelerator: Accelerator) -> int:
-    if config.num_workers is not None:
-        return config.num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores // accelerator.num_processes - 1))
 
 
 def _check_revisions(run: Run) -> None:

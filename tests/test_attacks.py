@@ -1,9 +1,11 @@
 import math
 
+import eagerpy
+import foolbox
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TinyClassifier
+from tiny import LogitsOnly, TinyClassifier, pretrained_state, tiny_backbone
 
 from arrest_hub.attacks import frozen_eval, margin, pgd, project, random_in_ball
 
@@ -208,3 +210,32 @@ def test_half_precision_attack_agrees_with_fp32_on_a_confident_model(batch):
     inside = (pixels > 0.02) & (pixels < 0.98)
     agree = ((ours.adversarial - pixels).sign() == exact.sign())[inside].float().mean()
     assert agree >= 0.99
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 32 / 255), ("l2", 2.5)])
+def test_pgd_equals_foolbox(norm, eps):
+    """Loss and verdicts of an independent implementation, from the same start, on a trained network."""
+    model = tiny_backbone()
+    model.load_state_dict(pretrained_state(3))
+    labels = torch.arange(96) % 3
+    noise = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(3)) * 25
+    pixels = ((60 + 70 * labels.view(-1, 1, 1, 1) + noise) / 255).clamp(0, 1)
+    start = random_in_ball(pixels, eps=eps, norm=norm, generator=torch.Generator().manual_seed(4))
+    theirs = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[norm](abs_stepsize=eps / 4, steps=20)
+    theirs.get_random_start = lambda x0, epsilon: eagerpy.astensor(start)
+    with frozen_eval(model):
+        network = foolbox.PyTorchModel(LogitsOnly(model).eval(), bounds=(0, 1), device="cpu")
+        wanted = theirs.run(network, pixels, labels, epsilon=eps)
+        found = pgd(
+            lambda x: model(x).logits, pixels, labels, eps=eps, step_size=eps / 4, steps=20, norm=norm, start=start
+        ).adversarial
+        with torch.no_grad():
+            logits = [model(x).logits for x in (wanted, found)]
+    verdicts = [(z.argmax(1) != labels) for z in logits]
+    assert torch.equal(*verdicts)
+    assert 10 < verdicts[0].sum() < 90
+    losses = [F.cross_entropy(z, labels, reduction="none") for z in logits]
+    # a gradient within rounding of zero may go either way, so a few images end elsewhere in the ball
+    close = torch.isclose(losses[0], losses[1], rtol=1e-3, atol=1e-4)
+    assert close.float().mean() >= 0.95
+    assert losses[1].mean() == pytest.approx(losses[0].mean().item(), rel=1e-2)

@@ -8,16 +8,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "arrest_hub"
 LEVELS = [
-    {"errors", "config", "recipe_files"},
-    {"transforms", "images", "columns", "subsets", "sources", "splits", "labels", "data", "architectures",
-     "model_source", "image_processor", "heads", "backbones", "attacks", "results", "progress"},
-    {"arrest", "baselines", "checkpoint", "export", "model_card"},
-    {"evaluate", "prepare", "loop", "finish", "train"},
+    {"errors", "fields", "config", "eval_config", "recipe_files"},
+    {"transforms", "images", "columns", "subsets", "on_demand", "sources", "splits", "labels", "data", "architectures",
+     "model_source", "image_processor", "heads", "backbones", "attacks", "autoattack", "results", "verdicts", "figures",
+     "progress"},
+    {"arrest", "baselines", "checkpoint", "export", "model_card", "comparison", "robustbench", "journal"},
+    {"validation", "prepare", "loop", "finish", "train", "evaluator", "attack_stages", "masking", "evidence",
+     "eval_subjects", "eval_record", "eval_session", "evaluation"},
     {"cli", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-MATHS = ("attacks", "arrest", "baselines")
-NO_TORCH = ("errors", "config", "recipe_files", "results", "cli", "model_card", "__main__")
+MATHS = ("attacks", "autoattack", "arrest", "baselines", "attack_stages", "masking")
+NO_TORCH = ("errors", "fields", "config", "eval_config", "recipe_files", "results", "verdicts", "figures", "comparison",
+            "robustbench", "cli", "model_card", "__main__")  # fmt: skip
 
 
 def imports(name, late=False):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from arrest_hub.cli import parse_finetune
-from arrest_hub.config import FIELDS, flag
+from arrest_hub.config import FIELDS
+from arrest_hub.fields import flag
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch import nn
 
+from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.backbones import Backbone, BackboneOutput, load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.export import write_model_folder
@@ -39,6 +40,59 @@ class TinyClassifier(nn.Module):
         x = torch.relu(self.norm(self.conv(pixels - 0.5)))
         representation = self.dropout(nn.functional.avg_pool2d(x, 2)).flatten(1)
         return BackboneOutput(self.head(representation), representation)
+
+
+class LogitsOnly(nn.Module):
+    """A backbone as other libraries want a classifier: pixels -> logits, through ``change``."""
+
+    def __init__(self, backbone: nn.Module, change: Any = lambda logits: logits) -> None:
+        super().__init__()
+        self.backbone, self.change = backbone, change
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        output = self.backbone(pixels)
+        return self.change(getattr(output, "logits", output))
+
+
+def patterns(count: int, classes: int, seed: int = 0, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pixels [N, 3, 8, 8] on the grid of uint8, labels [N]): a pattern of its own for each class, under noise."""
+    templates = torch.randn(classes, 3, size, size, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(count) % classes
+    noise = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    pixels = (0.5 + 0.12 * templates[labels] + 0.12 * noise).clamp(0, 1)
+    return (pixels * 255).round() / 255, labels
+
+
+@cache
+def robust_state(classes: int) -> dict[str, torch.Tensor]:
+    """A smooth little network trained adversarially on `patterns`, as a state dict."""
+    net = smooth_net(classes)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    pixels, labels = patterns(160, classes, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        with frozen_eval(net):
+            adversarial = pgd(
+                net, pixels, labels, eps=16 / 255, step_size=8 / 255, steps=3, generator=generator
+            ).adversarial
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(adversarial), labels).backward()
+        optimizer.step()
+    return net.state_dict()
+
+
+def smooth_net(classes: int) -> nn.Sequential:
+    """Pixels [B, 3, 8, 8] -> logits, without a kink anywhere; seeded."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 24), nn.Softplus(), nn.Linear(24, classes))
+
+
+def robust_net(classes: int = 4) -> nn.Sequential:
+    """The trained `smooth_net`, in eval mode."""
+    net = smooth_net(classes)
+    net.load_state_dict(robust_state(classes))
+    return net.eval()
 
 
 def write_images(folder: Path, count: int = 48, size: int = 8, splits: tuple[str, ...] = ("train", "test")) -> Path:

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.checkpoint import derive_seed
-from arrest_hub.evaluate import PgdSettings, count_correct, full_precision, to_results
+from arrest_hub.validation import PgdSettings, count_correct, full_precision, to_results
 
 
 @pytest.fixture

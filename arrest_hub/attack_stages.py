@@ -1,0 +1,171 @@
+"""The attacks of an evaluation by name: what each does to a batch, and the stages it runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arrest_hub.attacks import LogitsFn, pgd, random_in_ball
+from arrest_hub.autoattack import AutoAttackParts, library, standard_parts
+from arrest_hub.checkpoint import derive_seed
+from arrest_hub.evaluator import Attacked, AttackFn, Evaluator, StageOutcome
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """What the attacker may do: perturbations of ``norm`` at most ``eps``, on pixels in [0, 1]."""
+
+    norm: str
+    eps: float
+
+
+@dataclass
+class AttackOutcome:
+    """``broken_by``: position of an image -> the attack, or the part, that broke it. ``seconds``: see `Result`."""
+
+    broken_by: dict[int, str]
+    seconds: float
+    parameters: dict[str, Any]
+    largest: float = 0.0
+    inside: bool = True
+
+
+def pgd_attack(
+    classify: LogitsFn,
+    threat: ThreatModel,
+    *,
+    steps: int,
+    step_size: float,
+    restarts: int = 1,
+    seed: int,
+    name: str,
+    loss_fn: Callable[..., Tensor] | None = None,
+    source: LogitsFn | None = None,
+) -> AttackFn:
+    """PGD from ``restarts`` random starts: per image, the first start that breaks it counts (the last if none does).
+
+    ``loss_fn``: (logits, labels=labels) -> [B], what is maximised; default: the margin, with cross-entropy's steps.
+    ``source``: the network whose gradient is followed, if it is not the one attacked (a transfer attack). The random
+    starts depend on seed, name, number of the batch and restart alone.
+    """
+    gradients_of = source or classify
+
+    def run(pixels: Tensor, labels: Tensor, number: int) -> Attacked:
+        adversarial = pixels.clone()
+        standing = torch.arange(len(pixels), device=pixels.device)
+        zero = torch.zeros(len(pixels), device=pixels.device)
+        generator = torch.Generator(device=pixels.device)
+        for restart in range(restarts):
+            generator.manual_seed(derive_seed(seed, name, number, restart))
+            target = labels[standing]
+            found = pgd(
+                gradients_of,
+                pixels[standing],
+                target,
+                norm=threat.norm,
+                eps=threat.eps,
+                step_size=step_size,
+                steps=steps,
+                generator=generator,
+                loss_fn=None if loss_fn is None else partial(loss_fn, labels=target),
+            )
+            adversarial[standing] = found.adversarial
+            zero[standing] += found.zero_gradients
+            if restart + 1 < restarts:
+                with torch.no_grad():
+                    stands = classify(found.adversarial).argmax(dim=1) == target
+                standing = standing[stands]
+                if not len(standing):
+                    break
+        return Attacked(adversarial, {"zero_gradients": int((zero > 0).sum())})
+
+    return run
+
+
+def noise_attack(threat: ThreatModel, *, seed: int, name: str = "noise") -> AttackFn:
+    """One draw of uniform noise from the ball around each image."""
+
+    def run(pixels: Tensor, labels: Tensor, number: int) -> Attacked:
+        generator = torch.Generator(device=pixels.device).manual_seed(derive_seed(seed, name, number))
+        return Attacked(random_in_ball(pixels, eps=threat.eps, norm=threat.norm, generator=generator), {})
+
+    return run
+
+
+def part_attack(parts: AutoAttackParts, part: str) -> AttackFn:
+    """One part of AutoAttack."""
+    return lambda pixels, labels, number: Attacked(parts.perturb(part, pixels, labels), {})
+
+
+def _outcome(name: str, run: StageOutcome, parameters: dict[str, Any]) -> AttackOutcome:
+    inside = all(entry["inside"] for entry in run.entries)
+    return AttackOutcome(dict.fromkeys(run.broken, name), run.seconds, parameters, run.largest, inside)
+
+
+def run_attack(
+    evaluator: Evaluator,
+    name: str,
+    positions: Sequence[int],
+    *,
+    threat: ThreatModel,
+    num_classes: int,
+    of: int,
+    seed: int,
+    pgd_step_size: float,
+    pgd_restarts: int,
+    scope: str = "",
+) -> AttackOutcome:
+    """Run the attack called ``name`` (noise, pgd-N, autoattack, one of its parts) on the images at ``positions``.
+
+    AutoAttack's parts see only what the parts before them left standing. ``scope`` keeps the stages of several models
+    apart. Raises ValueError for an unknown name.
+    """
+    if name == "noise":
+        run = evaluator.attack(scope + name, positions, noise_attack(threat, seed=seed), title=name, passes=1, of=of)
+        return _outcome(name, run, {"draws": 1, "distribution": "uniform"})
+    if name.startswith("pgd-"):
+        steps = int(name.removeprefix("pgd-"))
+        attack = pgd_attack(
+            evaluator.classify, threat, steps=steps, step_size=pgd_step_size, restarts=pgd_restarts, seed=seed,
+            name=name,
+        )  # fmt: skip
+        run = evaluator.attack(
+            scope + name, positions, attack, title=name.upper(), passes=(steps + 1) * pgd_restarts, of=of
+        )
+        parameters = {
+            "steps": steps, "step_size": pgd_step_size, "restarts": pgd_restarts, "start": "uniform",
+            "loss": "cross-entropy",
+        }  # fmt: skip
+        return _outcome(name, run, parameters)
+    suite = AutoAttackParts(
+        evaluator.classify, norm=threat.norm, eps=threat.eps, seed=seed, num_classes=num_classes,
+        device=evaluator.accelerator.device,
+    )  # fmt: skip
+    chosen, not_run = standard_parts(num_classes) if name == "autoattack" else ([name], {})
+    broken_by: dict[int, str] = {}
+    standing, records, largest, inside = list(positions), [], 0.0, True
+    for number, part in enumerate(chosen):
+        title = f"AutoAttack {part} ({number + 1}/{len(chosen)})" if name == "autoattack" else part
+        run = evaluator.attack(
+            f"{scope}{name}/{part}", standing, part_attack(suite, part), title=title, passes=suite.passes(part), of=of
+        )
+        broken_by |= dict.fromkeys(run.broken, part)
+        broken = set(run.broken)
+        standing = [position for position in standing if position not in broken]
+        largest = max(largest, run.largest)
+        inside = inside and all(entry["inside"] for entry in run.entries)
+        record = {"name": part, **suite.parameters(part), "attacked": run.attacked, "broken": len(broken),
+                  "seconds": round(run.seconds, 3)}  # fmt: skip
+        flags = sorted({warning for entry in run.entries for warning in entry["warnings"]})
+        records.append(record | ({"warnings": flags} if flags else {}))
+    parameters = {
+        "library": library(), "version": "standard", "batch_size": evaluator.batch_size, "parts": records,
+        "not_run": [{"name": part, "reason": reason} for part, reason in not_run.items()],
+    }  # fmt: skip
+    seconds = sum(record["seconds"] for record in records)
+    return AttackOutcome(broken_by, seconds, parameters, largest, inside)

@@ -1,0 +1,163 @@
+"""The folder of an evaluation: what may be written where, the record itself, and its copy in the model's own folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate import Accelerator
+
+from arrest_hub.eval_config import EvalConfig, resume_problems
+from arrest_hub.model_card import CardFacts, render_card
+from arrest_hub.results import EvalReport, merge_reports, read_results
+from arrest_hub.robustbench import write_robustbench
+from arrest_hub.verdicts import Verdicts, read_verdicts
+
+
+@dataclass
+class EvalPaths:
+    """The files of an evaluation."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "eval_config.yaml"
+
+    @property
+    def progress(self) -> Path:
+        """Batches done so far; gone once the results are written."""
+        return self.root / "progress"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results.json"
+
+    @property
+    def verdicts(self) -> Path:
+        return self.root / "verdicts.parquet"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+
+def folder_problems(config: EvalConfig, paths: EvalPaths) -> list[str]:
+    """Why the output folder cannot be used: it holds something that is neither to be resumed nor overwritten.
+
+    Changes nothing. A folder that is no evaluation is never overwritten, nor one that the evaluation reads from.
+    """
+    root = paths.root
+    if root.exists() and not root.is_dir():
+        return [f"--output-dir {root} is a file: give a folder."]
+    if not root.is_dir() or not any(root.iterdir()):
+        return []
+    if not paths.config.is_file():
+        return [
+            f"--output-dir {root} is not empty and is not an evaluation (it has no {paths.config.name}): give another "
+            "folder. Nothing in it is touched, not even with --overwrite."
+        ]
+    if config.overwrite:
+        return [
+            f"--overwrite would delete {name} {source}, which is inside --output-dir {root}: give another --output-dir."
+            for name, source in (
+                ("the model", config.model),
+                ("--dataset", config.dataset),
+                ("--teacher", config.teacher),
+            )
+            if source and Path(source).exists() and Path(source).resolve().is_relative_to(root.resolve())
+        ]
+    if config.resume:
+        saved = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
+        return resume_problems(saved, config) if isinstance(saved, dict) else [f"{paths.config} is damaged."]
+    state = "holds an evaluation" if paths.results.is_file() else "holds an unfinished evaluation"
+    return [
+        f"--output-dir {root} already {state}. Continue it with --resume, replace it with --overwrite, or give another "
+        "--output-dir."
+    ]
+
+
+def start_folder(config: EvalConfig, paths: EvalPaths, accelerator: Accelerator) -> None:
+    """Create the folder and write `eval_config.yaml`, deleting an earlier evaluation if `--overwrite` was given."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if config.overwrite and paths.root.is_dir():
+            shutil.rmtree(paths.root)
+        paths.root.mkdir(parents=True, exist_ok=True)
+        if not (config.resume and paths.config.is_file()):
+            paths.config.write_text(config.to_yaml(), encoding="utf-8")
+    accelerator.wait_for_everyone()
+
+
+def write_record(config: EvalConfig, paths: EvalPaths, report: EvalReport, verdicts: Verdicts) -> list[str]:
+    """Verdicts first, then the results, which mark an evaluation that is complete; sentences to print."""
+    verdicts.write(paths.verdicts)
+    report.write(paths.results)
+    return write_entry(config, report)
+
+
+def write_entry(config: EvalConfig, report: EvalReport) -> list[str]:
+    """The entry of RobustBench, if it is wanted: sentences to print."""
+    if config.robustbench_json is None:
+        return []
+    missing = write_robustbench(Path(config.robustbench_json), report, training=training_facts(config.model))
+    return [f"{config.robustbench_json}: RobustBench entry; to be filled in by hand: {', '.join(missing) or 'nothing'}"]
+
+
+def training_facts(model: str) -> dict[str, Any] | None:
+    """The `training_config.yaml` of a folder that `arrest-finetune` wrote; None for any other model."""
+    path = Path(model) / "training_config.yaml"
+    if not path.is_file():
+        return None
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return values if isinstance(values, dict) else None
+
+
+def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, figures: Sequence[Path]) -> list[str]:
+    """Put figures, verdicts and card into the model's own folder, if `arrest-finetune` wrote it: sentences to print.
+
+    Figures of other weights are not mixed with these, and a card that was edited by hand is left alone.
+    """
+    folder = Path(config.model)
+    if training_facts(config.model) is None or not (folder / "results.json").is_file():
+        return []
+    old = read_results(folder / "results.json")
+    if old.model.get("weights_sha256") != report.model["weights_sha256"]:
+        return [f"{folder} is left as it is: its results.json is of other weights than those evaluated."]
+    if old.precision != report.precision:
+        return [
+            f"{folder} is left as it is: its results.json is of {old.precision}, these figures of {report.precision}."
+        ]
+    card = folder / "README.md"
+    untouched = not card.is_file() or card.read_text(encoding="utf-8") == render_card(CardFacts.from_folder(folder))
+    kept = _merged_verdicts(folder / "verdicts.parquet", verdicts)
+    for figure in figures:
+        (folder / "figures").mkdir(exist_ok=True)
+        shutil.copyfile(figure, folder / "figures" / figure.name)
+    kept.write(folder / "verdicts.parquet")
+    merge_reports(old, report).write(folder / "results.json")
+    if untouched:
+        card.write_text(render_card(CardFacts.from_folder(folder)), encoding="utf-8")
+        return [f"{folder}: results.json, verdicts.parquet, figures and README.md are brought up to date"]
+    return [
+        f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md was edited, or "
+        "written by another version, and is left as it is"
+    ]
+
+
+def _merged_verdicts(path: Path, new: Verdicts) -> Verdicts:
+    """The new verdicts, with the attacks that an earlier file has on the same images and these have not."""
+    if not path.is_file():
+        return new
+    old = read_verdicts(path)
+    threat = ("norm", "eps", "dataset", "split")
+    same = all(old.metadata.get(key) == new.metadata.get(key) for key in threat)
+    if not (same and np.array_equal(old.index, new.index) and np.array_equal(old.prediction, new.prediction)):
+        return new
+    earlier = {name: column for name, column in old.broken_by.items() if name not in new.broken_by}
+    return Verdicts(new.index, new.label, new.prediction, earlier | new.broken_by, new.metadata)

@@ -1,0 +1,216 @@
+"""Who is evaluated on what: the model, the standard network it is compared with, and the images, checked and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from arrest_hub.backbones import Backbone, load_backbone
+from arrest_hub.data import ImageDataset
+from arrest_hub.errors import ArrestError, ConfigError
+from arrest_hub.eval_config import EvalConfig
+from arrest_hub.evaluator import Images, TensorImages
+from arrest_hub.export import weights_digest
+from arrest_hub.labels import match_labels
+from arrest_hub.prepare import main_first
+from arrest_hub.results import read_results
+from arrest_hub.splits import load_eval_split
+from arrest_hub.transforms import Preprocessing, eval_transform, to_tensor
+
+TensorPair = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Subject:
+    """A network to evaluate: ``module`` maps pixels in [0, 1] to logits. ``info`` goes into `results.json`."""
+
+    module: nn.Module
+    name: str
+    info: dict[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+
+    @property
+    def backbone(self) -> Backbone | None:
+        """The module, if it gives representations too."""
+        return self.module if isinstance(self.module, Backbone) else None
+
+
+@dataclass
+class EvalImages:
+    """The images of an evaluation, with what they are called."""
+
+    images: Images
+    dataset: str
+    split: str
+    class_names: list[str] | None
+    revision: str | None
+    digest: str
+    notes: list[str]
+
+
+def load_subject(config: EvalConfig, accelerator: Accelerator) -> Subject:
+    """The model that the configuration names. Raises BackboneError or HubError, see `load_backbone`."""
+    load = partial(
+        load_backbone, config.model, image_size=config.image_size, allow_pickle=config.allow_pickle
+    )  # fmt: skip
+    backbone = main_first(accelerator, load)
+    source = backbone.source
+    if not source.pretrained:
+        raise ConfigError(
+            f"--model {config.model} is an architecture without weights: there is nothing to evaluate. Give a folder "
+            f"or an id on the Hub, such as 'timm/{config.model}.<tag>'."
+        )
+    info = {
+        "id": source.model_id, "revision": source.revision, "library": source.library,
+        "architecture": source.architecture, "parameters": sum(p.numel() for p in backbone.parameters()),
+        "weights_sha256": weights_digest(backbone),
+    }  # fmt: skip
+    return Subject(backbone, config.model, info, backbone.preprocessing)
+
+
+def module_subject(module: nn.Module, name: str) -> Subject:
+    """A network given as an object."""
+    if isinstance(module, Backbone):
+        return Subject(module, name, _module_info(module, name), module.preprocessing)
+    return Subject(module, name, _module_info(module, name))
+
+
+def _module_info(module: nn.Module, name: str) -> dict[str, Any]:
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return {"id": name, "architecture": type(module).__name__, "parameters": count,
+            "weights_sha256": weights_digest(module)}  # fmt: skip
+
+
+def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) -> EvalImages:
+    """The evaluation split with the model's preprocessing and the model's class numbers.
+
+    Raises:
+        ConfigError: the classes of dataset and model differ. DataError, HubError: see `load_eval_split`.
+    """
+    load = partial(
+        load_eval_split,
+        config.dataset,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        eval_split=config.eval_split,
+        limit_eval=config.limit_eval,
+        seed=config.seed,
+    )
+    data = main_first(accelerator, load)
+    notes, split = list(data.notes), data.split
+    names = data.class_names
+    if subject.backbone is not None:
+        backbone = subject.backbone
+        try:
+            match = match_labels(
+                names, data.num_classes, backbone.label_names, backbone.num_classes, mode=config.label_match
+            )
+        except ConfigError as error:
+            # the advice of finetuning does not apply: no head is trained here
+            text = error.problems[0].split(" Give --standard-epochs")[0].split(", or --standard-epochs")[0]
+            if data.num_classes != backbone.num_classes:
+                text += " Give a model that was trained on this dataset."
+            raise ConfigError(text if text.endswith(".") else text + ".") from None
+        split.label_map = match.order
+        notes += [match.note] if match.note else []
+        names = backbone.label_names or names
+    if subject.preprocessing is not None:
+        transform = eval_transform(subject.preprocessing)
+    elif config.image_size is not None:
+        side = config.image_size
+        transform = eval_transform(Preprocessing((side, side), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    else:
+        transform = to_tensor  # images as they are; the loader says so if their sizes differ
+    rows = split.row_array()
+    images = ImageDataset(split, transform)
+    digest = hashlib.sha256(np.asarray(split.label_array()).tobytes() + rows.tobytes()).hexdigest()
+    return EvalImages(
+        RowImages(images, rows), data.dataset_id, split.name, names, data.revision, digest, notes
+    )  # fmt: skip
+
+
+class RowImages(Dataset[dict[str, Any]]):
+    """The same images, whose "index" is the row in the split on disk rather than the place among those chosen."""
+
+    def __init__(self, images: ImageDataset, rows: np.ndarray) -> None:
+        self.images, self.rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: int, /) -> dict[str, Any]:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
+        found = self.images.__getitems__(positions)
+        return [item | {"index": int(self.rows[place])} for item, place in zip(found, positions, strict=True)]
+
+
+def tensor_images(pair: TensorPair, name: str) -> EvalImages:
+    """Images given as (pixels, labels), see `TensorImages`."""
+    images = TensorImages(*pair)
+    digest = hashlib.sha256(images.pixels.contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(images.labels.numpy().tobytes())
+    return EvalImages(images, name, "given", None, None, digest.hexdigest(), [])
+
+
+def find_teacher(config: EvalConfig) -> str | None:
+    """The standard network that a folder written by `arrest-finetune` came from, as far as the folder tells."""
+    folder = Path(config.model)
+    if not (folder / "training_config.yaml").is_file():
+        return None
+    if (folder.parent / "teacher" / "config.json").is_file():
+        return str(folder.parent / "teacher")
+    if (folder / "results.json").is_file():
+        recorded = read_results(folder / "results.json").model.get("teacher")
+        if recorded:
+            return str(recorded)
+    training = yaml.safe_load((folder / "training_config.yaml").read_text(encoding="utf-8"))
+    return None if training.get("standard_epochs") else str(training["model"])
+
+
+def load_teacher(
+    config: EvalConfig, subject: Subject, num_classes: int, accelerator: Accelerator, notes: list[str]
+) -> Subject | None:
+    """The network that --teacher names or the model's folder tells of; None, with a note, where there is none.
+
+    Raises:
+        ConfigError, BackboneError, HubError: --teacher names one that cannot be used.
+    """
+    named = config.teacher not in (None, "auto")
+    teacher_id = config.teacher if named else find_teacher(config) if config.teacher == "auto" else None
+    if teacher_id is None:
+        return None
+    size = None if subject.preprocessing is None else subject.preprocessing.size[0]
+    load = partial(load_backbone, teacher_id, image_size=size, allow_pickle=config.allow_pickle)
+    try:
+        backbone = main_first(accelerator, load)
+        if not backbone.source.pretrained:
+            raise ConfigError(f"--teacher {teacher_id} is an architecture without weights: give a trained network.")
+        if backbone.num_classes != num_classes:
+            raise ConfigError(
+                f"--teacher {teacher_id} has {backbone.num_classes} outputs and the model {num_classes}: give the "
+                "network that the model was finetuned from, or none."
+            )
+    except ArrestError as error:
+        if named:
+            raise
+        notes.append(f"no teacher: {teacher_id!r}, which the model came from, cannot be used ({error})")
+        return None
+    return Subject(backbone, teacher_id, _module_info(backbone, teacher_id), backbone.preprocessing)
+
+
+def preprocessing_facts(subject: Subject) -> dict[str, Any]:
+    """Size, crop, mean and so on, for `results.json`; empty for a network given as an object."""
+    return {} if subject.preprocessing is None else dataclasses.asdict(subject.preprocessing)

@@ -1,0 +1,196 @@
+"""`arrest-eval` and `arrest_hub.evaluate`: figures of robustness that can be counted again, with their evidence."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from torch import nn
+
+from arrest_hub.comparison import Entry, comparison_json, comparison_markdown, plain_table
+from arrest_hub.errors import ConfigError
+from arrest_hub.eval_config import EvalConfig
+from arrest_hub.eval_record import (
+    EvalPaths,
+    folder_problems,
+    start_folder,
+    write_entry,
+)
+from arrest_hub.eval_session import EvalSession, Evaluation, summary
+from arrest_hub.eval_subjects import (
+    EvalImages,
+    Subject,
+    TensorPair,
+    load_images,
+    load_subject,
+    module_subject,
+    tensor_images,
+)
+from arrest_hub.journal import Journal
+from arrest_hub.prepare import launcher_warning, new_accelerator
+from arrest_hub.results import EvalReport, read_results
+from arrest_hub.robustbench import robustbench_problems
+from arrest_hub.verdicts import read_verdicts
+
+
+def evaluate(
+    model: str | os.PathLike[str] | nn.Module,
+    dataset: str | os.PathLike[str] | TensorPair,
+    *,
+    teacher: str | nn.Module | None = "auto",
+    output_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> EvalReport:
+    """Clean accuracy and accuracy under attack, with checks for gradient masking.
+
+    Args:
+        model: what `arrest-eval` takes, or any module from pixels [B, C, H, W] in [0, 1] to logits [B, K], which is put
+            on the accelerator and otherwise left as it is (mode, gradients of parameters).
+        dataset: what `arrest-eval` takes, or (pixels [N, C, H, W] as uint8 or floats in [0, 1], labels [N]).
+        teacher: a standard network to compare with, by name or as a module; None: none.
+        output_dir: where to write the record (results.json, verdicts.parquet, figures/); None: nowhere.
+        options: the other fields of `EvalConfig`, such as ``attacks="clean,pgd-20"``, ``eps="8/255"``, ``norm="l2"``.
+
+    Raises:
+        ArrestError: (ConfigError, BackboneError, DataError, HubError) for anything wrong with the input.
+    """
+    module = model if isinstance(model, nn.Module) else None
+    pair = dataset if isinstance(dataset, tuple) else None
+    teacher_module = teacher if isinstance(teacher, nn.Module) else None
+    unknown = [name for name in options if name not in {f.name for f in dataclasses.fields(EvalConfig)}]
+    if unknown:
+        raise ConfigError([f"evaluate() has no option {name!r}." for name in unknown])
+    config = EvalConfig(
+        model=type(module).__name__ if module is not None else os.fspath(model),  # type: ignore[arg-type]
+        dataset="given images" if pair is not None else os.fspath(dataset),  # type: ignore[arg-type]
+        teacher=None if teacher_module is not None else teacher,  # type: ignore[arg-type]
+        output_dir="" if output_dir is None else os.fspath(output_dir),
+        **options,
+    )
+    return run_evaluation(
+        config, module=module, pair=pair, teacher_module=teacher_module, write=output_dir is not None
+    ).report
+
+
+def run_evaluation(
+    config: EvalConfig,
+    *,
+    module: nn.Module | None = None,
+    pair: TensorPair | None = None,
+    teacher_module: nn.Module | None = None,
+    write: bool = True,
+    notes: Sequence[str] = (),
+) -> Evaluation:
+    """Evaluate one model as ``config`` says. ``module`` and ``pair`` stand in for its model and dataset.
+
+    Raises:
+        ArrestError: for anything wrong with the input, before the first attack and with nothing overwritten.
+    """
+    config = dataclasses.replace(config).validate()
+    if not config.model:
+        raise ConfigError("no model is given: name one, such as runs/mine/export or timm/resnet50.a1_in1k.")
+    if not config.dataset:
+        raise ConfigError(
+            "--dataset is missing: give digits, cifar10, cifar100, imagenet, a `datasets` id or a folder."
+        )
+    paths = EvalPaths(Path(config.output_dir)) if write else None
+    problems = precision_problems(config) + (folder_problems(config, paths) if paths else [])
+    if config.robustbench_json is not None:
+        problems += robustbench_problems(config.dataset, config.norm, config.attack_names)
+    if problems:
+        raise ConfigError(problems)
+    # a stage may keep one process waiting for another for long; the usual limit is ten minutes
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
+    accelerator = new_accelerator(mixed_precision="no", kwargs_handlers=[patience])
+    say = accelerator.print
+    warning = launcher_warning(accelerator, "eval")
+    for note in (*notes, *([warning] if warning else [])):
+        say(note)
+    subject = module_subject(module, config.model) if module is not None else load_subject(config, accelerator)
+    images = tensor_images(pair, config.dataset) if pair is not None else load_images(config, subject, accelerator)
+    if paths is not None and config.resume and paths.results.is_file():
+        return _finished(config, paths, subject, accelerator)
+    if paths is not None:
+        start_folder(config, paths, accelerator)
+    journal = Journal(
+        paths.progress if paths else None, _identity(config, subject, images, accelerator), accelerator
+    )  # fmt: skip
+    try:
+        return EvalSession(config, accelerator, subject, images, journal, paths).run(teacher_module)
+    finally:
+        journal.close()
+
+
+def _finished(config: EvalConfig, paths: EvalPaths, subject: Subject, accelerator: Accelerator) -> Evaluation:
+    """What --resume finds where there is nothing left to do.
+
+    Raises:
+        ConfigError: the record is of other weights.
+    """
+    report = read_results(paths.results)
+    if report.model.get("weights_sha256") != subject.info["weights_sha256"]:
+        raise ConfigError(
+            f"cannot resume: {paths.root} is the evaluation of other weights than {subject.name} has now. Start anew "
+            "with --overwrite, or with another --output-dir."
+        )
+    accelerator.print(f"{paths.root} is complete: nothing is left to attack")
+    if accelerator.is_main_process:
+        for line in write_entry(config, report):
+            accelerator.print(line)
+    for line in summary(report, subject.name, str(report.model.get("teacher", "teacher"))):
+        accelerator.print(line)
+    return Evaluation(report, read_verdicts(paths.verdicts), paths.root)
+
+
+def precision_problems(config: EvalConfig) -> list[str]:
+    """What this machine cannot do of the configuration: a line for each."""
+    if config.precision == "tf32" and not torch.cuda.is_available():
+        return ["--precision tf32 needs an NVIDIA GPU and this machine offers none: give fp32."]
+    cuda = torch.cuda.is_available()
+    if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return ["--precision bf16: this GPU has no bfloat16 arithmetic. Give fp32."]
+    return []
+
+
+def _identity(config: EvalConfig, subject: Subject, images: EvalImages, accelerator: Accelerator) -> dict[str, Any]:
+    """What every figure depends on; a resumed evaluation must have the same."""
+    settings = ("norm", "eps", "attacks", "cascade", "pgd_restarts", "pgd_step_size", "batch_size", "precision",
+                "channels_last", "compile", "seed", "check_images", "curve_images")  # fmt: skip
+    return {
+        "weights": subject.info["weights_sha256"], "dataset revision": images.revision, "images": images.digest,
+        "device": accelerator.device.type, "torch": torch.__version__, "pyautoattack": version("pyautoattack"),
+        **{name: getattr(config, name) for name in settings},
+    }  # fmt: skip
+
+
+def evaluate_all(configs: Sequence[EvalConfig]) -> list[Evaluation]:
+    """Evaluate each model; several are then compared in `comparison.md` and `comparison.json`, one folder up.
+
+    Raises:
+        ArrestError: see `run_evaluation`.
+    """
+    problems = [
+        problem for config in configs for problem in folder_problems(config, EvalPaths(Path(config.output_dir)))
+    ]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    done = []
+    for number, config in enumerate(configs, 1):
+        notes = [f"\n== {number} of {len(configs)}: {config.model}"] if len(configs) > 1 else []
+        done.append(run_evaluation(config, notes=notes))
+    if len(configs) > 1 and PartialState().is_main_process:
+        entries = [Entry(Path(config.output_dir).name, evaluation.report, evaluation.verdicts)
+                   for config, evaluation in zip(configs, done, strict=True)]  # fmt: skip
+        folder = Path(configs[0].output_dir).parent
+        print("\n" + plain_table(entries))
+        (folder / "comparison.md").write_text(comparison_markdown(entries), encoding="utf-8")
+        (folder / "comparison.json").write_text(comparison_json(entries), encoding="utf-8")
+        print(f"{folder}: comparison.md, comparison.json")
+    return done

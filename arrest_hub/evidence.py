@@ -1,0 +1,195 @@
+"""What goes into the pictures of an evaluation: accuracy over eps, drift from the teacher, a gallery of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arrest_hub.arrest import angular_distance
+from arrest_hub.attack_stages import ThreatModel, pgd_attack
+from arrest_hub.backbones import Backbone
+from arrest_hub.eval_config import fraction_name
+from arrest_hub.evaluator import Attacked, AttackFn, Evaluator
+from arrest_hub.figures import CurvePoint as PlotPoint
+from arrest_hub.figures import GalleryRow, plot_drift, plot_eps_curve, plot_gallery, plot_per_class
+from arrest_hub.results import CurvePoint, attack_title
+from arrest_hub.verdicts import Verdicts
+
+CURVE_STEPS = 20
+GALLERY_IMAGES = 6
+
+
+def evenly_spaced(positions: Sequence[int], count: int) -> list[int]:
+    """``count`` of the positions, evenly spaced (all, if there are no more): every class of an ordered set is met."""
+    if len(positions) <= count:
+        return list(positions)
+    return [positions[i * len(positions) // count] for i in range(count)]
+
+
+def measure_curve(
+    evaluator: Evaluator, positions: Sequence[int], radii: Sequence[Fraction], *, norm: str, seed: int, name: str
+) -> list[CurvePoint]:
+    """Accuracy under PGD-20 (step eps / 4) at rising radii, of the images at ``positions``.
+
+    An image that fell at one radius counts as fallen at every larger one, whose ball holds the smaller ball.
+    """
+    standing, points = list(positions), []
+    for radius in radii:
+        eps = float(radius)
+        threat = ThreatModel(norm, eps)
+        attack = (
+            pgd_attack(
+                evaluator.classify, threat, steps=CURVE_STEPS, step_size=eps / 4, seed=seed, name=f"curve {radius}"
+            )
+            if eps
+            else _unchanged
+        )
+        title = f"{name}, eps {fraction_name(radius)}"
+        run = evaluator.attack(
+            f"curve/{name}/{radius}", standing, attack, title=title, passes=CURVE_STEPS + 1, of=len(positions)
+        )
+        broken = set(run.broken)
+        standing = [position for position in standing if position not in broken]
+        points.append(CurvePoint(fraction_name(radius), len(standing), len(positions)))
+    return points
+
+
+def _unchanged(pixels: Tensor, labels: Tensor, number: int) -> Attacked:
+    return Attacked(pixels, {})
+
+
+def measure_drift(
+    evaluator: Evaluator,
+    student: Backbone,
+    teacher: Backbone,
+    positions: Sequence[int],
+    *,
+    threat: ThreatModel,
+    step_size: float,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Angular distance in [0, 1] between the teacher's representation of the clean image and the student's of the clean
+    and of the adversarial one (PGD-20): float [N] each. Norm linf or l2."""
+    pgd = pgd_attack(evaluator.classify, threat, steps=CURVE_STEPS, step_size=step_size, seed=seed, name="drift")
+
+    def run(pixels: Tensor, labels: Tensor, number: int) -> Attacked:
+        adversarial = pgd(pixels, labels, number).adversarial
+        with torch.no_grad():
+            reference = teacher(pixels).representation
+            drifts = [angular_distance(student(x).representation, reference) for x in (pixels, adversarial)]
+        return Attacked(adversarial, {"drift": [[round(v, 5) for v in drift.tolist()] for drift in drifts]})
+
+    outcome = evaluator.attack(
+        "drift", positions, run, title="drift from the teacher", passes=CURVE_STEPS + 3, of=len(positions)
+    )
+    series = [np.array([v for entry in outcome.entries for v in entry["drift"][i]]) for i in range(2)]
+    return {"clean images": series[0], "adversarial images": series[1]}
+
+
+def gallery_rows(
+    evaluator: Evaluator, verdicts: Verdicts, attack: AttackFn, class_names: Sequence[str] | None
+) -> list[GalleryRow]:
+    """Examples for the gallery: images that were right when clean and then broken, one a class first, then others; made
+    anew with ``attack``. Runs in one process."""
+    chosen = _gallery_positions(verdicts)
+    name = class_name_function(class_names)
+    rows: list[GalleryRow] = []
+    with evaluator.ready():
+        items = [evaluator.images[position] for position in chosen]
+        pixels = torch.stack([torch.as_tensor(item["pixels"]) for item in items]).to(evaluator.accelerator.device)
+        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        labels = torch.tensor([int(item["label"]) for item in items], device=pixels.device)
+        adversarial = attack(pixels, labels, 0).adversarial
+        with torch.no_grad():
+            shares = [evaluator.classify(x).softmax(dim=1).max(dim=1) for x in (pixels, adversarial)]
+    for i in range(len(chosen)):
+        clean, perturbed = (_picture(x[i]) for x in (pixels, adversarial))
+        rows.append(
+            GalleryRow(
+                clean,
+                perturbed,
+                name(int(labels[i])),
+                name(int(shares[0].indices[i])),
+                name(int(shares[1].indices[i])),
+                float(shares[0].values[i]),
+                float(shares[1].values[i]),
+            )
+        )
+    return rows
+
+
+def _gallery_positions(verdicts: Verdicts) -> list[int]:
+    broken = verdicts.first_broken_by()
+    right = np.flatnonzero(verdicts.clean_correct)
+    fallen = [int(i) for i in right if broken[i] is not None]
+    candidates = fallen + [int(i) for i in right if broken[i] is None] + list(range(len(verdicts)))
+    first_of_class: dict[int, int] = {}
+    for position in fallen:
+        first_of_class.setdefault(int(verdicts.label[position]), position)
+    return list(dict.fromkeys([*first_of_class.values(), *candidates]))[:GALLERY_IMAGES]
+
+
+def _picture(pixels: Tensor) -> np.ndarray:
+    """[C, H, W] in [0, 1] -> [H, W, 3]."""
+    array = pixels.detach().cpu().permute(1, 2, 0).numpy()
+    return array if array.shape[2] == 3 else np.repeat(array[:, :, :1], 3, axis=2)
+
+
+def class_name_function(names: Sequence[str] | None) -> Any:
+    """Output number -> what to call it."""
+    return lambda number: str(names[number]) if names is not None and number < len(names) else f"class {number}"
+
+
+def per_class_counts(verdicts: Verdicts, attack: str, num_classes: int) -> tuple[list[tuple[int, int]], ...]:
+    """(clean, robust), each (correct, n) for every class."""
+    counts = []
+    for right in (verdicts.clean_correct, verdicts.stands(attack)):
+        counts.append([(int(right[verdicts.label == c].sum()), int((verdicts.label == c).sum()))
+                       for c in range(num_classes)])  # fmt: skip
+    return tuple(counts)
+
+
+def draw_figures(
+    folder: Path,
+    *,
+    verdicts: Verdicts,
+    attack: str | None,
+    threat: ThreatModel,
+    eps: str,
+    num_classes: int,
+    class_names: Sequence[str] | None,
+    curve: Mapping[str, Sequence[CurvePoint]],
+    gallery: Sequence[GalleryRow],
+    drifts: Mapping[str, np.ndarray],
+    replay_threshold: float | None,
+) -> list[Path]:
+    """Draw what there is to draw into ``folder``; ``attack``: the one whose verdicts the classes are counted by."""
+    paths = []
+    if curve:
+        plot = {name: [PlotPoint(float(Fraction(p.eps)), p.correct, p.n) for p in points]
+                for name, points in curve.items()}  # fmt: skip
+        paths.append(
+            plot_eps_curve(
+                folder / "eps_curve.png", plot, norm=threat.norm, eps=threat.eps, attack=f"PGD-{CURVE_STEPS}"
+            )
+        )
+    if attack is not None:
+        clean, robust = per_class_counts(verdicts, attack, num_classes)
+        name = class_name_function(class_names)
+        names = [name(number) for number in range(num_classes)]
+        paths.append(
+            plot_per_class(
+                folder / "per_class.png", names, clean, robust, attack=attack_title(attack), eps=eps, norm=threat.norm
+            )
+        )
+    if gallery:
+        paths.append(plot_gallery(folder / "gallery.png", gallery, eps=eps, norm=threat.norm))
+    if drifts:
+        paths.append(plot_drift(folder / "drift.png", drifts, threshold=replay_threshold))
+    return paths

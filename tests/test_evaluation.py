@@ -1,0 +1,364 @@
+"""`arrest_hub.evaluate` and `arrest-eval`: figures, verdicts, resumption, the record, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import NAMES, LogitsOnly, patterns, robust_net, smooth_net, tiny_backbone, write_images, write_model
+
+import arrest_hub
+from arrest_hub.attacks import frozen_eval
+from arrest_hub.cli import eval_command, run_cli
+from arrest_hub.errors import ArrestError, ConfigError
+from arrest_hub.eval_config import EvalConfig
+from arrest_hub.evaluation import run_evaluation
+from arrest_hub.results import read_results
+from arrest_hub.verdicts import read_verdicts
+
+EPS = "26/255"
+
+
+def run(net=None, pair=None, **options):
+    options = {"attacks": "pgd-5", "eps": EPS, "checks": False, "teacher": None} | options
+    config = EvalConfig(model="net", dataset="given", **options)
+    return run_evaluation(config, module=net or robust_net(), pair=pair or patterns(48, 4, seed=7), write=False)
+
+
+def test_clean_and_pgd_equal_a_plain_loop():
+    net, (pixels, labels) = smooth_net(4).train(), patterns(30, 4, seed=7)
+    net.load_state_dict(robust_net().state_dict())
+    labels[:5] = (labels[:5] + 1) % 4
+    found = run(net, (pixels, labels), batch_size=7)
+    assert net.training, "left as it was"
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
+    with torch.no_grad():
+        right = net(pixels).argmax(1) == labels
+    assert torch.equal(torch.from_numpy(found.verdicts.clean_correct), right)
+    clean, pgd = found.report.results
+    assert (clean.correct, clean.n) == (int(right.sum()), 30)
+    assert 0 < pgd.correct < clean.correct
+    assert found.verdicts.broken_by["pgd-5"][0] == "clean"
+    assert found.report.precision == "fp32"
+    assert found.report.images_per_second > 0
+
+
+def test_worst_case_over_restarts_is_per_sample():
+    """Every image that one start breaks stays broken, and more starts break more."""
+    # steps so small that the random start decides
+    one, many = (
+        run(attacks="pgd-4", eps="28/255", pgd_step_size="8/255", pgd_restarts=restarts) for restarts in (1, 8)
+    )
+    fallen = [~found.verdicts.stands("pgd-4") for found in (one, many)]
+    assert not (fallen[0] & ~fallen[1]).any()
+    assert fallen[1].sum() > fallen[0].sum()
+    assert many.report.get("robust_accuracy").attack_parameters["restarts"] == 8
+
+
+def test_noise_and_order_of_attacks():
+    found = run(attacks="noise,pgd-5,apgd-ce")
+    rows = {row.attack: row.correct for row in found.report.results}
+    assert list(rows) == [None, "noise", "pgd-5", "apgd-ce"]
+    assert rows["noise"] >= rows["pgd-5"]
+    alone = run(attacks="apgd-ce")
+    assert alone.report.get("robust_accuracy").correct == rows["apgd-ce"], "an attack does not depend on its neighbours"
+
+
+def test_cascade_attacks_only_what_still_stands():
+    found = run(attacks="pgd-5,apgd-ce,fab-t", cascade=True)
+    rows = {row.attack: row for row in found.report.results}
+    assert rows["pgd-5"].correct >= rows["apgd-ce"].correct >= rows["fab-t"].correct
+    assert rows["apgd-ce"].attack_parameters["parts"][0]["attacked"] == rows["pgd-5"].correct
+    assert rows["fab-t"].attack_parameters["after"] == ["pgd-5", "apgd-ce"]
+    assert (~found.verdicts.stands("apgd-ce") | found.verdicts.stands("pgd-5")).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pgd_stays_in_the_ball(norm):
+    report = arrest_hub.evaluate(
+        robust_net(), patterns(24, 4), attacks="pgd-5", norm=norm, eps={"linf": EPS, "l2": "1.1"}[norm], teacher=None,
+        check_images=4,
+    )  # fmt: skip
+    ball = next(check for check in report.checks if "inside the ball" in check.name)
+    assert ball.status == "pass"
+    assert ball.value == pytest.approx(1, abs=1e-4)
+
+
+def test_channels_last_and_bf16_are_said_and_agree():
+    pair = patterns(24, 3, seed=7)
+    net = tiny_backbone()
+    plain = run(net, pair, eps="40/255")
+    other = run(net, pair, eps="40/255", channels_last=True, attacks="pgd-5,apgd-ce,fab-t")
+    same = plain.verdicts.stands("pgd-5") == other.verdicts.stands("pgd-5")
+    assert same.mean() > 0.9
+    half = run(net, pair, eps="40/255", precision="bf16")
+    assert half.report.precision == "bf16"
+    assert (half.verdicts.prediction == plain.verdicts.prediction).mean() > 0.8
+
+
+def test_images_may_be_uint8():
+    pixels, labels = patterns(24, 4)
+    as_bytes = (pixels * 255).round().to(torch.uint8)
+    assert np.array_equal(
+        run(pair=(as_bytes, labels)).verdicts.stands("pgd-5"), run(pair=(pixels, labels)).verdicts.stands("pgd-5")
+    )
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "message"),
+    [
+        (torch.rand(4, 3, 8, 8) * 255, torch.zeros(4), r"pixels between .* \[0, 1\]"),
+        (torch.randn(4, 3, 8, 8), torch.zeros(4), "normalised"),
+        (torch.rand(4, 3, 8), torch.zeros(4), "N, C, H, W"),
+        (torch.rand(4, 3, 8, 8), torch.zeros(3), "shape"),
+        (torch.zeros(4, 3, 8, 8, dtype=torch.int64), torch.zeros(4), "int64"),
+        (torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 9]), "label 9 and the model 4 outputs"),
+        (torch.rand(4, 3, 8, 8), torch.tensor([0, 1, -1, 2]), "label -1"),
+    ],
+)
+def test_bad_images_are_one_clear_error(pixels, labels, message):
+    with pytest.raises(ArrestError, match=message):
+        run(pair=(pixels, labels))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z: z * float("nan"), "not finite"),
+        (lambda z: z[:, :, None], "logits"),
+        (lambda z: {"scores": z}, "dict"),
+    ],
+)
+def test_a_bad_model_is_one_clear_error(change, message):
+    with pytest.raises(ArrestError, match=message):
+        run(LogitsOnly(robust_net(), change))
+
+
+def test_a_model_that_wants_normalised_input_is_warned_of():
+    """Fed [0, 1], a network trained on normalised pixels is at chance."""
+    net = robust_net()
+    wants_normalised = LogitsOnly(lambda x: net(x * 0.002 + 0.9))
+    report = arrest_hub.evaluate(wants_normalised, patterns(48, 4), attacks="noise", eps=EPS, teacher=None)
+    assert "normalise" in next(check.finding for check in report.warnings if "chance" in check.name)
+
+
+def test_options_are_checked_together():
+    with pytest.raises(ConfigError) as caught:
+        arrest_hub.evaluate(robust_net(), patterns(4, 4), eps="0", attacks="pgd,autoatack", norm="linf")
+    text = str(caught.value)
+    assert "--eps 0 is out of range" in text
+    assert "pgd-20" in text
+    assert "Did you mean 'autoattack'" in text
+    with pytest.raises(ConfigError, match="no option 'steps'"):
+        arrest_hub.evaluate(robust_net(), patterns(4, 4), steps=3)
+    with pytest.raises(ConfigError, match="at least 4 classes"):
+        run(robust_net(3), patterns(6, 3), attacks="apgd-t")
+
+
+# -- the command line and its record
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("eval")
+    write_images(root / "data")
+    write_model(root / "model")
+    return root
+
+
+def arguments(folder, out, *more):
+    return [str(folder / "model"), "--dataset", str(folder / "data"), "--eps", "40/255", "--attacks", "pgd-5,apgd-ce",
+            "--batch-size", "8", "--num-workers", "0", "--output-dir", str(out), *more]  # fmt: skip
+
+
+def test_the_record(folder, tmp_path):
+    out = tmp_path / "out"
+    more = [
+        "--eps-curve",
+        "0:40/255:3",
+        "--teacher",
+        str(folder / "model"),
+        "--limit-eval",
+        "30",
+        "--check-images",
+        "6",
+    ]
+    eval_command(arguments(folder, out, *more))
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert files == {
+        "eval_config.yaml", "results.json", "verdicts.parquet",
+        *(f"figures/{name}.png" for name in ("eps_curve", "per_class", "gallery", "drift")),
+    }  # fmt: skip
+    report, verdicts = read_results(out / "results.json"), read_verdicts(out / "verdicts.parquet")
+    # every figure can be counted again from the verdicts
+    for row in report.results:
+        right = verdicts.clean_correct if row.attack is None else verdicts.stands(row.attack)
+        assert (row.correct, row.n) == (int(right.sum()), 30)
+    assert set(verdicts.broken_by) == {"pgd-5", "apgd-ce"}
+    assert verdicts.index.max() > 29, "rows of the split on disk, not places in the selection"
+    assert [point.eps for point in report.eps_curve["student"]] == ["0", "20/255", "40/255"]
+    curve = [point.correct for point in report.eps_curve["student"]]
+    assert curve == sorted(curve, reverse=True)
+    assert report.eps_curve["student"][0].correct == report.get("clean_accuracy").correct
+    assert report.preprocessing["size"] == [8, 8]
+    assert {"torch", "pyautoattack", "timm"} <= set(report.versions)
+    assert [row.attack for row in report.teacher_results] == [None, "pgd-5"]
+    assert report.model["parameters"] > 0
+    assert len(report.model["weights_sha256"]) == 64
+
+
+def test_what_is_there_is_not_overwritten(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    quick = arguments(folder, out, "--no-checks", "--no-figures", "--limit-eval", "12")
+    assert run_cli(eval_command, quick) == 0
+    before = (out / "results.json").read_bytes()
+    assert run_cli(eval_command, quick) == 2
+    assert "already holds an evaluation" in capsys.readouterr().err
+    assert run_cli(eval_command, [*quick, "--resume"]) == 0
+    assert "nothing is left" in capsys.readouterr().out
+    assert run_cli(eval_command, [*quick, "--resume", "--seed", "4"]) == 2
+    assert "--seed is 4 but the evaluation to resume has 0" in capsys.readouterr().err
+    assert (out / "results.json").read_bytes() == before
+    assert run_cli(eval_command, [*quick, "--overwrite", "--seed", "4"]) == 0
+    assert read_results(out / "results.json").results[0].seed == 4
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    quick[quick.index(str(out))] = str(tmp_path / "mine")
+    assert run_cli(eval_command, [*quick, "--overwrite"]) == 2
+    assert "is not an evaluation" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_other_weights_cannot_go_on_with_a_journal(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    quick = arguments(folder, out, "--no-checks", "--no-figures", "--limit-eval", "12")
+    write_model(tmp_path / "model", NAMES)
+    quick[0] = str(tmp_path / "model")
+    assert run_cli(eval_command, quick) == 0
+    backbone = tiny_backbone()
+    from arrest_hub.export import write_model_folder
+
+    backbone.label_names = NAMES
+    write_model_folder(backbone, tmp_path / "model")
+    assert run_cli(eval_command, [*quick, "--resume"]) == 2
+    assert "other weights" in capsys.readouterr().err
+
+
+def test_killed_and_resumed_equals_uninterrupted(folder, tmp_path):
+    options = ["--no-figures", "--attacks", "pgd-20,apgd-ce,apgd-dlr", "--check-images", "4", "--eps", "40/255"]
+    eval_command([*arguments(folder, tmp_path / "whole"), *options])
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "arrest_hub", "eval", *arguments(folder, out), *options]
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1")
+    journal, lines_before = out / "progress" / "rank-00000.jsonl", []
+    for wanted in (9, 16):  # killed twice: in an early stage, then in a later one
+        more = ["--resume"] if lines_before else []
+        process = subprocess.Popen([*command, *more], env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if journal.exists() and len(journal.read_text().splitlines()) >= wanted:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it finished before it could be killed"
+        lines_before.append(len(journal.read_text().splitlines()))
+    assert not (out / "results.json").exists()
+    assert lines_before[1] >= lines_before[0] >= 9
+    with journal.open("a") as file:
+        file.write('{"stage": "pgd-20", "batch": 1, "bro')  # what a kill in mid-write leaves
+    eval_command([*arguments(folder, out), *options, "--resume"])
+    assert not (out / "progress").exists()
+    whole, resumed = (read_verdicts(path / "verdicts.parquet") for path in (tmp_path / "whole", out))
+    for attack, column in whole.broken_by.items():
+        assert column.tolist() == resumed.broken_by[attack].tolist()
+    reports = [read_results(path / "results.json") for path in (tmp_path / "whole", out)]
+    assert [row.correct for row in reports[0].results] == [row.correct for row in reports[1].results]
+    assert [check.value for check in reports[0].checks] == [check.value for check in reports[1].checks]
+    assert 0 < reports[0].get("robust_accuracy", attack="apgd-dlr").correct < 48
+
+
+def test_several_models_are_compared(folder, tmp_path, capsys):
+    write_model(tmp_path / "other")
+    backbone = tiny_backbone()
+    backbone.label_names = NAMES
+    from arrest_hub.export import write_model_folder
+
+    write_model_folder(backbone, tmp_path / "untrained")
+    out = tmp_path / "both"
+    argv = arguments(folder, out, "--no-checks", "--no-figures", "--limit-eval", "12")
+    eval_command([argv[0], str(tmp_path / "untrained"), *argv[1:]])
+    data = json.loads((out / "comparison.json").read_text())
+    assert [entry["model"] for entry in data["models"]] == ["model", "untrained"]
+    assert data["pairs"][0]["only_first"] > 0
+    assert "| model |" in (out / "comparison.md").read_text()
+    assert "harmonic mean" in capsys.readouterr().out
+    assert (out / "model" / "results.json").exists()
+
+
+def test_robustbench_entry_is_refused_before_the_work(folder, tmp_path, capsys):
+    argv = arguments(folder, tmp_path / "out", "--robustbench-json", str(tmp_path / "entry.json"))
+    assert run_cli(eval_command, argv) == 2
+    assert "RobustBench" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--eps", "0"], "--eps 0 is out of range"),
+        (["--eps", "8"], "Did you mean 8/255"),
+        (["--attacks", "pgd20"], "pgd-20"),
+        (["--attack", "pgd-20"], "Did you mean '--attacks'"),
+        (["--norm", "l1", "--attacks", "pgd-20"], "For l1 give autoattack"),
+        (["--eps-curve", "0:8/255"], "0:16/255:9"),
+        (["--dataset", "nowhere/here/x"], "does not exist"),
+        (["--teacher", "none-such/thing/x"], "none-such"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--precision", "tf32"], "tf32 needs an NVIDIA GPU"),
+    ],
+)
+def test_bad_flags_are_one_clear_error_and_write_nothing(folder, tmp_path, capsys, change, message):
+    if "tf32" in change and torch.cuda.is_available():
+        pytest.skip("this machine has TF32")
+    argv = arguments(folder, tmp_path / "out")
+    for name, value in zip(change[::2], change[1::2], strict=True):
+        if name in argv:
+            argv[argv.index(name) + 1] = value
+        else:
+            argv += [name, value]
+    assert run_cli(eval_command, argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_classes_that_do_not_fit(folder, tmp_path, capsys):
+    write_model(tmp_path / "model", [*NAMES, "more"])
+    argv = arguments(folder, tmp_path / "out")
+    argv[0] = str(tmp_path / "model")
+    assert run_cli(eval_command, argv) == 2
+    error = capsys.readouterr().err
+    assert "3 classes and the model 4 outputs" in error
+    assert "standard-epochs" not in error, "no head is trained here"
+    write_model(tmp_path / "renamed", NAMES[::-1])
+    argv[0] = str(tmp_path / "renamed")
+    assert run_cli(eval_command, argv) == 2
+    assert "--label-match name" in capsys.readouterr().err
+    quick = [*argv, "--no-checks", "--no-figures", "--attacks", "clean"]
+    assert run_cli(eval_command, [*quick, "--label-match", "name"]) == 0
+
+
+def test_frozen_eval_is_left_after_an_error():
+    net = robust_net().train()
+    with pytest.raises(ArrestError):
+        run(net, (torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 9])))
+    assert net.training
+    with frozen_eval(net):
+        pass

@@ -1,0 +1,118 @@
+"""A masked model is flagged, and by which check; an honestly trained one is not."""
+
+import pytest
+import torch
+from tiny import LogitsOnly, patterns, robust_net
+
+import arrest_hub
+from arrest_hub.attack_stages import AttackOutcome
+from arrest_hub.masking import autoattack_checks, ball_check, chance_check, unbounded_eps
+
+
+def checks(model, teacher=None, attacks="pgd-10", **options):
+    pair = patterns(40, 4, seed=7)
+    report = arrest_hub.evaluate(model, pair, attacks=attacks, eps="28/255", teacher=teacher, **options)
+    return {check.name: check for check in report.checks}
+
+
+def warnings(found):
+    return {name for name, check in found.items() if check.status == "warn"}
+
+
+def test_an_honestly_trained_model_is_not_flagged():
+    found = checks(robust_net(), teacher=robust_net())
+    assert not warnings(found)
+    assert {check.status for check in found.values()} == {"pass"}
+    assert 0 < checks(robust_net())["noise does not hurt more than PGD"].value + 1 < 1, "PGD does break some"
+    assert found["robust accuracy falls to 0 as eps grows"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "signs"),
+    [
+        (lambda z: (2 * z).round(), {"share of zero gradients", "robust accuracy falls to 0 as eps grows",
+                                     "white-box beats transfer from the teacher"}),
+        (lambda z: 1e4 * z, {"share of zero gradients"}),
+        (lambda z: z.softmax(1), {"AutoAttack's flag: probabilities"}),
+        (lambda z: z + 3 * torch.randn_like(z), {"AutoAttack's flag: randomized"}),
+        (lambda z: z.detach() + 0 * z, {"share of zero gradients", "white-box beats transfer from the teacher"}),
+    ],
+    ids=["quantised", "scaled", "probabilities", "random", "detached"],
+)  # fmt: skip
+def test_a_masked_model_is_flagged(change, signs):
+    found = checks(LogitsOnly(robust_net(), change), teacher=robust_net())
+    assert signs <= warnings(found)
+    for name in signs:
+        assert found[name].value > 0
+
+
+class Backwards(torch.autograd.Function):
+    """The identity, with the gradient turned round: following it makes the loss smaller."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+def test_a_gradient_that_misleads_is_flagged():
+    """Noise and transfer hurt more than an attack that is led the wrong way."""
+    net = robust_net()
+    model = torch.nn.Sequential(LogitsOnly(net, Backwards.apply))
+    found = arrest_hub.evaluate(
+        model, patterns(40, 4, seed=7), attacks="pgd-10", eps="90/255", teacher=robust_net()
+    )  # fmt: skip
+    assert {"white-box beats transfer from the teacher", "robust accuracy falls to 0 as eps grows"} <= {
+        check.name for check in found.warnings
+    }
+
+
+def test_without_a_teacher_or_for_l1_checks_are_skipped_and_say_so():
+    found = checks(robust_net())
+    assert found["white-box beats transfer from the teacher"].status == "skipped"
+    pair = patterns(8, 4)
+    report = arrest_hub.evaluate(robust_net(), pair, attacks="apgd-ce", norm="l1", eps="5", teacher=None)
+    skipped = [check for check in report.checks if check.status == "skipped"]
+    assert [check.value for check in skipped] == [None]
+    assert "linf and l2" in skipped[0].finding
+
+
+def test_chance():
+    assert chance_check(12, 100, 10).status == "warn"
+    assert "normalise" in chance_check(12, 100, 10).finding
+    assert chance_check(40, 100, 10).status == "pass"
+
+
+def outcome(broken, parts=(), largest=0.1, inside=True):
+    parameters = {"parts": [{"name": name, "broken": count} for name, count in parts]}
+    return AttackOutcome(dict.fromkeys(broken, "x"), 1.0, parameters, largest, inside)
+
+
+def test_the_ball():
+    assert ball_check({"pgd-20": outcome([1], largest=0.1)}, 0.1).status == "pass"
+    assert ball_check({"pgd-20": outcome([1], largest=0.11)}, 0.1).status == "warn"
+    assert ball_check({"pgd-20": outcome([1], inside=False)}, 0.1).status == "warn"
+
+
+def test_autoattack_against_pgd_and_square():
+    auto = outcome(range(40), [("apgd-ce", 40), ("square", 0)])
+
+    def by_name(pgd):
+        return {check.name: check for check in autoattack_checks({"pgd-20": pgd, "autoattack": auto}, 100, 90)}
+
+    assert {check.status for check in by_name(outcome(range(38))).values()} == {"pass"}
+    weak = by_name(outcome(range(44)))
+    assert weak["AutoAttack is no weaker than PGD-20"].status == "warn"
+    assert weak["AutoAttack is no weaker than PGD-20"].value == 0.04
+    square = autoattack_checks({"autoattack": outcome(range(40), [("apgd-ce", 38), ("square", 2)])}, 100, 90)
+    assert next(check for check in square if "Square" in check.name).status == "warn"
+    assert autoattack_checks({"pgd-20": auto}, 100, 90) == []
+
+
+def test_everything_can_be_made_grey_within_the_large_radius():
+    for norm, p in (("linf", float("inf")), ("l2", 2), ("l1", 1)):
+        corner = torch.full((192,), 0.5)
+        assert torch.linalg.vector_norm(corner, p) <= unbounded_eps(norm, 192) * (1 + 1e-6)
