@@ -43,6 +43,12 @@ class EvalPaths:
         return self.root / "verdicts.parquet"
 
     @property
+    def has_work(self) -> bool:
+        """Whether anything was measured: an evaluation that failed at its first image left nothing."""
+        journals = self.progress.glob("rank-*.jsonl")
+        return self.results.is_file() or any(len(path.read_bytes().splitlines()) > 1 for path in journals)
+
+    @property
     def figures(self) -> Path:
         return self.root / "figures"
 
@@ -75,6 +81,8 @@ def folder_problems(config: EvalConfig, paths: EvalPaths) -> list[str]:
     if config.resume:
         saved = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
         return resume_problems(saved, config) if isinstance(saved, dict) else [f"{paths.config} is damaged."]
+    if not paths.has_work:
+        return []
     state = "holds an evaluation" if paths.results.is_file() else "holds an unfinished evaluation"
     return [
         f"--output-dir {root} already {state}. Continue it with --resume, replace it with --overwrite, or give another "
@@ -88,8 +96,10 @@ def start_folder(config: EvalConfig, paths: EvalPaths, accelerator: Accelerator)
     if accelerator.is_main_process:
         if config.overwrite and paths.root.is_dir():
             shutil.rmtree(paths.root)
+        if not paths.has_work:  # the first line of its journal may be of other settings
+            shutil.rmtree(paths.progress, ignore_errors=True)
         paths.root.mkdir(parents=True, exist_ok=True)
-        if not (config.resume and paths.config.is_file()):
+        if not (config.resume and paths.has_work):
             paths.config.write_text(config.to_yaml(), encoding="utf-8")
     accelerator.wait_for_everyone()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from arrest_hub.attack_stages import AttackOutcome, ThreatModel, pgd_attack, run_attack
-from arrest_hub.autoattack import part_problem
-from arrest_hub.errors import ConfigError
 from arrest_hub.eval_config import EvalConfig, parse_curve
-from arrest_hub.eval_record import EvalPaths, training_facts, update_export, write_record
-from arrest_hub.eval_subjects import EvalImages, Subject, load_teacher, module_subject, preprocessing_facts
+from arrest_hub.eval_subjects import EvalImages, Subject, preprocessing_facts
 from arrest_hub.evaluator import CleanOutcome, Evaluator
 from arrest_hub.evidence import draw_figures, evenly_spaced, gallery_rows, measure_curve, measure_drift
 from arrest_hub.figures import GalleryRow
@@ -39,24 +36,37 @@ class Evaluation:
     folder: Path | None
 
 
+@dataclasses.dataclass
+class Measured:
+    """What a session found; ``drifts`` are for the picture alone."""
+
+    report: EvalReport
+    verdicts: Verdicts
+    drifts: dict[str, np.ndarray]
+
+
 class EvalSession:
-    """One evaluation under way: what the steps share."""
+    """One evaluation under way: what its steps share. ``teacher``: the network to compare with, if any.
+
+    Every process of a run must call the same methods in the same order; `draw` is for one process.
+    """
 
     def __init__(
         self,
         config: EvalConfig,
         accelerator: Accelerator,
         subject: Subject,
+        teacher: Subject | None,
         images: EvalImages,
         journal: Journal,
-        paths: EvalPaths | None,
+        num_classes: int,
     ) -> None:
-        self.config, self.accelerator, self.subject = config, accelerator, subject
-        self.images, self.journal, self.paths = images, journal, paths
+        self.config, self.accelerator, self.num_classes = config, accelerator, num_classes
+        self.subject, self.teacher, self.images, self.journal = subject, teacher, images, journal
         self.threat = ThreatModel(config.norm, config.eps_value)
-        self.notes: list[str] = list(images.notes)
+        self.evaluator = self._evaluator(subject.module)
 
-    def evaluator(self, module: nn.Module, name: str = "") -> Evaluator:
+    def _evaluator(self, module: nn.Module, name: str = "") -> Evaluator:
         config = self.config
         module.to(self.accelerator.device)
         return Evaluator(
@@ -66,25 +76,19 @@ class EvalSession:
             channels_last=config.channels_last, norm=config.norm, name=name,
         )  # fmt: skip
 
-    def run(self, teacher_module: nn.Module | None) -> Evaluation:
-        config, say = self.config, self.accelerator.print
+    def measure(self) -> Measured:
+        """Clean accuracy, every attack, the teacher's figures, the checks, the curve.
+
+        Raises:
+            ArrestError: see `Evaluator.clean`.
+        """
+        config, teacher = self.config, self.teacher
         self.journal.share()
-        evaluator = self.evaluator(self.subject.module)
-        clean = evaluator.clean()
-        problems = [part_problem(name, clean.num_classes) for name in config.attack_names]
-        if any(problems):
-            raise ConfigError([problem for problem in problems if problem])
-        teacher = (
-            module_subject(teacher_module, "teacher")
-            if teacher_module is not None
-            else load_teacher(config, self.subject, clean.num_classes, self.accelerator, self.notes)
-        )
-        for line in self.describe(teacher, clean):
-            say(line)
+        clean = self.evaluator.clean()
         chance = chance_check(int((clean.prediction == clean.label).sum()), len(clean.label), clean.num_classes)
-        if chance.status == "warn":
-            say(f"warning: {chance.finding}")
-        verdicts, outcomes = self.attack(evaluator, clean)
+        if chance.status == "warn":  # before the hours that the attacks may take
+            self.accelerator.print(f"warning: {chance.finding}")
+        verdicts, outcomes = self.attack(clean)
         report = EvalReport(
             results=self.results(clean, outcomes),
             precision=config.precision,
@@ -94,30 +98,18 @@ class EvalSession:
             model=self.subject.info | ({"teacher": teacher.name} if teacher else {}),
             images_per_second=round(clean.images_per_second, 1),
         )
-        other = self.evaluator(teacher.module, "teacher") if teacher else None
+        other = self._evaluator(teacher.module, "teacher") if teacher else None
         if other is not None:
             report.teacher_results = self.teacher_results(other)
         report.checks = [chance]
         if config.checks:
-            report.checks += self.checks(evaluator, other, clean, outcomes)
+            report.checks += self.checks(other, clean, outcomes)
         positions = evenly_spaced(range(len(clean.label)), config.curve_images)
         if config.eps_curve is not None:
-            self.curve(report, evaluator, other, positions)
-        drifts = self.drifts(evaluator, teacher, positions)
-        folder = None
-        if self.paths is not None:
-            folder = self.paths.root
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                self.write(report, verdicts, evaluator, clean.num_classes, drifts)
-            self.accelerator.wait_for_everyone()
-        for line in summary(report, self.subject.name, teacher.name if teacher else "teacher"):
-            say(line)
-        if folder is not None:
-            say(f"{folder}: results.json, verdicts.parquet" + (", figures/" if config.figures else ""))
-        return Evaluation(report, verdicts, folder)
+            self.curve(report, other, positions)
+        return Measured(report, verdicts, self.drifts(positions))
 
-    def attack(self, evaluator: Evaluator, clean: CleanOutcome) -> tuple[Verdicts, dict[str, AttackOutcome]]:
+    def attack(self, clean: CleanOutcome) -> tuple[Verdicts, dict[str, AttackOutcome]]:
         """Every attack on every image that is right when clean (with --cascade: and still stands)."""
         config, n = self.config, len(clean.label)
         metadata = {"model": self.subject.name, "dataset": self.images.dataset, "split": self.images.split,
@@ -128,7 +120,7 @@ class EvalSession:
         fallen: dict[int, str] = {}
         for name in config.attack_names:
             outcome = run_attack(
-                evaluator, name, [i for i in right if i not in fallen], threat=self.threat,
+                self.evaluator, name, [i for i in right if i not in fallen], threat=self.threat,
                 num_classes=clean.num_classes, of=n, seed=config.seed, pgd_step_size=config.step_size_value,
                 pgd_restarts=config.pgd_restarts,
             )  # fmt: skip
@@ -184,9 +176,7 @@ class EvalSession:
         }  # fmt: skip
         return self.results(clean, outcomes)
 
-    def checks(
-        self, evaluator: Evaluator, teacher: Evaluator | None, clean: CleanOutcome, outcomes: dict[str, AttackOutcome]
-    ) -> list[Check]:
+    def checks(self, teacher: Evaluator | None, clean: CleanOutcome, outcomes: dict[str, AttackOutcome]) -> list[Check]:
         """Signs of gradient masking, from the figures and from attacks of their own."""
         config = self.config
         right = np.flatnonzero(clean.prediction == clean.label).tolist()
@@ -199,69 +189,55 @@ class EvalSession:
             self.threat, steps, config.step_size_value, config.seed, clean.num_classes, ran_autoattack
         )
         count = min(config.batch_size, len(clean.label))
-        _, pixels, labels, _ = next(evaluator.batches(range(count), [0]))
+        _, pixels, labels, _ = next(self.evaluator.batches(range(count), [0]))
         return found + masking_checks(
-            evaluator, evenly_spaced(right, config.check_images), settings,
+            self.evaluator, evenly_spaced(right, config.check_images), settings,
             teacher=None if teacher is None else teacher.classify, first_batch=(pixels, labels),
             pixels_per_image=pixels[0].numel(),
         )  # fmt: skip
 
-    def curve(
-        self, report: EvalReport, evaluator: Evaluator, teacher: Evaluator | None, positions: Sequence[int]
-    ) -> None:
+    def curve(self, report: EvalReport, teacher: Evaluator | None, positions: Sequence[int]) -> None:
         """Accuracy against eps, of the model and of its teacher."""
         radii = parse_curve(self.config.eps_curve or "")
-        for name, one in (("student", evaluator), ("teacher", teacher)):
+        for name, one in (("student", self.evaluator), ("teacher", teacher)):
             if one is not None:
                 report.eps_curve[name if teacher is not None else "model"] = measure_curve(
                     one, positions, radii, norm=self.config.norm, seed=self.config.seed, name=name
                 )
 
-    def drifts(self, evaluator: Evaluator, teacher: Subject | None, positions: Sequence[int]) -> dict[str, np.ndarray]:
+    def drifts(self, positions: Sequence[int]) -> dict[str, np.ndarray]:
         """Representation drift; nothing where a representation is not known or no picture is wanted."""
-        student, reference = self.subject.backbone, teacher.backbone if teacher else None
+        student, reference = self.subject.backbone, self.teacher.backbone if self.teacher else None
         if not self.config.figures or student is None or reference is None or self.config.norm == "l1":
             return {}
         if student.num_features != reference.num_features:
             self.accelerator.print("no drift figure: teacher and student have representations of different size")
             return {}
         return measure_drift(
-            evaluator, student, reference, positions, threat=self.threat, step_size=self.config.step_size_value,
+            self.evaluator, student, reference, positions, threat=self.threat, step_size=self.config.step_size_value,
             seed=self.config.seed,
         )  # fmt: skip
 
-    def write(
-        self, report: EvalReport, verdicts: Verdicts, evaluator: Evaluator, num_classes: int,
-        drifts: dict[str, np.ndarray],
-    ) -> None:  # fmt: skip
-        """Everything into the record's folder, and into the model's own if arrest-finetune wrote it."""
-        config, paths = self.config, self.paths
-        assert paths is not None
-        figures: list[Path] = []
-        if config.figures:
-            gallery: list[GalleryRow] = []
-            if config.norm != "l1":
-                attack = pgd_attack(
-                    evaluator.classify, self.threat, steps=50, step_size=config.step_size_value, seed=config.seed,
-                    name="gallery",
-                )  # fmt: skip
-                gallery = gallery_rows(evaluator, verdicts, attack, self.images.class_names)
-            strongest, training = report.strongest(), training_facts(config.model) or {}
-            figures = draw_figures(
-                paths.figures, verdicts=verdicts, attack=strongest.attack if strongest else None, threat=self.threat,
-                eps=config.eps, num_classes=num_classes, class_names=self.images.class_names, curve=report.eps_curve,
-                gallery=gallery, drifts=drifts,
-                replay_threshold=training.get("replay_threshold") if training.get("method") == "arrest" else None,
+    def draw(self, folder: Path, measured: Measured, training: Mapping[str, Any]) -> list[Path]:
+        """Every picture there is something for, in ``folder``; ``training``: see `training_facts`."""
+        config, report, verdicts = self.config, measured.report, measured.verdicts
+        gallery: list[GalleryRow] = []
+        if config.norm != "l1":
+            attack = pgd_attack(
+                self.evaluator.classify, self.threat, steps=50, step_size=config.step_size_value, seed=config.seed,
+                name="gallery",
             )  # fmt: skip
-        for line in write_record(config, paths, report, verdicts):
-            self.accelerator.print(line)
-        if config.update_export:
-            for line in update_export(config, report, verdicts, figures):
-                self.accelerator.print(line)
-        self.journal.remove()
+            gallery = gallery_rows(self.evaluator, verdicts, attack, self.images.class_names)
+        strongest = report.strongest()
+        return draw_figures(
+            folder, verdicts=verdicts, attack=strongest.attack if strongest else None, threat=self.threat,
+            eps=config.eps, num_classes=self.num_classes, class_names=self.images.class_names, curve=report.eps_curve,
+            gallery=gallery, drifts=measured.drifts,
+            replay_threshold=training.get("replay_threshold") if training.get("method") == "arrest" else None,
+        )  # fmt: skip
 
-    def describe(self, teacher: Subject | None, clean: CleanOutcome) -> list[str]:
-        """What is being evaluated, a line a subject."""
+    def describe(self, notes: Sequence[str]) -> list[str]:
+        """What is being evaluated, a line a subject; ``notes`` go under the data."""
         config, info = self.config, self.subject.info
         revision = f" @ {info['revision'][:12]}" if info.get("revision") else ""
         size = self.subject.preprocessing.size if self.subject.preprocessing else None
@@ -270,15 +246,14 @@ class EvalSession:
         tf32 = " without TF32" if config.precision == "fp32" else ""
         return [
             f"model       {self.subject.name}{revision} ({info['architecture']}, {info['parameters'] / 1e6:.2f} M "
-            f"parameters{pixels}, {clean.num_classes} classes)",
-            f"teacher     {teacher.name if teacher else 'none'}",
-            f"data        {self.images.dataset} [{self.images.split}], {len(clean.label):,} images",
-            *[f"            {note}" for note in self.notes],
+            f"parameters{pixels}, {self.num_classes} classes)",
+            f"teacher     {self.teacher.name if self.teacher else 'none'}",
+            f"data        {self.images.dataset} [{self.images.split}], {len(self.images.images):,} images",
+            *[f"            {note}" for note in notes],
             f"threat      {config.norm}, eps {config.eps}",
             f"attacks     {config.attacks}{' (cascade)' if config.cascade else ''}, batches of {config.batch_size}, "
             f"seed {config.seed}",
             f"precision   {config.precision}{tf32}{layout}, {hardware_name(self.accelerator)}",
-            *([f"output      {self.paths.root}"] if self.paths else []),
         ]
 
 

@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone, load_backbone
-from arrest_hub.data import ImageDataset
+from arrest_hub.data import ImageDataset, to_pixels
 from arrest_hub.errors import ArrestError, ConfigError
 from arrest_hub.eval_config import EvalConfig
-from arrest_hub.evaluator import Images, TensorImages
+from arrest_hub.evaluator import Images, TensorImages, as_logits
 from arrest_hub.export import weights_digest
 from arrest_hub.labels import match_labels
 from arrest_hub.prepare import main_first
@@ -209,6 +210,20 @@ def load_teacher(
         notes.append(f"no teacher: {teacher_id!r}, which the model came from, cannot be used ({error})")
         return None
     return Subject(backbone, teacher_id, _module_info(backbone, teacher_id), backbone.preprocessing)
+
+
+def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator) -> int:
+    """The model's number of outputs; of a network given as an object by a look at one image.
+
+    Raises:
+        ConfigError: it does not return logits.
+    """
+    if subject.backbone is not None:
+        return subject.backbone.num_classes
+    pixels = torch.as_tensor(images.images[0]["pixels"]).to(accelerator.device)[None]
+    pixels = to_pixels(pixels) if pixels.dtype == torch.uint8 else pixels
+    with frozen_eval(subject.module), torch.no_grad():
+        return as_logits(subject.module.to(accelerator.device)(pixels)).shape[1]
 
 
 def preprocessing_facts(subject: Subject) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from torch import nn
 
+from arrest_hub.autoattack import part_problem
 from arrest_hub.comparison import Entry, comparison_json, comparison_markdown, plain_table
 from arrest_hub.errors import ConfigError
 from arrest_hub.eval_config import EvalConfig
@@ -21,15 +22,20 @@ from arrest_hub.eval_record import (
     EvalPaths,
     folder_problems,
     start_folder,
+    training_facts,
+    update_export,
     write_entry,
+    write_record,
 )
-from arrest_hub.eval_session import EvalSession, Evaluation, summary
+from arrest_hub.eval_session import EvalSession, Evaluation, Measured, summary
 from arrest_hub.eval_subjects import (
     EvalImages,
     Subject,
     TensorPair,
+    count_classes,
     load_images,
     load_subject,
+    load_teacher,
     module_subject,
     tensor_images,
 )
@@ -117,15 +123,48 @@ def run_evaluation(
     images = tensor_images(pair, config.dataset) if pair is not None else load_images(config, subject, accelerator)
     if paths is not None and config.resume and paths.results.is_file():
         return _finished(config, paths, subject, accelerator)
+    num_classes = count_classes(subject, images, accelerator)
+    problems = [problem for name in config.attack_names if (problem := part_problem(name, num_classes))]
+    if problems:
+        raise ConfigError(problems)
+    teacher = (
+        module_subject(teacher_module, "teacher")
+        if teacher_module is not None
+        else load_teacher(config, subject, num_classes, accelerator, images.notes)
+    )
     if paths is not None:
         start_folder(config, paths, accelerator)
-    journal = Journal(
-        paths.progress if paths else None, _identity(config, subject, images, accelerator), accelerator
-    )  # fmt: skip
+    journal = Journal(paths.progress if paths else None, _identity(config, subject, images, accelerator), accelerator)
+    session = EvalSession(config, accelerator, subject, teacher, images, journal, num_classes)
     try:
-        return EvalSession(config, accelerator, subject, images, journal, paths).run(teacher_module)
+        for line in session.describe(images.notes):
+            say(line)
+        measured = session.measure()
+        if paths is not None:
+            _write(config, paths, session, measured)
     finally:
         journal.close()
+    for line in summary(measured.report, subject.name, teacher.name if teacher else "teacher"):
+        say(line)
+    if paths is not None:
+        say(f"{paths.root}: results.json, verdicts.parquet" + (", figures/" if config.figures else ""))
+    return Evaluation(measured.report, measured.verdicts, paths.root if paths else None)
+
+
+def _write(config: EvalConfig, paths: EvalPaths, session: EvalSession, measured: Measured) -> None:
+    """Everything into the record's folder, and into the model's own if arrest-finetune wrote it."""
+    accelerator, report = session.accelerator, measured.report
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        training = training_facts(config.model) or {}
+        figures = session.draw(paths.figures, measured, training) if config.figures else []
+        lines = write_record(config, paths, report, measured.verdicts)
+        if config.update_export:
+            lines += update_export(config, report, measured.verdicts, figures)
+        for line in lines:
+            accelerator.print(line)
+        session.journal.remove()
+    accelerator.wait_for_everyone()
 
 
 def _finished(config: EvalConfig, paths: EvalPaths, subject: Subject, accelerator: Accelerator) -> Evaluation:

@@ -25,6 +25,7 @@ from arrest_hub.data import to_pixels
 from arrest_hub.errors import ArrestError, ConfigError
 from arrest_hub.journal import Entry, Journal
 from arrest_hub.progress import progress_bar
+from arrest_hub.validation import arithmetic
 
 
 class Images(Protocol):
@@ -142,17 +143,6 @@ def logits_function(
             return as_logits(model(pixels)).float()
 
     return classify
-
-
-@contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """TF32 on for "tf32" and off otherwise; put back afterwards."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def perturbation_size(difference: Tensor, norm: str) -> Tensor:

@@ -23,8 +23,8 @@ from arrest_hub.results import EvalReport, Result, results_table
 from arrest_hub.transforms import eval_transform
 from arrest_hub.validation import (
     PgdSettings,
+    arithmetic,
     count_correct,
-    full_precision,
     hardware_name,
     library_versions,
     to_results,
@@ -112,7 +112,7 @@ def measure_export(
         loader = eval_loader(
             splits.test, eval_transform(model.preprocessing), batch_size=config.batch_size, num_workers=num_workers
         )
-        with full_precision():
+        with arithmetic():
             counts = count_correct(
                 model.to(accelerator.device), accelerator.prepare(loader), accelerator, settings, seed=config.seed,
                 description=f"test, {name}", total=splits.test.num_examples,

@@ -99,10 +99,10 @@ def count_correct(
 
 
 @contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 without TF32: the precision of every figure that is reported."""
+def arithmetic(precision: str = "fp32") -> Iterator[None]:
+    """TF32 on for "tf32" and off for anything else; put back afterwards. Figures are reported in fp32 without TF32."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.checkpoint import derive_seed
-from arrest_hub.validation import PgdSettings, count_correct, full_precision, to_results
+from arrest_hub.validation import PgdSettings, arithmetic, count_correct, to_results
 
 
 @pytest.fixture
@@ -59,10 +59,10 @@ def test_a_stronger_attack_is_not_survived_more_often(images):
     assert counts.robust == 0, "no attack was asked for"
 
 
-def test_full_precision_switches_tf32_off_and_back():
+def test_arithmetic_switches_tf32_off_and_back():
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True
-    with full_precision():
+    with arithmetic("fp32"):
         assert not torch.backends.cudnn.allow_tf32
         assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.allow_tf32

@@ -25,8 +25,7 @@ from arrest_hub.data import to_pixels
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.eval_subjects import load_images, load_subject
 from arrest_hub.evaluation import run_evaluation
-from arrest_hub.evaluator import arithmetic
-from arrest_hub.validation import hardware_name, library_versions
+from arrest_hub.validation import arithmetic, hardware_name, library_versions
 
 TRICKS = {
     "channels_last": {"channels_last": True},
@@ -58,7 +57,7 @@ def direct(config: EvalConfig, accelerator: Accelerator) -> tuple[torch.Tensor, 
     suite = AutoAttack(model, norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[config.norm], eps=config.eps_value,
                        seed=config.seed, device=accelerator.device)  # fmt: skip
     classes = subject.backbone.num_classes
-    parts, not_run = standard_parts(classes)
+    _, not_run = standard_parts(classes)
     if not_run:
         raise SystemExit(f"the direct call needs the standard parts: {not_run}")
     suite.apgd_targeted.n_target_classes = min(suite.apgd_targeted.n_target_classes, classes - 1)

@@ -1,0 +1,98 @@
+"""Two processes give what one gives, verdict for verdict, and a run may change their number when it goes on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import write_images, write_model
+
+from arrest_hub.cli import eval_command
+from arrest_hub.results import read_results
+from arrest_hub.verdicts import read_verdicts
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+# on a CPU without MPI `accelerate launch --cpu` starts one process; told that they use the CPU by the environment,
+# it starts as many as it is asked for
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+
+
+def launch(arguments, launcher) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *launcher, "-m", "arrest_hub", "eval", *arguments]
+    environment = dict(
+        os.environ, PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true"
+    )
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """An evaluation by one process, and the arguments it had."""
+    folder = tmp_path_factory.mktemp("one")
+    write_images(folder / "data", count=44)
+    write_model(folder / "model")
+    arguments = [str(folder / "model"), "--dataset", str(folder / "data"), "--eps", "40/255", "--batch-size", "8",
+                 "--attacks", "noise,pgd-5,apgd-ce,apgd-dlr", "--num-workers", "0", "--check-images", "4",
+                 "--eps-curve", "0:40/255:2", "--teacher", str(folder / "model")]  # fmt: skip
+    eval_command([*arguments, "--output-dir", str(folder / "one")])
+    return folder, arguments
+
+
+def same(first: Path, second: Path) -> None:
+    verdicts = [read_verdicts(path / "verdicts.parquet") for path in (first, second)]
+    assert verdicts[0].index.tolist() == verdicts[1].index.tolist() == list(range(44))
+    assert verdicts[0].prediction.tolist() == verdicts[1].prediction.tolist()
+    for attack, column in verdicts[0].broken_by.items():
+        assert column.tolist() == verdicts[1].broken_by[attack].tolist(), attack
+    reports = [read_results(path / "results.json") for path in (first, second)]
+    for name in ("results", "teacher_results"):
+        rows = [[(row.attack, row.correct, row.n) for row in getattr(report, name)] for report in reports]
+        assert rows[0] == rows[1]
+    assert [check.value for check in reports[0].checks] == [check.value for check in reports[1].checks]
+    assert reports[0].eps_curve == reports[1].eps_curve
+    assert 0 < reports[0].get("robust_accuracy", attack="apgd-ce").correct < 44
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_equal_one(one, tmp_path, launcher):
+    folder, arguments = one
+    result = launch([*arguments, "--output-dir", str(tmp_path / "two")], launcher)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 x CPU" in read_results(tmp_path / "two" / "results.json").hardware
+    assert result.stdout.count("attacks     ") == 1, "one process speaks"
+    same(folder / "one", tmp_path / "two")
+
+
+def test_one_process_begins_and_two_go_on(one, tmp_path):
+    """The journal of a killed run (here: its first lines) is taken up by another number of processes."""
+    folder, arguments = one
+    out = tmp_path / "out"
+    # a whole run, whose journal is caught before it is removed
+    code = (
+        "import shutil, sys; from arrest_hub import journal, cli; "
+        "journal.Journal.remove = lambda self: self.close(); cli.eval_command(sys.argv[1:])"
+    )
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1")
+    subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--output-dir", str(out)], check=True, env=environment,
+        capture_output=True,
+    )  # fmt: skip
+    for path in (out / "results.json", out / "verdicts.parquet"):
+        path.unlink()
+    journal = out / "progress" / "rank-00000.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[: len(lines) // 3]) + lines[len(lines) // 3][:20])
+    result = launch([*arguments, "--output-dir", str(out), "--resume"], TORCHRUN)
+    assert result.returncode == 0, result.stdout + result.stderr
+    same(folder / "one", out)
+
+
+def test_one_clear_error_on_two_processes(one, tmp_path):
+    _, arguments = one
+    result = launch([*arguments, "--output-dir", str(tmp_path / "out"), "--teacher", str(tmp_path / "none")], TORCHRUN)
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1
+    assert "none" in result.stderr
+    assert "[rank" not in result.stderr
