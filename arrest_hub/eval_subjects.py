@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone, load_backbone
-from arrest_hub.data import ImageDataset, to_pixels
+from arrest_hub.data import ImageDataset, ImageSplit, to_pixels
 from arrest_hub.errors import ArrestError, ConfigError
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.evaluator import Images, TensorImages, as_logits
@@ -27,7 +27,7 @@ from arrest_hub.labels import match_labels
 from arrest_hub.prepare import main_first
 from arrest_hub.results import read_results
 from arrest_hub.splits import load_eval_split
-from arrest_hub.transforms import Preprocessing, eval_transform, to_tensor
+from arrest_hub.transforms import Preprocessing, Transform, eval_transform, to_tensor
 
 TensorPair = tuple[Tensor, Tensor]
 
@@ -133,12 +133,17 @@ def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) 
         transform = eval_transform(Preprocessing((side, side), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
     else:
         transform = to_tensor  # images as they are; the loader says so if their sizes differ
+    made = split_images(split, transform, data.dataset_id, names)
+    made.revision = data.revision
+    made.notes += notes
+    return made
+
+
+def split_images(split: ImageSplit, transform: Transform, dataset: str, names: list[str] | None) -> EvalImages:
+    """A map-style split through ``transform``; ``names``: of the model's outputs."""
     rows = split.row_array()
-    images = ImageDataset(split, transform)
     digest = hashlib.sha256(np.asarray(split.label_array()).tobytes() + rows.tobytes()).hexdigest()
-    return EvalImages(
-        RowImages(images, rows), data.dataset_id, split.name, names, data.revision, digest, notes
-    )  # fmt: skip
+    return EvalImages(RowImages(ImageDataset(split, transform), rows), dataset, split.name, names, None, digest, [])
 
 
 class RowImages(Dataset[dict[str, Any]]):

@@ -16,7 +16,11 @@ from arrest_hub.checkpoint import Progress
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import Splits, eval_loader
 from arrest_hub.errors import ArrestError
+from arrest_hub.eval_config import EvalConfig
+from arrest_hub.eval_session import EvalSession
+from arrest_hub.eval_subjects import module_subject, split_images
 from arrest_hub.export import weights_digest, write_model_folder
+from arrest_hub.journal import Journal
 from arrest_hub.model_card import CardFacts, before_name, render_card
 from arrest_hub.prepare import RunPaths, new_accelerator
 from arrest_hub.results import EvalReport, Result, results_table
@@ -82,17 +86,14 @@ def finish_run(
     if accelerator.is_main_process:
         values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_EXPORTED}
         (paths.export / "training_config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        report.model |= {"architecture": student.source.architecture, "library": student.source.library,
-                         "steps": progress.step}  # fmt: skip
-        if teacher_id is not None and "@" in teacher_id:  # on the Hub: another machine can find it too
-            report.model["teacher"] = teacher_id
+        report.model["steps"] = progress.step
         report.write(paths.export / "results.json")
         (paths.export / "README.md").write_text(render_card(CardFacts.from_folder(paths.export)), encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.print("\n" + results_table(report, before_name(config.method), f"student ({config.method})"))
     first = report.results[0]
     accelerator.print(f"{first.n:,} images of {first.dataset} [{first.split}], fp32, 95 % intervals in brackets")
-    accelerator.print(f"{paths.export}: model, results.json, README.md")
+    accelerator.print(f"{paths.export}: model, results.json, README.md, figures/")
     return RunDir(paths.root, paths.export, report)
 
 
@@ -105,7 +106,68 @@ def measure_export(
     num_workers: int,
     teacher_id: str | None,
 ) -> EvalReport:
-    """Clean and PGD accuracy of `export/` and of the teacher, both loaded anew, on the test split in fp32."""
+    """Clean and PGD accuracy of `export/` and of the teacher, both loaded anew, on the test split in fp32.
+
+    The figures are those of ``arrest-eval export/ --attacks clean,pgd-N --batch-size B`` with the run's seed; the
+    verdicts and the pictures are put into `export/` too. A stream is counted in one pass instead.
+    """
+    student = load_backbone(str(paths.export))
+    teacher = None
+    if teacher_id is not None:
+        own = Path(teacher_id) == paths.teacher
+        teacher = load_backbone(
+            teacher_id, image_size=None if own else config.image_size, allow_pickle=config.allow_pickle
+        )
+    if splits.test.streaming:
+        report = _count_stream(config, accelerator, splits, student, teacher, num_workers=num_workers)
+    else:
+        report = _measure_images(config, paths, accelerator, splits, student, teacher, num_workers=num_workers)
+    report.model = {
+        "architecture": student.source.architecture, "library": student.source.library,
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "weights_sha256": weights_digest(student),
+    }  # fmt: skip
+    if teacher_id is not None and "@" in teacher_id:  # on the Hub: another machine can find it too
+        report.model["teacher"] = teacher_id
+    return report
+
+
+def _measure_images(
+    config: FinetuneConfig,
+    paths: RunPaths,
+    accelerator: Accelerator,
+    splits: Splits,
+    student: Backbone,
+    teacher: Backbone | None,
+    *,
+    num_workers: int,
+) -> EvalReport:
+    wanted = EvalConfig(
+        model=str(paths.export), dataset=config.dataset, norm=config.norm, eps=config.eps, checks=False,
+        attacks=f"clean,pgd-{config.eval_attack_steps}", batch_size=config.batch_size, num_workers=num_workers,
+        seed=config.seed,
+    ).validate()  # fmt: skip
+    images = split_images(splits.test, eval_transform(student.preprocessing), splits.dataset_id, student.label_names)
+    subject, other = module_subject(student, "student"), module_subject(teacher, "teacher") if teacher else None
+    session = EvalSession(
+        wanted, accelerator, subject, other, images, Journal(None, {}, accelerator), student.num_classes,
+    )  # fmt: skip
+    measured = session.measure()
+    if accelerator.is_main_process:
+        session.draw(paths.export / "figures", measured, dataclasses.asdict(config))
+        measured.verdicts.write(paths.export / "verdicts.parquet")
+    return measured.report
+
+
+def _count_stream(
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    splits: Splits,
+    student: Backbone,
+    teacher: Backbone | None,
+    *,
+    num_workers: int,
+) -> EvalReport:
     settings = PgdSettings(config.norm, config.eps_value, config.eps_value / 4, config.eval_attack_steps)
 
     def measure(model: Backbone, name: str) -> list[Result]:
@@ -121,24 +183,13 @@ def measure_export(
             counts, settings, eps=config.eps, dataset=splits.dataset_id, split=splits.test.name, seed=config.seed
         )
 
-    student = load_backbone(str(paths.export))
-    report = EvalReport(
+    return EvalReport(
         results=measure(student, "student"),
+        teacher_results=measure(teacher, "teacher") if teacher is not None else [],
         preprocessing=dataclasses.asdict(student.preprocessing),
         versions=library_versions(),
         hardware=hardware_name(accelerator),
-        model={
-            "parameters": sum(parameter.numel() for parameter in student.parameters()),
-            "weights_sha256": weights_digest(student),
-        },
     )
-    if teacher_id is not None:
-        own = Path(teacher_id) == paths.teacher
-        teacher = load_backbone(
-            teacher_id, image_size=None if own else config.image_size, allow_pickle=config.allow_pickle
-        )
-        report.teacher_results = measure(teacher, "teacher")
-    return report
 
 
 def _copy_whole(source: Path, target: Path) -> None:

@@ -11,7 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import NAMES, LogitsOnly, patterns, robust_net, smooth_net, tiny_backbone, write_images, write_model
+from tiny import (
+    NAMES,
+    LogitsOnly,
+    patterns,
+    robust_net,
+    smooth_net,
+    tiny_backbone,
+    tiny_config,
+    write_images,
+    write_model,
+)
 
 import arrest_hub
 from arrest_hub.attacks import frozen_eval
@@ -20,6 +30,7 @@ from arrest_hub.errors import ArrestError, ConfigError
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.evaluation import run_evaluation
 from arrest_hub.results import read_results
+from arrest_hub.train import finetune
 from arrest_hub.verdicts import read_verdicts
 
 EPS = "26/255"
@@ -299,6 +310,42 @@ def test_several_models_are_compared(folder, tmp_path, capsys):
     assert "| model |" in (out / "comparison.md").read_text()
     assert "harmonic mean" in capsys.readouterr().out
     assert (out / "model" / "results.json").exists()
+
+
+def test_an_export_is_brought_up_to_date(tmp_path, capsys):
+    """What arrest-eval finds goes into the folder that arrest-finetune wrote, its card included."""
+    run = finetune(tiny_config(tmp_path, max_steps=2, epochs=1, eps="40/255"))
+    export = run.export
+    again = [str(export), "--dataset", str(tmp_path / "data"), "--eps", "40/255", "--batch-size", "8", "--num-workers",
+             "0", "--teacher", str(tmp_path / "model"), "--check-images", "4"]  # fmt: skip
+    before = read_results(export / "results.json")
+    eval_command([*again, "--attacks", "pgd-3", "--no-checks", "--no-figures", "--output-dir", str(tmp_path / "same")])
+    same = read_results(tmp_path / "same" / "results.json")
+    assert [row.correct for row in same.results] == [row.correct for row in before.results], "one way to measure"
+    assert [row.correct for row in same.teacher_results] == [row.correct for row in before.teacher_results]
+    more = [*again, "--attacks", "apgd-ce", "--eps-curve", "0:40/255:3"]
+    eval_command([*more, "--output-dir", str(tmp_path / "more")])
+    after = read_results(export / "results.json")
+    assert [row.attack for row in after.results] == [None, "pgd-3", "apgd-ce"]
+    assert after.model["steps"] == 2, "what the run knew is kept"
+    assert set(read_verdicts(export / "verdicts.parquet").broken_by) == {"pgd-3", "apgd-ce"}
+    card = (export / "README.md").read_text()
+    assert "APGD-CE" in card
+    assert "PGD-3" in card
+    assert "figures/eps_curve.png" in card
+    assert "share of zero gradients" in card
+    assert str(tmp_path) not in card.split("## Training")[0].replace(str(tmp_path / "data"), "")
+
+    (export / "README.md").write_text(card + "\nMy own words.\n")
+    capsys.readouterr()
+    eval_command([*more, "--output-dir", str(tmp_path / "third"), "--seed", "1"])
+    assert "README.md was edited" in capsys.readouterr().out
+    assert (export / "README.md").read_text().endswith("My own words.\n")
+    kept = (export / "results.json").read_bytes()
+    eval_command([*more, "--output-dir", str(tmp_path / "fourth"), "--no-update-export", "--seed", "2"])
+    assert (export / "results.json").read_bytes() == kept
+    eval_command([*more, "--output-dir", str(tmp_path / "fifth"), "--precision", "bf16"])
+    assert (export / "results.json").read_bytes() == kept, "figures of another precision are not mixed in"
 
 
 def test_robustbench_entry_is_refused_before_the_work(folder, tmp_path, capsys):

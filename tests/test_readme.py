@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from arrest_hub.cli import parse_finetune
+from arrest_hub.cli import parse_eval, parse_finetune
 from arrest_hub.config import FIELDS
+from arrest_hub.eval_config import EVAL_FIELDS
 from arrest_hub.fields import flag
 
 ROOT = Path(__file__).parent.parent
@@ -22,15 +23,19 @@ def test_exactly_two_setup_commands():
 @pytest.mark.parametrize("command", [line for line in BASH if not line.startswith("python3")])
 def test_commands_parse(command):
     words = shlex.split(command)
-    assert words[0] == "arrest-finetune" or words[:2] == ["accelerate", "launch"]
-    argv = words[1:] if words[0] == "arrest-finetune" else words[words.index("finetune") + 1 :]
-    config, _ = parse_finetune(argv)
-    assert config.model
-    assert config.dataset
+    if words[:2] == ["accelerate", "launch"]:
+        words = words[words.index("arrest_hub") + 1 :]
+        words[0] = "arrest-" + words[0]
+    configs = {"arrest-finetune": lambda argv: [parse_finetune(argv)[0]], "arrest-eval": parse_eval}[words[0]](
+        words[1:]
+    )
+    for config in configs:
+        assert config.model
+        assert config.dataset
 
 
 def test_flags_that_the_docs_name_exist():
-    known = {flag(name) for name in FIELDS} | {"--help", "--nproc_per_node", "--num_processes"}
+    known = {flag(name) for name in FIELDS | EVAL_FIELDS} | {"--help", "--nproc_per_node", "--num_processes"}
     for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         assert set(re.findall(r"--[a-z][a-z_-]+", path.read_text())) <= known | {"---"}, path
 

@@ -38,7 +38,8 @@ def same_weights(first, second):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-EXPORT = {"README.md", "config.json", "model.safetensors", "results.json", "training_config.yaml"}
+EXPORT = {"README.md", "config.json", "model.safetensors", "results.json", "training_config.yaml", "verdicts.parquet",
+          "figures/per_class.png", "figures/gallery.png", "figures/drift.png"}  # fmt: skip
 STATE = {"model.safetensors", "optimizer.bin", "progress.json", "random_states_0.pkl"}
 
 
