@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,12 +43,10 @@ def pgd_attack(
     restarts: int = 1,
     seed: int,
     name: str,
-    loss_fn: Callable[..., Tensor] | None = None,
     source: LogitsFn | None = None,
 ) -> AttackFn:
     """PGD from ``restarts`` random starts: per image, the first start that breaks it counts (the last if none does).
 
-    ``loss_fn``: (logits, labels=labels) -> [B], what is maximised; default: the margin, with cross-entropy's steps.
     ``source``: the network whose gradient is followed, if it is not the one attacked (a transfer attack). The random
     starts depend on seed, name, number of the batch and restart alone.
     """
@@ -72,7 +69,6 @@ def pgd_attack(
                 step_size=step_size,
                 steps=steps,
                 generator=generator,
-                loss_fn=None if loss_fn is None else partial(loss_fn, labels=target),
             )
             adversarial[standing] = found.adversarial
             zero[standing] += found.zero_gradients

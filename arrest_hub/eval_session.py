@@ -16,7 +16,7 @@ from torch import nn
 from arrest_hub.attack_stages import AttackOutcome, ThreatModel, pgd_attack, run_attack
 from arrest_hub.eval_config import EvalConfig, parse_curve
 from arrest_hub.eval_subjects import EvalImages, Subject, preprocessing_facts
-from arrest_hub.evaluator import CleanOutcome, Evaluator
+from arrest_hub.evaluator import CleanOutcome, Evaluator, TensorImages
 from arrest_hub.evidence import draw_figures, evenly_spaced, gallery_rows, measure_curve, measure_drift
 from arrest_hub.figures import GalleryRow
 from arrest_hub.journal import Journal
@@ -72,9 +72,13 @@ class EvalSession:
         return Evaluator(
             torch.compile(module) if config.compile else module,  # type: ignore[arg-type]
             self.images.images, self.accelerator, self.journal, batch_size=config.batch_size,
-            num_workers=num_workers(config.num_workers, self.accelerator), precision=config.precision,
+            num_workers=self._workers(), precision=config.precision,
             channels_last=config.channels_last, norm=config.norm, name=name,
         )  # fmt: skip
+
+    def _workers(self) -> int:
+        in_memory = isinstance(self.images.images, TensorImages)  # nothing to decode
+        return 0 if in_memory else num_workers(self.config.num_workers, self.accelerator)
 
     def measure(self) -> Measured:
         """Clean accuracy, every attack, the teacher's figures, the checks, the curve.
@@ -192,7 +196,7 @@ class EvalSession:
         _, pixels, labels, _ = next(self.evaluator.batches(range(count), [0]))
         return found + masking_checks(
             self.evaluator, evenly_spaced(right, config.check_images), settings,
-            teacher=None if teacher is None else teacher.classify, first_batch=(pixels, labels),
+            teacher=teacher, first_batch=(pixels, labels),
             pixels_per_image=pixels[0].numel(),
         )  # fmt: skip
 

@@ -206,7 +206,7 @@ class Evaluator:
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),
         )
-        for number, batch in zip(mine, loader, strict=True):
+        for number, batch in zip(mine, _same_size(loader), strict=True):
             pixels = batch["pixels"].to(self.accelerator.device)
             labels = batch["label"].to(self.accelerator.device)
             yield number, to_pixels(pixels) if pixels.dtype == torch.uint8 else pixels, labels, batch["index"]
@@ -264,9 +264,7 @@ class Evaluator:
         with self.ready(), self._bar(len(positions), count, mine, f"{self.name}{title}") as bar:
             known = [entry for number in range(count) if (entry := self.journal.entries.get((stage, number)))]
             done, broken = sum(entry["n"] for entry in known), sum(len(entry["broken"]) for entry in known)
-            own_total = max(
-                1, done + sum(len(positions[n * self.batch_size : (n + 1) * self.batch_size]) for n in mine)
-            )
+            own_total = max(1, done + sum(min(self.batch_size, len(positions) - n * self.batch_size) for n in mine))
 
             def show() -> None:
                 # of this process's share; exact where there is one process
@@ -274,7 +272,7 @@ class Evaluator:
                 bar.set_postfix_str(f"robust {100 * standing / of:.1f} %", refresh=False)
 
             show()
-            for number, pixels, labels, _ in self.batches(positions, mine):
+            for number, pixels, labels, index in self.batches(positions, mine):
                 started, size = time.perf_counter(), len(labels)
                 self._passes, shown = 0, bar.n
 
@@ -287,10 +285,11 @@ class Evaluator:
                     with collect_warnings() as warnings:
                         attacked = attack(pixels, labels, number)
                     with torch.no_grad():
-                        prediction = self.classify(attacked.adversarial).argmax(dim=1)
+                        logits = self.classify(attacked.adversarial)
                 finally:
                     self._on_pass = lambda: None
-                wrong = prediction != labels
+                _check_logits(logits, labels, index)
+                wrong = logits.argmax(dim=1) != labels
                 largest = perturbation_size(attacked.adversarial - pixels, self.norm)[wrong]
                 chosen = positions[number * self.batch_size : (number + 1) * self.batch_size]
                 entry = {
@@ -326,6 +325,18 @@ class Evaluator:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         share = sum(min(size, total - number * size) for number in range(rank, count, processes))
         return progress_bar(share, share - own, description, self.accelerator, fractional=True)
+
+
+def _same_size(loader: DataLoader[Any]) -> Iterator[Any]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "equal size" not in str(error):
+            raise
+        raise ConfigError(
+            "the images have different sizes, and a network given as an object does not say which it wants: give "
+            "image_size."
+        ) from error
 
 
 def _check_logits(logits: Tensor, labels: Tensor, index: Tensor) -> None:

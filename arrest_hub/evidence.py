@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arrest_hub.arrest import angular_distance
 from arrest_hub.attack_stages import ThreatModel, pgd_attack
+from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone
 from arrest_hub.eval_config import fraction_name
 from arrest_hub.evaluator import Attacked, AttackFn, Evaluator
@@ -85,9 +86,10 @@ def measure_drift(
             drifts = [angular_distance(student(x).representation, reference) for x in (pixels, adversarial)]
         return Attacked(adversarial, {"drift": [[round(v, 5) for v in drift.tolist()] for drift in drifts]})
 
-    outcome = evaluator.attack(
-        "drift", positions, run, title="drift from the teacher", passes=CURVE_STEPS + 3, of=len(positions)
-    )
+    with frozen_eval(teacher):
+        outcome = evaluator.attack(
+            "drift", positions, run, title="drift from the teacher", passes=CURVE_STEPS + 3, of=len(positions)
+        )
     series = [np.array([v for entry in outcome.entries for v in entry["drift"][i]]) for i in range(2)]
     return {"clean images": series[0], "adversarial images": series[1]}
 

@@ -149,7 +149,7 @@ def masking_checks(
     positions: Sequence[int],
     settings: CheckSettings,
     *,
-    teacher: LogitsFn | None,
+    teacher: Evaluator | None,
     first_batch: tuple[Tensor, Tensor],
     pixels_per_image: int,
 ) -> list[Check]:
@@ -263,18 +263,19 @@ def _transfer_check(
     positions: Sequence[int],
     white: set[int],
     settings: CheckSettings,
-    teacher: LogitsFn | None,
+    teacher: Evaluator | None,
 ) -> Check:
     name = "white-box beats transfer from the teacher"
     if teacher is None:
         return _skipped(name, "no teacher is known (--teacher names one)")
     attack = pgd_attack(
         evaluator.classify, settings.threat, steps=settings.steps, step_size=settings.step_size, seed=settings.seed,
-        name="check transfer", source=teacher,
+        name="check transfer", source=teacher.classify,
     )  # fmt: skip
-    run = evaluator.attack(
-        "check/transfer", positions, attack, title="check: transfer", passes=2, of=len(positions)
-    )  # fmt: skip
+    with teacher.ready():
+        run = evaluator.attack(
+            "check/transfer", positions, attack, title="check: transfer", passes=2, of=len(positions)
+        )
     stands, own = 1 - len(run.broken) / len(positions), 1 - len(white) / len(positions)
     return share_check(
         name, own - stands, SLACK,

@@ -100,13 +100,16 @@ def count_correct(
 
 @contextlib.contextmanager
 def arithmetic(precision: str = "fp32") -> Iterator[None]:
-    """TF32 on for "tf32" and off for anything else; put back afterwards. Figures are reported in fp32 without TF32."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    """TF32 on for "tf32" and off for anything else, and cuDNN deterministic, so that an evaluation can be repeated; put
+    back afterwards. Figures are reported in fp32 without TF32."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    cudnn.allow_tf32 = matmul.allow_tf32 = precision == "tf32"
+    cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
 def to_results(counts: Counts, settings: PgdSettings, *, eps: str, dataset: str, split: str, seed: int) -> list[Result]:

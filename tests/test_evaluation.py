@@ -1,5 +1,6 @@
 """`arrest_hub.evaluate` and `arrest-eval`: figures, verdicts, resumption, the record, bad input."""
 
+import copy
 import json
 import os
 import signal
@@ -11,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import (
     NAMES,
     LogitsOnly,
+    TinyClassifier,
     patterns,
     robust_net,
     smooth_net,
@@ -149,6 +152,36 @@ def test_bad_images_are_one_clear_error(pixels, labels, message):
 def test_a_bad_model_is_one_clear_error(change, message):
     with pytest.raises(ArrestError, match=message):
         run(LogitsOnly(robust_net(), change))
+
+
+class NotANumberOffTheGrid(torch.nn.Module):
+    """Fine on images as they are stored, NaN on what an attack makes of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = robust_net()
+
+    def forward(self, pixels):
+        off = ((pixels * 255 - (pixels * 255).round()).abs() > 1e-3).flatten(1).any(dim=1, keepdim=True)
+        return torch.where(off, float("nan"), self.net(pixels))
+
+
+def test_nan_under_attack_is_no_robustness_and_no_success_either():
+    with pytest.raises(ArrestError, match="not finite"):
+        run(NotANumberOffTheGrid(), attacks="noise")
+
+
+def test_images_of_different_sizes_need_an_image_size(tmp_path):
+    for split, number in (("train", 6), ("test", 6)):
+        for i in range(number):
+            path = tmp_path / split / str(i % 2) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8 + i, 8), (40 * i, 90, 20)).save(path)
+    options = {"attacks": "noise", "eps": EPS, "checks": False, "teacher": None, "num_workers": 0}
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 2))
+    with pytest.raises(ConfigError, match="image_size"):
+        arrest_hub.evaluate(net, str(tmp_path), **options)
+    assert arrest_hub.evaluate(net, str(tmp_path), image_size=8, **options).results[0].n == 6
 
 
 def test_a_model_that_wants_normalised_input_is_warned_of():
@@ -409,3 +442,16 @@ def test_frozen_eval_is_left_after_an_error():
     assert net.training
     with frozen_eval(net):
         pass
+
+
+def test_model_and_teacher_are_left_as_they_were():
+    """Given in training mode, neither BatchNorm's statistics nor any gradient is touched."""
+    model, teacher = TinyClassifier().train(), TinyClassifier(seed=1).train()
+    before = [copy.deepcopy(net.state_dict()) for net in (model, teacher)]
+    arrest_hub.evaluate(
+        model, patterns(12, 3), teacher=teacher, attacks="pgd-2,apgd-ce", eps=EPS, eps_curve="0:8/255:2"
+    )
+    for net, state in zip((model, teacher), before, strict=True):
+        assert net.training
+        assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())

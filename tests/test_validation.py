@@ -62,10 +62,18 @@ def test_a_stronger_attack_is_not_survived_more_often(images):
 def test_arithmetic_switches_tf32_off_and_back():
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
     with arithmetic("fp32"):
+        assert torch.backends.cudnn.deterministic
+        assert not torch.backends.cudnn.benchmark
         assert not torch.backends.cudnn.allow_tf32
         assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.deterministic
+    torch.backends.cudnn.benchmark = False
+    with arithmetic("tf32"):
+        assert torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = before
 
 
