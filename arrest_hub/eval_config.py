@@ -56,7 +56,7 @@ class EvalConfig:
     limit_eval: int | None = _field(None, "int", "data",
         "use this many images, class-balanced", low=1, optional=True)
     num_workers: int | None = _field(None, "int", "data",
-        "data loading processes; default: cores per process less one, at most 8", low=0, optional=True)
+        "data loading processes; default: cores per process less one, at most 8; 0 on a CPU", low=0, optional=True)
 
     norm: str = _field("linf", "str", "threat model", "norm of the perturbation", choices=("linf", "l2", "l1"))
     eps: str = _field("8/255", "fraction", "threat model", "radius of the perturbation, pixels in [0, 1]", above=0)

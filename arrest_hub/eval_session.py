@@ -77,8 +77,11 @@ class EvalSession:
         )  # fmt: skip
 
     def _workers(self) -> int:
-        in_memory = isinstance(self.images.images, TensorImages)  # nothing to decode
-        return 0 if in_memory else num_workers(self.config.num_workers, self.accelerator)
+        """On a CPU none by default: attacks take far longer than decoding, and want every core."""
+        wanted = self.config.num_workers
+        if isinstance(self.images.images, TensorImages):  # nothing to decode
+            return 0
+        return 0 if wanted is None and self.accelerator.device.type == "cpu" else num_workers(wanted, self.accelerator)
 
     def measure(self) -> Measured:
         """Clean accuracy, every attack, the teacher's figures, the checks, the curve.
@@ -99,7 +102,7 @@ class EvalSession:
             preprocessing=preprocessing_facts(self.subject),
             versions=library_versions() | {"pyautoattack": version("pyautoattack")},
             hardware=hardware_name(self.accelerator),
-            model=self.subject.info | ({"teacher": teacher.name} if teacher else {}),
+            model=self.subject.info | ({"teacher": teacher.hub_id} if teacher and teacher.hub_id else {}),
             images_per_second=round(clean.images_per_second, 1),
         )
         other = self._evaluator(teacher.module, "teacher") if teacher else None
@@ -116,7 +119,7 @@ class EvalSession:
     def attack(self, clean: CleanOutcome) -> tuple[Verdicts, dict[str, AttackOutcome]]:
         """Every attack on every image that is right when clean (with --cascade: and still stands)."""
         config, n = self.config, len(clean.label)
-        metadata = {"model": self.subject.name, "dataset": self.images.dataset, "split": self.images.split,
+        metadata = {"model": self.subject.info["id"], "dataset": self.images.dataset, "split": self.images.split,
                     "norm": config.norm, "eps": config.eps, "seed": str(config.seed)}  # fmt: skip
         verdicts = Verdicts(clean.index, clean.label, clean.prediction, metadata=metadata)
         outcomes: dict[str, AttackOutcome] = {}

@@ -20,7 +20,7 @@ from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.data import ImageDataset, ImageSplit, to_pixels
 from arrest_hub.errors import ArrestError, ConfigError
-from arrest_hub.eval_config import EvalConfig
+from arrest_hub.eval_config import EvalConfig, evaluation_name
 from arrest_hub.evaluator import Images, TensorImages, as_logits
 from arrest_hub.export import weights_digest
 from arrest_hub.labels import match_labels
@@ -34,12 +34,17 @@ TensorPair = tuple[Tensor, Tensor]
 
 @dataclass
 class Subject:
-    """A network to evaluate: ``module`` maps pixels in [0, 1] to logits. ``info`` goes into `results.json`."""
+    """A network to evaluate: ``module`` maps pixels in [0, 1] to logits.
+
+    ``info`` goes into `results.json`, which may be published, so it has no paths; ``hub_id``, with its commit, is set
+    for a network on the Hub.
+    """
 
     module: nn.Module
     name: str
     info: dict[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
+    hub_id: str | None = None
 
     @property
     def backbone(self) -> Backbone | None:
@@ -73,11 +78,22 @@ def load_subject(config: EvalConfig, accelerator: Accelerator) -> Subject:
             f"or an id on the Hub, such as 'timm/{config.model}.<tag>'."
         )
     info = {
-        "id": source.model_id, "revision": source.revision, "library": source.library,
+        "id": source.hub_id or evaluation_name(config.model), "revision": source.revision, "library": source.library,
         "architecture": source.architecture, "parameters": sum(p.numel() for p in backbone.parameters()),
         "weights_sha256": weights_digest(backbone),
     }  # fmt: skip
-    return Subject(backbone, config.model, info, backbone.preprocessing)
+    return Subject(backbone, config.model, info, backbone.preprocessing, _hub_id(backbone))
+
+
+def _hub_id(backbone: Backbone) -> str | None:
+    source = backbone.source
+    return f"{source.hub_id}@{source.revision}" if source.hub_id and source.revision else source.hub_id
+
+
+def dataset_name(dataset_id: str) -> str:
+    """What to call a dataset in a record that may be published: an id as it is, of a folder its name alone."""
+    path = Path(dataset_id).expanduser()
+    return path.resolve().name if path.is_dir() else dataset_id
 
 
 def module_subject(module: nn.Module, name: str) -> Subject:
@@ -133,7 +149,7 @@ def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) 
         transform = eval_transform(Preprocessing((side, side), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
     else:
         transform = to_tensor  # images as they are; the loader says so if their sizes differ
-    made = split_images(split, transform, data.dataset_id, names)
+    made = split_images(split, transform, dataset_name(data.dataset_id), names)
     made.revision = data.revision
     made.notes += notes
     return made
@@ -214,7 +230,9 @@ def load_teacher(
             raise
         notes.append(f"no teacher: {teacher_id!r}, which the model came from, cannot be used ({error})")
         return None
-    return Subject(backbone, teacher_id, _module_info(backbone, teacher_id), backbone.preprocessing)
+    return Subject(
+        backbone, teacher_id, _module_info(backbone, teacher_id), backbone.preprocessing, _hub_id(backbone)
+    )  # fmt: skip
 
 
 def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator) -> int:

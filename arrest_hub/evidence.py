@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -51,7 +52,7 @@ def measure_curve(
             if eps
             else _unchanged
         )
-        title = f"{name}, eps {fraction_name(radius)}"
+        title = f"eps {fraction_name(radius)}"
         run = evaluator.attack(
             f"curve/{name}/{radius}", standing, attack, title=title, passes=CURVE_STEPS + 1, of=len(positions)
         )
@@ -127,14 +128,22 @@ def gallery_rows(
 
 
 def _gallery_positions(verdicts: Verdicts) -> list[int]:
-    broken = verdicts.first_broken_by()
-    right = np.flatnonzero(verdicts.clean_correct)
-    fallen = [int(i) for i in right if broken[i] is not None]
-    candidates = fallen + [int(i) for i in right if broken[i] is None] + list(range(len(verdicts)))
-    first_of_class: dict[int, int] = {}
-    for position in fallen:
-        first_of_class.setdefault(int(verdicts.label[position]), position)
-    return list(dict.fromkeys([*first_of_class.values(), *candidates]))[:GALLERY_IMAGES]
+    """Fallen to PGD (with which the gallery is made), then fallen to another attack, then standing, then wrong when
+    clean; among equals one of each class first."""
+    pgd = next((column for name, column in verdicts.broken_by.items() if name.startswith("pgd-")), None)
+    first, right = verdicts.first_broken_by(), verdicts.clean_correct
+    seen: Counter[tuple[int, int]] = Counter()
+    keys = []
+    for position, label in enumerate(verdicts.label.tolist()):
+        if not right[position]:
+            rank = 3
+        elif pgd is not None and pgd[position] is not None:
+            rank = 0
+        else:
+            rank = 1 if first[position] is not None else 2
+        seen[rank, label] += 1
+        keys.append((rank, seen[rank, label], position))
+    return [position for _, _, position in sorted(keys)[:GALLERY_IMAGES]]
 
 
 def _picture(pixels: Tensor) -> np.ndarray:

@@ -18,7 +18,7 @@ from arrest_hub.data import Splits, eval_loader
 from arrest_hub.errors import ArrestError
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.eval_session import EvalSession
-from arrest_hub.eval_subjects import module_subject, split_images
+from arrest_hub.eval_subjects import dataset_name, module_subject, split_images
 from arrest_hub.export import weights_digest, write_model_folder
 from arrest_hub.journal import Journal
 from arrest_hub.model_card import CardFacts, before_name, render_card
@@ -147,7 +147,9 @@ def _measure_images(
         attacks=f"clean,pgd-{config.eval_attack_steps}", batch_size=config.batch_size, num_workers=num_workers,
         seed=config.seed,
     ).validate()  # fmt: skip
-    images = split_images(splits.test, eval_transform(student.preprocessing), splits.dataset_id, student.label_names)
+    images = split_images(
+        splits.test, eval_transform(student.preprocessing), dataset_name(splits.dataset_id), student.label_names
+    )
     subject, other = module_subject(student, "student"), module_subject(teacher, "teacher") if teacher else None
     session = EvalSession(
         wanted, accelerator, subject, other, images, Journal(None, {}, accelerator), student.num_classes,
@@ -180,7 +182,12 @@ def _count_stream(
                 description=f"test, {name}", total=splits.test.num_examples,
             )  # fmt: skip
         return to_results(
-            counts, settings, eps=config.eps, dataset=splits.dataset_id, split=splits.test.name, seed=config.seed
+            counts,
+            settings,
+            eps=config.eps,
+            dataset=dataset_name(splits.dataset_id),
+            split=splits.test.name,
+            seed=config.seed,
         )
 
     return EvalReport(

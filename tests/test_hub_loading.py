@@ -593,6 +593,26 @@ def test_end_to_end(hub, trained):
     assert {WEIGHTS, "config.json", "results.json", "README.md"} <= set(os.listdir(folder / "run" / "export"))
 
 
+def test_arrest_eval_from_the_hub(hub, trained, tmp_path):
+    """Model and dataset by id; then the folder a run exported, whose teacher is found at its commit on the Hub."""
+    export = shutil.copytree(trained[0] / "run" / "export", tmp_path / "export")
+    commit = hub.repos["models", "org/tiny"].refs["main"]
+    home = trained[0] / "home"
+    quick = ("--attacks", "pgd-2", "--no-checks", "--num-workers", "0")
+    for model, dataset, expected in (
+        ("org/tiny", "imagenet", f"org/tiny @ {commit[:12]} (resnet18_cifar"),
+        (str(export), "org/data", f"teacher     org/tiny@{commit}"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-m", "arrest_hub", "eval", model, "--dataset", dataset, *quick],
+            env=environment(hub.url, home), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert expected in result.stdout
+    records = {path.name for path in (tmp_path / "evals").iterdir()}
+    assert records == {"tiny-imagenet-linf-8_255", f"{tmp_path.name}-data-linf-8_255"}
+
+
 @pytest.mark.parametrize("how", ["offline", "down"])
 def test_without_the_hub(how, hub, root, trained, tmp_path):
     home = tmp_path / "home"
