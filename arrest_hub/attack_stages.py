@@ -135,7 +135,7 @@ def run_attack(
         )
         parameters = {
             "steps": steps, "step_size": pgd_step_size, "restarts": pgd_restarts, "start": "uniform",
-            "loss": "cross-entropy",
+            "loss": "margin",
         }  # fmt: skip
         return _outcome(name, run, parameters)
     suite = AutoAttackParts(

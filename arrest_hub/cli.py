@@ -18,6 +18,7 @@ from arrest_hub.eval_config import EVAL_FIELDS, EvalConfig, evaluation_name, unk
 from arrest_hub.eval_config import GROUPS as EVAL_GROUPS
 from arrest_hub.fields import flag
 from arrest_hub.recipe_files import list_recipes, read_recipe, recipe_for_dataset
+from arrest_hub.robustbench import robustbench_problems
 
 EPILOG = """\
 examples:
@@ -44,6 +45,8 @@ class _Parser(argparse.ArgumentParser):
     """Raises ConfigError instead of exiting, so that all problems are reported together."""
 
     def error(self, message: str) -> Any:
+        if "expected one argument" in message:  # also what argparse makes of -1/255
+            message += ": give a value behind it that does not begin with a hyphen."
         raise ConfigError(message)
 
 
@@ -115,6 +118,9 @@ def parse_eval(argv: Sequence[str]) -> list[EvalConfig]:
         problems.append("--dataset is missing: give digits, cifar10, cifar100, imagenet, a `datasets` id or a folder.")
     if len(models) > 1 and flags.get("robustbench_json"):
         problems.append("--robustbench-json is the entry of one model: evaluate the models one by one for it.")
+    if flags.get("robustbench_json") and flags.get("dataset"):
+        names_of_attacks = str(flags.get("attacks") or "autoattack").split(",")
+        problems += robustbench_problems(flags["dataset"], flags.get("norm", "linf"), names_of_attacks)
     if len(set(models)) < len(models):
         problems.append("a model is named twice: name each once.")
     configs = []

@@ -71,7 +71,7 @@ class EvalConfig:
     pgd_step_size: str | None = _field(None, "fraction", "attacks",
         "step of pgd-N; default: eps / 4", above=0, optional=True)
     batch_size: int = _field(128, "int", "attacks",
-        "images attacked at once; AutoAttack's draws depend on it", low=1)
+        "images attacked at once; the random draws of attacks depend on it", low=1)
     precision: str = _field("fp32", "str", "attacks",
         "arithmetic of the network; fp32 is without TF32", choices=("fp32", "tf32", "bf16"))
     channels_last: bool = _field(False, "bool", "attacks",
@@ -108,6 +108,12 @@ class EvalConfig:
         return self.eps_value / 4 if self.pgd_step_size is None else float(Fraction(self.pgd_step_size))
 
     @property
+    def arithmetic_name(self) -> str:
+        """What a record says of the arithmetic: ``fp32``, or ``bf16, channels_last, compiled``."""
+        extra = ["channels_last"] * self.channels_last + ["compiled"] * self.compile
+        return ", ".join([self.precision, *extra])
+
+    @property
     def attack_names(self) -> list[str]:
         """The attacks without "clean", which is always measured."""
         return [name for name in (self.attacks or "").split(",") if name != "clean"]
@@ -119,7 +125,9 @@ class EvalConfig:
             ConfigError: with a line for each problem.
         """
         good, problems = convert_all(self)
-        if "attacks" in good and "norm" in good:
+        if "attacks" in good and self.attacks is not None and not self.attacks.strip(" ,"):
+            problems.append("--attacks is empty: give names such as clean,pgd-20,autoattack, or leave it out.")
+        elif "attacks" in good and "norm" in good:
             default = "clean,autoattack" if self.norm == "l1" else "clean,pgd-20,autoattack"
             names = [name.strip().lower() for name in (self.attacks or default).split(",") if name.strip()]
             self.attacks = ",".join(dict.fromkeys(["clean", *names]))
@@ -162,6 +170,8 @@ def attack_problem(name: str, norm: str) -> list[str]:
         if norm == "l1" and (pgd or name == "noise"):
             return [f"--attacks {name}: it has linf and l2 only. For l1 give autoattack or its parts."]
         return []
+    if re.fullmatch(r"pgd-0+", name):
+        return [f"--attacks {name!r} takes no step at all: give at least one, as in pgd-20."]
     if name == "pgd" or name.startswith("pgd"):
         return [f"--attacks {name!r} lacks its number of steps: give pgd-20."]
     return [

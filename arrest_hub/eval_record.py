@@ -139,13 +139,15 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     old = read_results(folder / "results.json")
     if old.model.get("weights_sha256") != report.model["weights_sha256"]:
         return [f"{folder} is left as it is: its results.json is of other weights than those evaluated."]
-    if old.precision != report.precision:
-        return [
-            f"{folder} is left as it is: its results.json is of {old.precision}, these figures of {report.precision}."
-        ]
+    differing = _differences(old, report)
+    if config.cascade:
+        differing.append("these are of a cascade")
+    if differing:
+        return [f"{folder} is left as it is, its figures would not stand beside these: {'; '.join(differing)}."]
     card = folder / "README.md"
     untouched = not card.is_file() or card.read_text(encoding="utf-8") == render_card(CardFacts.from_folder(folder))
     kept = _merged_verdicts(folder / "verdicts.parquet", verdicts)
+    new_figures = "figures/ " if figures else ""
     for figure in figures:
         (folder / "figures").mkdir(exist_ok=True)
         shutil.copyfile(figure, folder / "figures" / figure.name)
@@ -153,10 +155,31 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     merge_reports(old, report).write(folder / "results.json")
     if untouched:
         card.write_text(render_card(CardFacts.from_folder(folder)), encoding="utf-8")
-        return [f"{folder}: results.json, verdicts.parquet, figures and README.md are brought up to date"]
+        return [f"{folder}: results.json, verdicts.parquet, {new_figures}and README.md are brought up to date"]
     return [
         f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md was edited, or "
         "written by another version, and is left as it is"
+    ]
+
+
+def _differences(old: EvalReport, new: EvalReport) -> list[str]:
+    """Why figures do not belong on one card: other images, arithmetic, size or threat model."""
+
+    def facts(report: EvalReport) -> dict[str, Any]:
+        clean = report.results[0]
+        robust = next((row for row in report.results if row.attack is not None), None)
+        return {
+            "images": f"{clean.n} of {clean.dataset} [{clean.split}]",
+            "precision": report.precision,
+            "size": list(report.preprocessing.get("size", [])),
+            "threat": f"{robust.norm} {robust.eps}" if robust else None,
+        }
+
+    before, after = facts(old), facts(new)
+    return [
+        f"{name} {before[name]} there, {after[name]} here"
+        for name in before
+        if before[name] != after[name] and None not in (before[name], after[name])
     ]
 
 

@@ -98,7 +98,7 @@ class EvalSession:
         verdicts, outcomes = self.attack(clean)
         report = EvalReport(
             results=self.results(clean, outcomes),
-            precision=config.precision,
+            precision=config.arithmetic_name,
             preprocessing=preprocessing_facts(self.subject),
             versions=library_versions() | {"pyautoattack": version("pyautoattack")},
             hardware=hardware_name(self.accelerator),
@@ -249,8 +249,7 @@ class EvalSession:
         revision = f" @ {info['revision'][:12]}" if info.get("revision") else ""
         size = self.subject.preprocessing.size if self.subject.preprocessing else None
         pixels = f", {size[0]}x{size[1]} px" if size else ""
-        layout = "".join([", channels_last" * config.channels_last, ", compiled" * config.compile])
-        tf32 = " without TF32" if config.precision == "fp32" else ""
+        tf32 = " (no TF32)" if config.precision == "fp32" else ""
         return [
             f"model       {self.subject.name}{revision} ({info['architecture']}, {info['parameters'] / 1e6:.2f} M "
             f"parameters{pixels}, {self.num_classes} classes)",
@@ -260,14 +259,18 @@ class EvalSession:
             f"threat      {config.norm}, eps {config.eps}",
             f"attacks     {config.attacks}{' (cascade)' if config.cascade else ''}, batches of {config.batch_size}, "
             f"seed {config.seed}",
-            f"precision   {config.precision}{tf32}{layout}, {hardware_name(self.accelerator)}",
+            f"precision   {config.arithmetic_name}{tf32}, {hardware_name(self.accelerator)}",
         ]
 
 
 def summary(report: EvalReport, name: str, teacher_name: str) -> list[str]:
     """The table and the warnings, as printed at the end."""
     first = report.results[0]
-    lines = ["", results_table(report, f"teacher ({Path(teacher_name).name})", Path(name).name or name)]
+    short = Path(teacher_name).name
+    lines = [
+        "",
+        results_table(report, "teacher" if short == "teacher" else f"teacher ({short})", Path(name).name or name),
+    ]
     lines.append(
         f"{first.n:,} images of {first.dataset} [{first.split}], {report.precision}, 95 % intervals in brackets"
     )

@@ -63,6 +63,7 @@ class EvalImages:
     revision: str | None
     digest: str
     notes: list[str]
+    num_classes: int | None = None
 
 
 def load_subject(config: EvalConfig, accelerator: Accelerator) -> Subject:
@@ -150,7 +151,7 @@ def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) 
     else:
         transform = to_tensor  # images as they are; the loader says so if their sizes differ
     made = split_images(split, transform, dataset_name(data.dataset_id), names)
-    made.revision = data.revision
+    made.revision, made.num_classes = data.revision, data.num_classes
     made.notes += notes
     return made
 

@@ -62,11 +62,16 @@ def evaluate(
         dataset: what `arrest-eval` takes, or (pixels [N, C, H, W] as uint8 or floats in [0, 1], labels [N]).
         teacher: a standard network to compare with, by name or as a module; None: none.
         output_dir: where to write the record (results.json, verdicts.parquet, figures/); None: nowhere.
-        options: the other fields of `EvalConfig`, such as ``attacks="clean,pgd-20"``, ``eps="8/255"``, ``norm="l2"``.
+        options: the other fields of `EvalConfig`, such as ``attacks="clean,pgd-20"`` (or a list),
+            ``eps="8/255"``, ``norm="l2"``.
 
     Raises:
         ArrestError: (ConfigError, BackboneError, DataError, HubError) for anything wrong with the input.
     """
+    if not isinstance(model, str | os.PathLike | nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}: give a torch.nn.Module, a folder or an id.")
+    if isinstance(options.get("attacks"), list | tuple):
+        options["attacks"] = ",".join(options["attacks"])
     module = model if isinstance(model, nn.Module) else None
     pair = dataset if isinstance(dataset, tuple) else None
     teacher_module = teacher if isinstance(teacher, nn.Module) else None
@@ -127,11 +132,19 @@ def run_evaluation(
     problems = [problem for name in config.attack_names if (problem := part_problem(name, num_classes))]
     if problems:
         raise ConfigError(problems)
-    teacher = (
-        module_subject(teacher_module, "teacher")
-        if teacher_module is not None
-        else load_teacher(config, subject, num_classes, accelerator, images.notes)
-    )
+    if images.num_classes is not None and images.num_classes != num_classes:
+        raise ConfigError(
+            f"the dataset has {images.num_classes} classes and the model {num_classes} outputs: give a model that was "
+            "trained on this dataset."
+        )
+    if teacher_module is None:
+        teacher = load_teacher(config, subject, num_classes, accelerator, images.notes)
+    else:
+        teacher = module_subject(teacher_module, "teacher")
+        if (count := count_classes(teacher, images, accelerator)) != num_classes:
+            raise ConfigError(
+                f"the teacher has {count} outputs and the model {num_classes}: give one for these classes."
+            )
     if paths is not None:
         start_folder(config, paths, accelerator)
     journal = Journal(paths.progress if paths else None, _identity(config, subject, images, accelerator), accelerator)

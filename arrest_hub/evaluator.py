@@ -49,10 +49,14 @@ class TensorImages(Dataset[dict[str, Any]]):
                 f"images of shape {tuple(pixels.shape)} with labels of shape {tuple(labels.shape)}: give pixels "
                 "[N, C, H, W] and labels [N] with N at least 1."
             )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ConfigError(f"labels of type {labels.dtype}: give class numbers as integers.")
         if pixels.dtype != torch.uint8:
             if not pixels.is_floating_point():
                 raise ConfigError(f"pixels of type {pixels.dtype}: give uint8, or floats in [0, 1].")
             low, high = float(pixels.min()), float(pixels.max())
+            if not pixels.isfinite().all():
+                raise ConfigError("some pixels are not finite: give values in [0, 1].")
             if not (low >= 0.0 and high <= 1.0):
                 raise ConfigError(
                     f"pixels between {low:g} and {high:g}: give them in [0, 1]. If they are normalised, undo it and "
@@ -352,7 +356,7 @@ def _check_logits(logits: Tensor, labels: Tensor, index: Tensor) -> None:
         raise ArrestError(
             f"image {int(index[bad])} has label {int(labels[bad])} and the model {logits.shape[1]} outputs "
             f"(0 to {logits.shape[1] - 1}): the model was made for other classes. Give a model for this dataset, or "
-            "another --label-column."
+            "other labels (--label-column)."
         )
 
 

@@ -190,12 +190,19 @@ def merge_reports(old: EvalReport, new: EvalReport) -> EvalReport:
         new,
         results=merged(old.results, new.results),
         teacher_results=merged(old.teacher_results, new.teacher_results),
-        checks=new.checks or old.checks,
+        checks=_merged_checks(old.checks, new.checks),
         eps_curve=new.eps_curve or old.eps_curve,
         images_per_second=old.images_per_second if new.images_per_second is None else new.images_per_second,
     )
     report.model = old.model | new.model
     return report
+
+
+def _merged_checks(old: list[Check], new: list[Check]) -> list[Check]:
+    """Each check as it was last measured: one that was skipped, or not made, does not take an earlier finding away."""
+    found = {check.name: check for check in old}
+    found |= {check.name: check for check in new if check.status != "skipped" or check.name not in found}
+    return list(found.values())
 
 
 def _key(row: Result) -> tuple[Any, ...]:
@@ -256,10 +263,15 @@ def escape_markdown(text: str) -> str:
 
 
 def column_title(result: Result) -> str:
-    """``clean`` or ``PGD-20 (linf 8/255)``."""
+    """``clean``, ``PGD-20 (linf 8/255)``, ``PGD-20 x5 (linf 8/255)`` with restarts, and for a cascade
+    ``Square after PGD-20 (linf 8/255)``."""
     if result.attack is None:
         return "clean"
-    return f"{attack_title(result.attack)} ({result.norm} {result.eps})"
+    restarts, before = result.attack_parameters.get("restarts", 1), result.attack_parameters.get("after")
+    title = attack_title(result.attack) + (f" x{restarts}" if restarts > 1 else "")
+    if before:
+        title += " after " + ", ".join(attack_title(name) for name in before)
+    return f"{title} ({result.norm} {result.eps})"
 
 
 def attack_title(attack: str) -> str:

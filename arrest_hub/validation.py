@@ -129,7 +129,7 @@ def to_results(counts: Counts, settings: PgdSettings, *, eps: str, dataset: str,
                 "step_size": settings.step_size,
                 "restarts": 1,
                 "start": "uniform",
-                "loss": "cross-entropy",
+                "loss": "margin",
             },
         ),
     ]

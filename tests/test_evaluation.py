@@ -127,13 +127,15 @@ def test_images_may_be_uint8():
 @pytest.mark.parametrize(
     ("pixels", "labels", "message"),
     [
-        (torch.rand(4, 3, 8, 8) * 255, torch.zeros(4), r"pixels between .* \[0, 1\]"),
-        (torch.randn(4, 3, 8, 8), torch.zeros(4), "normalised"),
+        (torch.rand(4, 3, 8, 8) * 255, torch.zeros(4).long(), r"pixels between .* \[0, 1\]"),
+        (torch.randn(4, 3, 8, 8), torch.zeros(4).long(), "normalised"),
         (torch.rand(4, 3, 8), torch.zeros(4), "N, C, H, W"),
         (torch.rand(4, 3, 8, 8), torch.zeros(3), "shape"),
-        (torch.zeros(4, 3, 8, 8, dtype=torch.int64), torch.zeros(4), "int64"),
+        (torch.zeros(4, 3, 8, 8, dtype=torch.int64), torch.zeros(4).long(), "int64"),
         (torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 9]), "label 9 and the model 4 outputs"),
         (torch.rand(4, 3, 8, 8), torch.tensor([0, 1, -1, 2]), "label -1"),
+        (torch.rand(4, 3, 8, 8), torch.rand(4), "labels of type"),
+        (torch.full((4, 3, 8, 8), float("nan")), torch.arange(4), "not finite"),
     ],
 )
 def test_bad_images_are_one_clear_error(pixels, labels, message):
@@ -199,6 +201,17 @@ def test_options_are_checked_together():
     assert "--eps 0 is out of range" in text
     assert "pgd-20" in text
     assert "Did you mean 'autoattack'" in text
+    with pytest.raises(ConfigError, match="model is a function"):
+        arrest_hub.evaluate(lambda x: x, patterns(4, 4))
+    with pytest.raises(ConfigError, match="the teacher has 3 outputs and the model 4"):
+        arrest_hub.evaluate(robust_net(), patterns(4, 4), teacher=robust_net(3), eps=EPS)
+    with pytest.raises(ConfigError, match="the dataset has 10 classes and the model 4"):
+        arrest_hub.evaluate(LogitsOnly(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))), "digits")
+    assert [row.attack for row in run(attacks="noise").report.results] == [None, "noise"]
+    report = arrest_hub.evaluate(
+        robust_net(), patterns(8, 4), attacks=["clean", "noise"], eps=EPS, checks=False, teacher=None
+    )  # fmt: skip
+    assert [row.attack for row in report.results] == [None, "noise"]
     with pytest.raises(ConfigError, match="no option 'steps'"):
         arrest_hub.evaluate(robust_net(), patterns(4, 4), steps=3)
     with pytest.raises(ConfigError, match="at least 4 classes"):
@@ -380,8 +393,22 @@ def test_an_export_is_brought_up_to_date(tmp_path, capsys):
     kept = (export / "results.json").read_bytes()
     eval_command([*more, "--output-dir", str(tmp_path / "fourth"), *plain, "--no-update-export", "--seed", "2"])
     assert (export / "results.json").read_bytes() == kept
-    eval_command([*more, "--output-dir", str(tmp_path / "fifth"), *plain, "--precision", "bf16"])
-    assert (export / "results.json").read_bytes() == kept, "figures of another precision are not mixed in"
+    # what would not stand beside the card's figures is not put there, and this is said
+    for number, (change, said) in enumerate(
+        [
+            (["--precision", "bf16"], "precision fp32 there, bf16 here"),
+            (["--channels-last"], "fp32, channels_last here"),
+            (["--limit-eval", "12"], "images 48 of data [test] there, 12 of data [test[12]] here"),
+            (["--norm", "l2", "--eps", "1"], "threat linf 40/255 there, l2 1 here"),
+            (["--image-size", "10"], "size [8, 8] there, [10, 10] here"),
+            (["--cascade"], "of a cascade"),
+        ]
+    ):
+        capsys.readouterr()
+        eval_command([*again, "--attacks", "noise", "--output-dir", str(tmp_path / f"other-{number}"), *plain, *change])
+        assert said in capsys.readouterr().out
+        assert (export / "results.json").read_bytes() == kept
+    assert read_results(tmp_path / "other-1" / "results.json").precision == "fp32, channels_last"
 
 
 def test_robustbench_entry_is_refused_before_the_work(folder, tmp_path, capsys):
@@ -397,6 +424,9 @@ def test_robustbench_entry_is_refused_before_the_work(folder, tmp_path, capsys):
         (["--eps", "0"], "--eps 0 is out of range"),
         (["--eps", "8"], "Did you mean 8/255"),
         (["--attacks", "pgd20"], "pgd-20"),
+        (["--attacks", "pgd-0"], "no step at all"),
+        (["--attacks", ""], "--attacks is empty"),
+        (["--eps", "-1/255"], "does not begin with a hyphen"),
         (["--attack", "pgd-20"], "Did you mean '--attacks'"),
         (["--norm", "l1", "--attacks", "pgd-20"], "For l1 give autoattack"),
         (["--eps-curve", "0:8/255"], "0:16/255:9"),

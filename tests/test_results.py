@@ -11,6 +11,7 @@ from arrest_hub.results import (
     EvalReport,
     Result,
     attack_title,
+    column_title,
     escape_markdown,
     harmonic_mean,
     merge_reports,
@@ -235,7 +236,8 @@ def test_merging_replaces_the_same_figure_and_keeps_the_others():
     assert old == before, "the reports themselves are left alone"
     new.checks, new.eps_curve, new.images_per_second = [Check("x", "pass", 0.0, "y")], {"model": []}, 3.0
     merged = merge_reports(old, new)
-    assert (merged.checks, merged.eps_curve, merged.images_per_second) == (new.checks, {"model": []}, 3.0)
+    assert (merged.eps_curve, merged.images_per_second) == ({"model": []}, 3.0)
+    assert merged.checks == old.checks + new.checks
 
 
 def test_tables():
@@ -276,3 +278,23 @@ def test_names_cannot_break_a_table():
     assert markdown[3].startswith(r"| \*x\* \_\_y\_\_ a_b \<i\> \[k](l) [0, 1] | ")
     assert "\x1b" not in results_table(report, "\x1b[31mred", "s")
     assert escape_markdown("plain (8/255)") == "plain (8/255)"
+
+
+def test_titles_say_what_a_figure_is():
+    robust = make("robust_accuracy", 45, attack="pgd-20", norm="linf", eps="8/255")
+    assert column_title(make()) == "clean"
+    assert column_title(robust) == "PGD-20 (linf 8/255)"
+    robust.attack_parameters = {"restarts": 5}
+    assert column_title(robust) == "PGD-20 x5 (linf 8/255)"
+    square = make("robust_accuracy", 40, attack="square", norm="l2", eps="0.5", attack_parameters={"after": ["pgd-20"]})
+    assert column_title(square) == "Square after PGD-20 (l2 0.5)"
+
+
+def test_a_later_run_does_not_take_a_warning_off_the_card():
+    warned = Check("share of zero gradients", "warn", 0.4, "40 %.")
+    old = EvalReport([make()], checks=[Check("chance", "pass", 0.9, "90 %."), warned])
+    skipped = Check("share of zero gradients", "skipped", None, "Not measured.")
+    later = EvalReport([make()], checks=[Check("chance", "pass", 0.8, "80 %."), skipped])
+    assert merge_reports(old, later).checks == [Check("chance", "pass", 0.8, "80 %."), warned]
+    measured = Check("share of zero gradients", "pass", 0.0, "0 %.")
+    assert merge_reports(old, EvalReport([make()], checks=[measured])).checks[1] == measured
