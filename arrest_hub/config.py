@@ -24,6 +24,7 @@ MODEL_KEYS = ("model", "model_args", "image_size", "standard_epochs", "standard_
 # What may differ between a run and its resumption without changing the result.
 RESUME_MAY_DIFFER = (
     "output_dir", "resume", "overwrite", "num_workers", "log_every", "log_with", "keep_checkpoints",
+    "figures",
 )  # fmt: skip
 
 
@@ -127,6 +128,7 @@ class FinetuneConfig:
     export_weights: str = _field("best", "str", "run",
         "which weights to export: best (highest harmonic mean of clean and robust validation accuracy) or "
         "last", choices=("best", "last"))
+    figures: bool = _field(True, "bool", "run", "draw figures/ for the card")
     checkpoint_every: int | None = _field(None, "int", "run",
         "steps between checkpoints; default: every epoch", low=1, optional=True)
     keep_checkpoints: int = _field(1, "int", "run", "newest checkpoints to keep", low=1)

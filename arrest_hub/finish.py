@@ -35,7 +35,7 @@ from arrest_hub.validation import (
 )
 
 # not part of what was trained: the reader's machine, not the writer's
-NOT_EXPORTED = ("output_dir", "resume", "overwrite", "num_workers", "log_with")
+NOT_EXPORTED = ("output_dir", "resume", "overwrite", "num_workers", "log_with", "figures")
 
 
 @dataclass
@@ -93,7 +93,7 @@ def finish_run(
     accelerator.print("\n" + results_table(report, before_name(config.method), f"student ({config.method})"))
     first = report.results[0]
     accelerator.print(f"{first.n:,} images of {first.dataset} [{first.split}], fp32, 95 % intervals in brackets")
-    accelerator.print(f"{paths.export}: model, results.json, README.md, figures/")
+    accelerator.print(f"{paths.export}: model, results.json, README.md" + ", figures/" * config.figures)
     return RunDir(paths.root, paths.export, report)
 
 
@@ -145,7 +145,7 @@ def _measure_images(
     wanted = EvalConfig(
         model=str(paths.export), dataset=config.dataset, norm=config.norm, eps=config.eps, checks=False,
         attacks=f"clean,pgd-{config.eval_attack_steps}", batch_size=config.batch_size, num_workers=num_workers,
-        seed=config.seed,
+        seed=config.seed, figures=config.figures,
     ).validate()  # fmt: skip
     images = split_images(
         splits.test, eval_transform(student.preprocessing), dataset_name(splits.dataset_id), student.label_names
@@ -156,7 +156,8 @@ def _measure_images(
     )  # fmt: skip
     measured = session.measure()
     if accelerator.is_main_process:
-        session.draw(paths.export / "figures", measured, dataclasses.asdict(config))
+        if config.figures:
+            session.draw(paths.export / "figures", measured, dataclasses.asdict(config))
         measured.verdicts.write(paths.export / "verdicts.parquet")
     return measured.report
 

@@ -29,12 +29,14 @@ from tiny import (
 import arrest_hub
 from arrest_hub.attacks import frozen_eval
 from arrest_hub.cli import eval_command, run_cli
+from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ArrestError, ConfigError
 from arrest_hub.eval_config import EvalConfig
+from arrest_hub.eval_record import update_export
 from arrest_hub.evaluation import run_evaluation
-from arrest_hub.results import read_results
+from arrest_hub.results import EvalReport, Result, read_results
 from arrest_hub.train import finetune
-from arrest_hub.verdicts import read_verdicts
+from arrest_hub.verdicts import Verdicts, read_verdicts
 
 EPS = "26/255"
 
@@ -387,28 +389,61 @@ def test_an_export_is_brought_up_to_date(tmp_path, capsys):
     plain = ["--no-checks", "--no-figures"]
     (export / "README.md").write_text(card + "\nMy own words.\n")
     capsys.readouterr()
-    eval_command([*more, "--output-dir", str(tmp_path / "third"), *plain, "--seed", "1"])
+    eval_command([*again, "--attacks", "noise", "--output-dir", str(tmp_path / "third"), *plain, "--seed", "1"])
     assert "README.md was edited" in capsys.readouterr().out
     assert (export / "README.md").read_text().endswith("My own words.\n")
     kept = (export / "results.json").read_bytes()
-    eval_command([*more, "--output-dir", str(tmp_path / "fourth"), *plain, "--no-update-export", "--seed", "2"])
-    assert (export / "results.json").read_bytes() == kept
-    # what would not stand beside the card's figures is not put there, and this is said
-    for number, (change, said) in enumerate(
+    eval_command(
         [
-            (["--precision", "bf16"], "precision fp32 there, bf16 here"),
-            (["--channels-last"], "fp32, channels_last here"),
-            (["--limit-eval", "12"], "images 48 of data [test] there, 12 of data [test[12]] here"),
-            (["--norm", "l2", "--eps", "1"], "threat linf 40/255 there, l2 1 here"),
-            (["--image-size", "10"], "size [8, 8] there, [10, 10] here"),
-            (["--cascade"], "of a cascade"),
+            *again,
+            "--attacks",
+            "noise",
+            "--output-dir",
+            str(tmp_path / "fourth"),
+            *plain,
+            "--no-update-export",
+            "--seed",
+            "2",
         ]
-    ):
-        capsys.readouterr()
-        eval_command([*again, "--attacks", "noise", "--output-dir", str(tmp_path / f"other-{number}"), *plain, *change])
-        assert said in capsys.readouterr().out
-        assert (export / "results.json").read_bytes() == kept
-    assert read_results(tmp_path / "other-1" / "results.json").precision == "fp32, channels_last"
+    )
+    assert (export / "results.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"precision": "bf16"}, "precision fp32 there, bf16 here"),
+        ({"precision": "fp32, channels_last"}, "fp32, channels_last here"),
+        ({"n": 12, "split": "test[12]"}, "images 48 of data [test] there, 12 of data [test[12]] here"),
+        ({"norm": "l2", "eps": "1"}, "threat linf 40/255 there, l2 1 here"),
+        ({"size": [10, 10]}, "size [8, 8] there, [10, 10] here"),
+        ({"weights": "other"}, "of other weights"),
+        ({"cascade": True}, "of a cascade"),
+    ],
+)
+def test_figures_that_would_not_stand_together_stay_off_the_card(tmp_path, change, said):
+    def report(n=48, split="test", norm="linf", eps="40/255", precision="fp32", size=(8, 8), weights="w"):
+        place = {"n": n, "dataset": "data", "split": split, "seed": 0, "seconds": 1.0}
+        rows = [
+            Result("clean_accuracy", None, None, None, 10, **place),
+            Result("robust_accuracy", "pgd-20", norm, eps, 5, **place),
+        ]
+        model = {"weights_sha256": weights, "library": "timm", "architecture": "x", "steps": 1}
+        return EvalReport(rows, precision=precision, preprocessing={"size": list(size)}, model=model)
+
+    (tmp_path / "training_config.yaml").write_text(FinetuneConfig(model="m", dataset="d").to_yaml())
+    report().write(tmp_path / "results.json")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    config = EvalConfig(model=str(tmp_path), dataset="data", cascade=change.pop("cascade", False))
+    verdicts = Verdicts(np.arange(2), np.zeros(2, int), np.zeros(2, int))
+    (sentence,) = update_export(config, report(**change), verdicts, [])
+    assert "left as it is" in sentence
+    assert said in sentence
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert (
+        "brought up to date"
+        in update_export(EvalConfig(model=str(tmp_path), dataset="data"), report(), verdicts, [])[0]
+    )
 
 
 def test_robustbench_entry_is_refused_before_the_work(folder, tmp_path, capsys):

@@ -156,5 +156,6 @@ def tiny_config(tmp_path: Path, **changes: Any) -> FinetuneConfig:
     values: dict[str, Any] = {
         "model": str(model), "dataset": str(data), "output_dir": str(tmp_path / "run"), "epochs": 2, "batch_size": 8,
         "attack_steps": 2, "eval_attack_steps": 3, "num_workers": 0, "validation_size": 12, "log_every": 2, "lr": 0.05,
+        "figures": False,
     }  # fmt: skip
     return FinetuneConfig(**(values | changes))
