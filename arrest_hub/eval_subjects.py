@@ -130,16 +130,9 @@ def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) 
     names = data.class_names
     if subject.backbone is not None:
         backbone = subject.backbone
-        try:
-            match = match_labels(
-                names, data.num_classes, backbone.label_names, backbone.num_classes, mode=config.label_match
-            )
-        except ConfigError as error:
-            # the advice of finetuning does not apply: no head is trained here
-            text = error.problems[0].split(" Give --standard-epochs")[0].split(", or --standard-epochs")[0]
-            if data.num_classes != backbone.num_classes:
-                text += " Give a model that was trained on this dataset."
-            raise ConfigError(text if text.endswith(".") else text + ".") from None
+        match = match_labels(
+            names, data.num_classes, backbone.label_names, backbone.num_classes, mode=config.label_match, new_head=False
+        )
         split.label_map = match.order
         notes += [match.note] if match.note else []
         names = backbone.label_names or names

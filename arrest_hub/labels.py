@@ -34,12 +34,14 @@ def match_labels(
     model_names: Sequence[str] | None,
     model_count: int,
     mode: str = "auto",
+    *,
+    new_head: bool = True,
 ) -> LabelMatch:
     """Compare the classes of a dataset with the outputs of a model that keeps its head.
 
     ``mode`` is "auto" (same names in the same order, or one side unnamed), "name" (the same names in any
     order: labels are remapped) or "index" (only the counts are compared). Names are compared without
-    case, spaces, underscores and hyphens.
+    case, spaces, underscores and hyphens. ``new_head``: whether the advice may be to train another head.
 
     Raises ConfigError when the counts or the names differ, or the order does in mode "auto".
     """
@@ -51,8 +53,9 @@ def match_labels(
     if dataset_count != model_count:
         raise ConfigError(
             f"the dataset has {dataset_count} classes and the model {model_count} outputs, so the model's head "
-            "cannot be kept. Give --standard-epochs N (such as 5) to train a new head on this dataset first, "
-            "or choose a model trained on this dataset."
+            + ("cannot be kept. " if new_head else "does not fit. ")
+            + ("Give --standard-epochs N (such as 5) to train a new head on this dataset first, or " * new_head)
+            + "choose a model trained on this dataset."
         )
     if mode == "index":
         return LabelMatch(None, f"labels matched by index ({dataset_count} classes), names not compared")
@@ -70,7 +73,7 @@ def match_labels(
     if data_keys == model_keys:
         return LabelMatch(None, f"the {dataset_count} class names of dataset and model agree")
     by_index = "--label-match index to trust the order as it is"
-    new_head = "--standard-epochs N to train a new head on this dataset first"
+    otherwise = "--standard-epochs N to train a new head on this dataset first" if new_head else "a model trained on it"
     unique = len(set(data_keys)) == len(data_keys) and len(set(model_keys)) == len(model_keys)
     if unique and set(data_keys) == set(model_keys):
         output = {key: i for i, key in enumerate(model_keys)}
@@ -88,7 +91,7 @@ def match_labels(
     examples = "; ".join(f"{i}: {data[i]!r} against {model[i]!r}" for i in differing[:3])
     raise ConfigError(
         f"the class names of dataset and model differ in {len(differing)} of {dataset_count} places "
-        f"(dataset against model: {examples}). Use {by_index}, or {new_head}."
+        f"(dataset against model: {examples}). Use {by_index}, or {otherwise}."
     )
 
 
