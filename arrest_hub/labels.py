@@ -53,7 +53,7 @@ def match_labels(
     if dataset_count != model_count:
         raise ConfigError(
             f"the dataset has {dataset_count} classes and the model {model_count} outputs, so the model's head "
-            + ("cannot be kept. " if new_head else "does not fit. ")
+            + ("cannot be kept. " if new_head else "does not fit: ")
             + ("Give --standard-epochs N (such as 5) to train a new head on this dataset first, or " * new_head)
             + "choose a model trained on this dataset."
         )
