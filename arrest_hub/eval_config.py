@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from arrest_hub.config import FIELDS
 from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import config_field as _field
 from arrest_hub.fields import convert_all, eps_problem, flag, parse_fraction
@@ -21,6 +22,12 @@ AUTOATTACK_PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 ATTACKS = ("clean", "noise", "pgd-20", "autoattack", *AUTOATTACK_PARTS)
 # What may differ between an evaluation and its resumption without changing a figure.
 RESUME_MAY_DIFFER = ("output_dir", "resume", "overwrite", "num_workers", "robustbench_json", "update_export")
+
+
+def _shared(name: str) -> Any:
+    """A field that `arrest-finetune` has too: the same default, range and help."""
+    field = FIELDS[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 @dataclass
@@ -37,22 +44,15 @@ class EvalConfig:
     teacher: str | None = _field("auto", "str", "model",
         "standard network to compare with (eps curve, drift, transfer); auto: the one the model was finetuned from, "
         "where that is known", optional=True)
-    image_size: int | None = _field(None, "int", "model",
-        "pixels a side; default: the model's own", low=4, optional=True)
-    allow_pickle: bool = _field(False, "bool", "model", "accept .bin/.pth weights (read with weights_only)")
+    image_size: int | None = _shared("image_size")
+    allow_pickle: bool = _shared("allow_pickle")
 
-    dataset: str = _field("", "str", "data",
-        "digits, cifar10, cifar100, imagenet, a `datasets` id[:config], or a local folder (images, Parquet, "
-        "save_to_disk)")
-    image_column: str | None = _field(None, "str", "data",
-        "column that holds the images; default: found", optional=True)
-    label_column: str | None = _field(None, "str", "data",
-        "column that holds the labels; default: found", optional=True)
+    dataset: str = _shared("dataset")
+    image_column: str | None = _shared("image_column")
+    label_column: str | None = _shared("label_column")
     eval_split: str | None = _field(None, "str", "data",
         "split to evaluate on; default: test, else validation, else 10 %% held out", optional=True)
-    label_match: str = _field("auto", "str", "data",
-        "how dataset classes meet the model's outputs: in order and by name (auto), remapped by name, or by "
-        "index alone", choices=("auto", "name", "index"))
+    label_match: str = _shared("label_match")
     limit_eval: int | None = _field(None, "int", "data",
         "use this many images, class-balanced", low=1, optional=True)
     num_workers: int | None = _field(None, "int", "data",
