@@ -6,3 +6,5 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# the tests run side by side, and their tensors are tiny
+os.environ.setdefault("OMP_NUM_THREADS", "1")
