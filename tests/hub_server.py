@@ -1,6 +1,6 @@
-"""A Hub on loopback for tests: serves folders as model and dataset repositories to the real client. Reading only.
+"""A Hub on loopback for tests: serves folders as model and dataset repositories to the real client.
 
-A call is a row of ROUTES and a method of _Handler, which is where the calls of an upload would go.
+A call is a row of ``Handler.routes`` and a method. These only read; ``hub_uploads`` adds those that write.
 """
 
 from __future__ import annotations
@@ -11,15 +11,22 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import Any, ClassVar, NamedTuple, Self
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import yaml
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
+MAX_REGULAR = 10 << 20
+"""Larger files are LFS files, whatever their name."""
 MAX_BODY = 1 << 20
+PIECE = 1 << 20
+"""How much of a file is in memory at a time."""
 MAX_THREADS = 32
 MAX_REQUESTS = 5000
 IDLE_SECONDS = 20
@@ -29,7 +36,9 @@ IDLE_SECONDS = 20
 class Repo:
     """Folders as commits. ``readers`` are the users who may read a private repository or a gated one's files.
 
-    ``fault`` makes the files fail: "busy" answers 503, "cut" drops the connection in the middle of a file.
+    ``fault`` makes the files fail: "busy" answers 503, "cut" drops the connection in the middle of a file. The
+    files named in ``corrupt`` are sent with other bytes than their hash and size promise. ``refs`` are branches,
+    except those that ``tags`` names and those that begin with "refs/".
     """
 
     kind: str
@@ -40,6 +49,9 @@ class Repo:
     gated: bool = False
     readers: set[str] = field(default_factory=set)
     fault: str | None = None
+    corrupt: set[str] = field(default_factory=set)
+    tags: set[str] = field(default_factory=set)
+    last_modified: str = "2024-01-01T00:00:00.000Z"
 
     def resolve(self, revision: str) -> str | None:
         """A branch, tag or commit -> the commit."""
@@ -48,7 +60,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked, with the headers' names in lower case, and the status of the answer."""
+    """What was asked, with the headers' names in lower case, and the status of the answer (0: there was none)."""
 
     method: str
     path: str
@@ -56,23 +68,42 @@ class Request:
     status: int
 
 
+@dataclass
+class Fault:
+    """What goes wrong with the next ``times`` requests of this method ("*": any) whose path and query match."""
+
+    method: str
+    path: re.Pattern[str]
+    status: int | None
+    times: int
+    code: str | None
+    message: str
+    cut: bool
+    after: bool
+    delay: float
+    headers: dict[str, str]
+
+
 class HubServer:
     """A context manager: listens on 127.0.0.1 at a free port inside it; everything asked is in ``requests``."""
+
+    handler: ClassVar[type[Handler]]
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.tokens: dict[str, str] = {}
+        self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.errors: list[str] = []
         self.lock = threading.Lock()
-        self.http = _Listener(("127.0.0.1", 0), _Handler)
+        self.http = _Listener(("127.0.0.1", 0), self.handler)
         self.http.hub = self
         self.port: int = self.http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         # large files come from another origin, to which no client may send its token
         self.storage_url = f"http://localhost:{self.port}"
 
-    def __enter__(self) -> HubServer:
+    def __enter__(self) -> Self:
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
@@ -87,7 +118,39 @@ class HubServer:
             refs[ref] = hashlib.sha1(f"{kind}/{repo_id}@{ref}".encode()).hexdigest()
             commits[refs[ref]] = path
         self.repos[kind, repo_id] = repo = Repo(kind, repo_id, commits, refs, **options)
+        repo.tags |= {ref for ref, _ in tagged if not ref.startswith("refs/")}
         return repo
+
+    def fail(
+        self, method: str, path: str, *, status: int | None = None, times: int = 1, code: str | None = None,
+        message: str = "This was made to fail", cut: bool = False, after: bool = False, delay: float = 0.0,
+        headers: dict[str, str] | None = None,
+    ) -> Fault:  # fmt: skip
+        """Make the next ``times`` requests fail whose path and query ``path`` (a pattern) is found in.
+
+        They are answered with ``status``; or the connection is ``cut`` in the middle of the body that is sent, or
+        received; with ``after`` once the request was carried out, without a word. ``delay`` seconds pass before.
+        """
+        fault = Fault(method, re.compile(path), status, times, code, message, cut, after, delay, headers or {})
+        self.faults.append(fault)
+        return fault
+
+    def take_fault(self, method: str, path: str) -> Fault | None:
+        """The fault that this request meets; it then has one less to go."""
+        with self.lock:
+            for fault in self.faults:
+                if fault.times > 0 and fault.method in (method, "*") and fault.path.search(path):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def may_read(self, repo: Repo, user: str | None) -> bool:
+        """Whether a private repository, or the files of a gated one, are open to this user."""
+        return user in repo.readers
+
+    def xet_hash(self, sha256: str) -> str | None:
+        """By which name Xet can send this large file."""
+        return None
 
     def files_sent(self, repo_id: str) -> list[str]:
         """The files of a repository whose content was asked for (GET), in order."""
@@ -116,17 +179,49 @@ class _Listener(ThreadingHTTPServer):
             self.hub.errors.append(repr(error))
 
 
-class _Refused(Exception):
-    """Ends a request with an error in the words of the Hub."""
+class Refused(Exception):
+    """Ends a request with an error in the words of the Hub; ``also`` goes into its JSON."""
 
-    def __init__(self, status: int, code: str | None, message: str) -> None:
-        self.status, self.code, self.message = status, code, message
+    def __init__(
+        self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None, **also: Any
+    ) -> None:
+        self.status, self.code, self.message, self.headers, self.also = status, code, message, headers or {}, also
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Route(NamedTuple):
+    methods: tuple[str, ...]
+    pattern: str
+    answer: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A part of a file, to be sent a piece at a time; ``corrupt``: with every byte changed."""
+
+    path: Path
+    start: int
+    stop: int
+    corrupt: bool = False
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def pieces(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            left = len(self)
+            while left and (piece := file.read(min(left, PIECE))):
+                left -= len(piece)
+                yield piece.translate(bytes(range(255, -1, -1))) if self.corrupt else piece
+
+
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = IDLE_SECONDS  # an idle connection gives its thread back
     server: _Listener
+    routes: ClassVar[tuple[Route, ...]]
+    unread: int
+    fault: Fault | None
 
     def do_GET(self) -> None:
         self._dispatch()
@@ -145,190 +240,338 @@ class _Handler(BaseHTTPRequestHandler):
     def _dispatch(self) -> None:
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
+        self.unread = int(self.headers.get("Content-Length") or 0)
+        self.fault = fault = self.hub.take_fault(self.command, self.path)
         try:
-            size = int(self.headers.get("Content-Length") or 0)
-            if size > MAX_BODY:
-                self.close_connection = True
-                raise _Refused(413, None, "Body too large")
-            self.body = self.rfile.read(size)
-            if len(self.hub.requests) >= MAX_REQUESTS:
-                raise _Refused(503, None, "Too many requests for a test")
-            for methods, pattern, answer in ROUTES:
-                match = re.fullmatch(pattern, url.path)
-                if match and self.command in methods:
-                    # a revision or path may hold an encoded slash, so they are decoded after the split
-                    answer(self, **{key: unquote(value or "") for key, value in match.groupdict().items()})
+            if fault is not None:
+                time.sleep(fault.delay)
+                if fault.cut and not fault.after and self.command != "GET":
+                    self.read(self.unread // 2)
+                    self._record(0)
+                    self._hang_up()
                     return
-            raise _Refused(404, None, f"No such call: {self.command} {url.path}")
-        except _Refused as refusal:
-            headers = {"X-Error-Message": refusal.message}
+                if fault.status and not fault.after:
+                    raise Refused(fault.status, fault.code, fault.message, fault.headers)
+            if len(self.hub.requests) >= MAX_REQUESTS:
+                raise Refused(503, None, "Too many requests for a test")
+            for route in self.routes:
+                match = re.fullmatch(route.pattern, url.path)
+                if match and self.command in route.methods:
+                    # a revision or path may hold an encoded slash, so they are decoded after the split
+                    route.answer(self, **{key: unquote(value or "") for key, value in match.groupdict().items()})
+                    return
+            raise Refused(404, None, f"No such call: {self.command} {url.path}")
+        except Refused as refusal:
+            headers = {"X-Error-Message": refusal.message} | refusal.headers
             if refusal.code:
                 headers["X-Error-Code"] = refusal.code
-            self._send_json({"error": refusal.message}, refusal.status, headers)
+            self.send_json({"error": refusal.message} | refusal.also, refusal.status, headers)
+
+    def read(self, size: int) -> bytes:
+        """At most this much of what remains of the body."""
+        content = self.rfile.read(min(size, self.unread))
+        if len(content) < min(size, self.unread):
+            raise ConnectionError("the client hung up in the middle of its request")
+        self.unread -= len(content)
+        return content
+
+    def body(self) -> bytes:
+        """The body of a call whose body is small."""
+        if self.unread > MAX_BODY:
+            raise Refused(413, None, "Body too large")
+        return self.read(self.unread)
+
+    def json(self) -> dict[str, Any]:
+        try:
+            value = json.loads(self.body())
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise Refused(400, None, "Invalid JSON")
+        return value
+
+    def _hang_up(self) -> None:
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
 
     @property
     def hub(self) -> HubServer:
         return self.server.hub
 
-    def _send(
-        self, body: bytes, status: int = 200, headers: dict[str, str] | None = None, *, cut: bool = False
-    ) -> None:
+    def _record(self, status: int) -> None:
+        sent = {name.lower(): value for name, value in self.headers.items()}
         with self.hub.lock:
-            sent = {name.lower(): value for name, value in self.headers.items()}
             self.hub.requests.append(Request(self.command, self.path, sent, status))
+
+    def send(
+        self, body: bytes | FilePart = b"", status: int = 200, headers: dict[str, str] | None = None, *,
+        cut: bool = False,
+    ) -> None:  # fmt: skip
+        while self.unread:
+            self.read(PIECE)
+        fault, silent = self.fault, False
+        if fault is not None and fault.cut:
+            cut, silent = True, fault.after
+        elif fault is not None and fault.after and fault.status:
+            # what was asked for is done, but the answer denies it
+            status, headers, body = fault.status, {"X-Error-Message": fault.message} | fault.headers, b"{}"
+        if silent or (cut and len(body) < 2):
+            self._record(0)
+            self._hang_up()
+            return
+        self._record(status)
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if cut else body)
+            left = len(body) // 2 if cut else len(body)
+            for piece in [body] if isinstance(body, bytes) else body.pieces():
+                self.wfile.write(piece[:left])
+                left -= len(piece[:left])
+                if not left:
+                    break
         if cut:
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
+            self._hang_up()
 
-    def _send_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(value).encode()
-        self._send(body, status, {"Content-Type": "application/json; charset=utf-8"} | (headers or {}))
+    def send_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(value, default=str).encode()
+        self.send(body, status, {"Content-Type": "application/json; charset=utf-8"} | (headers or {}))
 
-    def _repo(self, kind: str, repo_id: str, *, content: bool) -> Repo:
+    def user(self) -> str | None:
+        """Who asks; None without a token."""
+        authorization = self.headers.get("Authorization")
+        if not authorization:
+            return None
+        user = self.hub.tokens.get(authorization.removeprefix("Bearer "))
+        if user is None:
+            raise Refused(401, None, "Invalid credentials in Authorization header")
+        return user
+
+    def repo(self, kind: str, repo_id: str, *, content: bool) -> Repo:
         """The repository, if the sender of this request may see it (``content``: read its files)."""
-        user = None
-        if authorization := self.headers.get("Authorization"):
-            user = self.hub.tokens.get(authorization.removeprefix("Bearer "))
-            if user is None:
-                raise _Refused(401, None, "Invalid credentials in Authorization header")
+        user = self.user()
         repo = self.hub.repos.get((kind, repo_id))
-        if repo is None or (repo.private and user not in repo.readers):
+        if repo is None or (repo.private and not self.hub.may_read(repo, user)):
             # what is missing and what is private look the same from outside
             if user is None:
-                raise _Refused(401, "RepoNotFound", "Invalid username or password.")
-            raise _Refused(404, "RepoNotFound", "Repository not found")
-        if content and repo.gated and user not in repo.readers:
-            raise _Refused(401 if user is None else 403, "GatedRepo", f"Access to {kind} {repo_id} is restricted.")
+                raise Refused(401, "RepoNotFound", "Invalid username or password.")
+            raise Refused(404, "RepoNotFound", "Repository not found")
+        if content and repo.gated and not self.hub.may_read(repo, user):
+            raise Refused(401 if user is None else 403, "GatedRepo", f"Access to {kind} {repo_id} is restricted.")
         if content and repo.fault == "busy":
-            raise _Refused(503, None, "Service unavailable")
+            raise Refused(503, None, "Service unavailable")
         return repo
 
-    def _commit(self, repo: Repo, revision: str) -> str:
+    def commit(self, repo: Repo, revision: str) -> str:
         commit = repo.resolve(revision)
         if commit is None:
-            raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit
 
     def _info(self, kind: str, repo_id: str, revision: str = "") -> None:
-        repo = self._repo(kind, repo_id, content=False)
-        commit = self._commit(repo, revision or "main")
-        folder = repo.commits[commit]
-        self._send_json(
-            {
-                "_id": commit[:24], "id": repo_id, "sha": commit, "private": repo.private, "disabled": False,
-                "gated": "manual" if repo.gated else False, "downloads": 0, "likes": 0, "tags": [],
-                "lastModified": "2024-01-01T00:00:00.000Z", "createdAt": "2024-01-01T00:00:00.000Z",
-                "siblings": [{"rfilename": p.relative_to(folder).as_posix()} for p in _files(folder)],
-            }
-        )  # fmt: skip
+        repo = self.repo(kind, repo_id, content=False)
+        about = describe(repo, self.commit(repo, revision or "main"), blobs="blobs" in self.query)
+        if expand := self.query.get("expand"):
+            about = {key: value for key, value in about.items() if key in ("_id", "id", *expand)}
+        self.send_json(about)
 
     def _auth_check(self, kind: str, repo_id: str) -> None:
-        self._repo(kind, repo_id, content=True)
-        self._send_json({})
+        self.repo(kind, repo_id, content=True)
+        self.send_json({})
 
     def _tree(self, kind: str, repo_id: str, revision: str, path: str) -> None:
-        repo = self._repo(kind, repo_id, content=False)
-        folder = repo.commits[self._commit(repo, revision)]
-        top = _inside(folder, path)
+        repo = self.repo(kind, repo_id, content=False)
+        folder = repo.commits[self.commit(repo, revision)]
+        top = inside(folder, path)
         if top is None or not top.is_dir():
-            raise _Refused(404, "EntryNotFound", f"{path} does not exist on {revision}")
+            raise Refused(404, "EntryNotFound", f"{path} does not exist on {revision}")
         recursive = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
         found = sorted(top.rglob("*") if recursive else top.iterdir())
-        self._send_json([_entry(folder, p) for p in found])
+        self.send_json([self._entry(repo, folder, p) for p in found])
 
     def _paths_info(self, kind: str, repo_id: str, revision: str) -> None:
-        repo = self._repo(kind, repo_id, content=False)
-        folder = repo.commits[self._commit(repo, revision)]
+        repo = self.repo(kind, repo_id, content=False)
+        folder = repo.commits[self.commit(repo, revision)]
         if self.headers.get("Content-Type", "").startswith("application/json"):
-            paths = json.loads(self.body)["paths"]
+            paths = self.json()["paths"]
         else:
-            paths = parse_qs(self.body.decode()).get("paths", [])
-        found = [_inside(folder, path) for path in paths]
-        self._send_json([_entry(folder, p) for p in found if p is not None and p.exists() and p != folder])
+            paths = parse_qs(self.body().decode()).get("paths", [])
+        found = [inside(folder, path) for path in paths]
+        self.send_json([self._entry(repo, folder, p) for p in found if p is not None and p.exists() and p != folder])
+
+    def _entry(self, repo: Repo, folder: Path, path: Path) -> dict[str, Any]:
+        entry = describe_file(folder, path)
+        xet_hash = self.hub.xet_hash(entry["lfs"]["oid"]) if "lfs" in entry else None
+        # what is to arrive corrupt must not come by Xet, which would notice it
+        if xet_hash is not None and entry["path"] not in repo.corrupt:
+            entry["xetHash"] = xet_hash
+        return entry
 
     def _resolve(self, prefix: str, repo_id: str, revision: str, path: str) -> None:
         kind = "datasets" if prefix else "models"
-        repo = self._repo(kind, repo_id, content=True)
-        commit = self._commit(repo, revision)
-        file = _inside(repo.commits[commit], path)
+        repo = self.repo(kind, repo_id, content=True)
+        commit = self.commit(repo, revision)
+        file = inside(repo.commits[commit], path)
         about = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if file is None or not file.is_file():
             message = "Entry not found"
-            self._send_json(
+            self.send_json(
                 {"error": message}, 404, about | {"X-Error-Code": "EntryNotFound", "X-Error-Message": message}
             )
             return
-        entry = _entry(repo.commits[commit], file)
+        entry = self._entry(repo, repo.commits[commit], file)
+        corrupt = entry["path"] in repo.corrupt
         if "lfs" not in entry:
-            self._send_file(file, about | {"ETag": f'"{entry["oid"]}"'}, cut=repo.fault == "cut")
+            about["ETag"] = f'"{entry["oid"]}"'
+            self._send_file(file, about, cut=repo.fault == "cut", corrupt=corrupt)
             return
         about |= {"X-Linked-Size": str(entry["size"]), "X-Linked-Etag": f'"{entry["lfs"]["oid"]}"'}
-        about["Location"] = f"{self.hub.storage_url}/storage/{kind}/{repo_id}/resolve/{commit}/{path}"
-        self._send(b"", 302, about)
+        about["Location"] = f"{self.hub.storage_url}/storage/{kind}/{repo_id}/resolve/{commit}/{quote(path)}"
+        if "xetHash" in entry:
+            token_url = f"{self.hub.url}/api/{kind}/{repo_id}/xet-read-token/{commit}"
+            about |= {"X-Xet-Hash": entry["xetHash"], "Link": f'<{token_url}>; rel="xet-auth"'}
+        self.send(b"", 302, about)
 
     def _storage(self, kind: str, repo_id: str, revision: str, path: str) -> None:
         """Where large files lie: anonymous, since the address itself is the secret."""
         repo = self.hub.repos.get((kind, repo_id))
-        file = _inside(repo.commits[revision], path) if repo and revision in repo.commits else None
+        file = inside(repo.commits[revision], path) if repo and revision in repo.commits else None
         if repo is None or file is None or not file.is_file():
-            raise _Refused(404, None, "Not found")
-        self._send_file(file, {"ETag": f'"{_entry(repo.commits[revision], file)["oid"]}"'}, cut=repo.fault == "cut")
+            raise Refused(404, None, "Not found")
+        entry = describe_file(repo.commits[revision], file)
+        corrupt = entry["path"] in repo.corrupt
+        self._send_file(file, {"ETag": f'"{entry["oid"]}"'}, cut=repo.fault == "cut", corrupt=corrupt)
 
-    def _send_file(self, file: Path, headers: dict[str, str], *, cut: bool) -> None:
-        content = file.read_bytes()
+    def _send_file(self, file: Path, headers: dict[str, str], *, cut: bool, corrupt: bool) -> None:
+        size = file.stat().st_size
+        cut = cut and self.command == "GET"
         headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"} | headers
         wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
         if wanted is None or wanted[0] == "bytes=-":
-            self._send(content, 200, headers, cut=cut and self.command == "GET")
+            self.send(FilePart(file, 0, size, corrupt), 200, headers, cut=cut)
             return
         if wanted[1]:
-            start, stop = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
+            start, stop = int(wanted[1]), min(int(wanted[2] or size) + 1, size)
         else:
-            start, stop = max(0, len(content) - int(wanted[2])), len(content)
+            start, stop = max(0, size - int(wanted[2])), size
         if start >= stop:
-            self._send(b"", 416, headers | {"Content-Range": f"bytes */{len(content)}"})
+            self.send(b"", 416, headers | {"Content-Range": f"bytes */{size}"})
             return
-        span = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
-        self._send(content[start:stop], 206, headers | span, cut=cut and self.command == "GET")
+        span = {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
+        self.send(FilePart(file, start, stop, corrupt), 206, headers | span, cut=cut)
 
 
-_KIND, _ID, _REVISION = r"(?P<kind>models|datasets)", r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
-ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
-    (("GET", "HEAD"), rf"/api/{_KIND}/{_ID}(?:/revision/{_REVISION})?", _Handler._info),
-    (("GET",), rf"/api/{_KIND}/{_ID}/auth-check", _Handler._auth_check),
-    (("GET",), rf"/api/{_KIND}/{_ID}/tree/{_REVISION}(?:/(?P<path>.*))?", _Handler._tree),
-    (("POST",), rf"/api/{_KIND}/{_ID}/paths-info/{_REVISION}", _Handler._paths_info),
-    (("GET", "HEAD"), rf"/storage/{_KIND}/{_ID}/resolve/{_REVISION}/(?P<path>.+)", _Handler._storage),
-    (("GET", "HEAD"), rf"/(?P<prefix>datasets/)?{_ID}/resolve/{_REVISION}/(?P<path>.+)", _Handler._resolve),
-]
+KIND, REPO_ID, REVISION = r"(?P<kind>models|datasets)", r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+Handler.routes = (
+    Route(("GET", "HEAD"), rf"/api/{KIND}/{REPO_ID}(?:/revision/{REVISION})?", Handler._info),
+    Route(("GET",), rf"/api/{KIND}/{REPO_ID}/auth-check", Handler._auth_check),
+    Route(("GET",), rf"/api/{KIND}/{REPO_ID}/tree/{REVISION}(?:/(?P<path>.*))?", Handler._tree),
+    Route(("POST",), rf"/api/{KIND}/{REPO_ID}/paths-info/{REVISION}", Handler._paths_info),
+    Route(("GET", "HEAD"), rf"/storage/{KIND}/{REPO_ID}/resolve/{REVISION}/(?P<path>.+)", Handler._storage),
+    Route(("GET", "HEAD"), rf"/(?P<prefix>datasets/)?{REPO_ID}/resolve/{REVISION}/(?P<path>.+)", Handler._resolve),
+)
+HubServer.handler = Handler
 
 
-def _files(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def _inside(folder: Path, path: str) -> Path | None:
+def inside(folder: Path, path: str) -> Path | None:
     """``folder/path``, or None if that leads out of the folder."""
     target = (folder / path).resolve()
     return target if target.is_relative_to(folder.resolve()) else None
 
 
-def _entry(folder: Path, path: Path) -> dict[str, Any]:
-    """A file or folder as the Hub lists it; ``oid`` is git's hash of a file, ``lfs.oid`` the SHA-256."""
+def is_lfs(name: str, size: int, sample: bytes) -> bool:
+    """Whether a file is kept in the storage of large files; ``sample`` is its beginning."""
+    return size > 0 and (Path(name).suffix in LFS_SUFFIXES or size > MAX_REGULAR or b"\0" in sample)
+
+
+_hashes: dict[tuple[int, int, int, int], tuple[str, str]] = {}
+
+
+def hashes(path: Path) -> tuple[str, str]:
+    """Git's hash of a file and its SHA-256, read a piece at a time, and once for as long as it does not change."""
+    stat = path.stat()
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if key not in _hashes:
+        git, sha256 = hashlib.sha1(b"blob %d\0" % stat.st_size), hashlib.sha256()
+        for piece in FilePart(path, 0, stat.st_size).pieces():
+            git.update(piece)
+            sha256.update(piece)
+        _hashes[key] = (git.hexdigest(), sha256.hexdigest())
+    return _hashes[key]
+
+
+def describe_file(folder: Path, path: Path) -> dict[str, Any]:
+    """A file or folder as the Hub lists it; ``oid`` is git's hash of what git keeps: of a large file, a pointer."""
     name = path.resolve().relative_to(folder.resolve()).as_posix()
     if path.is_dir():
         return {"type": "directory", "path": name, "size": 0, "oid": hashlib.sha1(name.encode()).hexdigest()}
-    content = path.read_bytes()
-    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content)}
-    entry["oid"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    if path.suffix in LFS_SUFFIXES:
-        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    size = path.stat().st_size
+    oid, sha256 = hashes(path)
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": size, "oid": oid}
+    with path.open("rb") as file:
+        sample = file.read(512)
+    if is_lfs(name, size, sample):
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
+        entry["oid"] = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest()
+        entry["lfs"] = {"oid": sha256, "size": size, "pointerSize": len(pointer)}
     return entry
+
+
+def split_card(text: str) -> str | None:
+    """The YAML header of a README, if it has one."""
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, re.DOTALL | re.MULTILINE)
+    return match[1] if match else None
+
+
+def card_data(folder: Path) -> dict[str, Any]:
+    card = folder / "README.md"
+    try:
+        data = yaml.safe_load(split_card(card.read_text()) or "") if card.is_file() else None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        data = None
+    return data if isinstance(data, dict) else {}
+
+
+def _as_list(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else [] if value is None else [str(value)]
+
+
+def card_tags(card: dict[str, Any]) -> list[str]:
+    """What the Hub makes of a header: the tags by which models are found."""
+    tags = [*_as_list(card.get("library_name")), *_as_list(card.get("tags")), *_as_list(card.get("language"))]
+    tags += _as_list(card.get("pipeline_tag"))
+    tags += [f"dataset:{name}" for name in _as_list(card.get("datasets"))]
+    relation = card.get("base_model_relation", "finetune")
+    for name in _as_list(card.get("base_model")):
+        tags += [f"base_model:{name}", f"base_model:{relation}:{name}"]
+    tags += [f"license:{name}" for name in _as_list(card.get("license"))]
+    return list(dict.fromkeys(tags))
+
+
+def describe(repo: Repo, commit: str, *, blobs: bool = False) -> dict[str, Any]:
+    """A repository as the Hub describes it; ``blobs``: with size and hashes of its files."""
+    folder = repo.commits[commit]
+    card = card_data(folder)
+    siblings = []
+    for path in files_in(folder):
+        sibling: dict[str, Any] = {"rfilename": path.relative_to(folder).as_posix()}
+        if blobs:
+            entry = describe_file(folder, path)
+            sibling |= {"size": entry["size"], "blobId": entry["oid"]}
+            if lfs := entry.get("lfs"):
+                sibling["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
+        siblings.append(sibling)
+    return {
+        "_id": commit[:24], "id": repo.repo_id, "modelId": repo.repo_id, "author": repo.repo_id.split("/")[0],
+        "sha": commit, "private": repo.private, "disabled": False, "gated": "manual" if repo.gated else False,
+        "downloads": 0, "likes": 0, "tags": card_tags(card), "cardData": card,
+        "library_name": card.get("library_name"), "pipeline_tag": card.get("pipeline_tag"),
+        "lastModified": repo.last_modified, "createdAt": "2024-01-01T00:00:00.000Z", "siblings": siblings,
+    }  # fmt: skip
