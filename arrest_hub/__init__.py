@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from arrest_hub.backbones import load_backbone
     from arrest_hub.evaluation import evaluate
     from arrest_hub.finish import RunDir
+    from arrest_hub.hub import Pushed, push
+    from arrest_hub.hub_search import PublishedModel, list_models
+    from arrest_hub.pretrained import PretrainedClassifier, from_pretrained
     from arrest_hub.results import EvalReport
     from arrest_hub.train import finetune
 
@@ -28,17 +31,29 @@ __all__ = [
     "EvalReport",
     "FinetuneConfig",
     "HubError",
+    "PretrainedClassifier",
+    "PublishedModel",
+    "Pushed",
     "RunDir",
     "evaluate",
     "finetune",
+    "from_pretrained",
+    "list_models",
     "load_backbone",
+    "push",
 ]
 _LAZY = {
     "evaluate": "evaluation",
     "finetune": "train",
+    "from_pretrained": "pretrained",
+    "list_models": "hub_search",
     "load_backbone": "backbones",
     "EvalReport": "results",
     "RunDir": "finish",
+    "PretrainedClassifier": "pretrained",
+    "PublishedModel": "hub_search",
+    "Pushed": "hub",
+    "push": "hub",
 }
 
 

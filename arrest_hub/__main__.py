@@ -1,4 +1,4 @@
-"""`python -m arrest_hub finetune|eval ...`, for `accelerate launch -m arrest_hub finetune ...`."""
+"""`python -m arrest_hub finetune|eval|push|card ...`, for `accelerate launch -m arrest_hub finetune ...`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import sys
 
 from arrest_hub.cli import eval_command, finetune_command, run_cli
 from arrest_hub.errors import did_you_mean
+from arrest_hub.push_cli import card_command, push_command
 
-COMMANDS = {"finetune": finetune_command, "eval": eval_command}
+COMMANDS = {"finetune": finetune_command, "eval": eval_command, "push": push_command, "card": card_command}
 
 
 def main() -> int:

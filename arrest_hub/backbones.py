@@ -170,11 +170,10 @@ class Backbone(nn.Module):
             raise inseparable
         self.num_features = representation.shape[1]
         self._num_classes = logits.shape[1]
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        with torch.enable_grad():  # the caller may be under no_grad
-            gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.requires_grad_(gradient is not None)
+        used = _parameters_behind(logits)
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(parameter in used)
         # some networks (LeViT) cache in eval mode what depends on the weights, until they leave it
         self.train().eval()
 
@@ -337,6 +336,20 @@ def _build_failure(
         f"Model {source.model_id!r} ({source.architecture}) cannot be loaded: {why} "
         "Its weights are damaged, or do not belong to its config.json: download or export it again."
     )
+
+
+def _parameters_behind(output: Tensor) -> set[Tensor]:
+    """The leaves that ``output`` was computed from, found in autograd's graph without computing a gradient."""
+    leaves, seen, waiting = set(), set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        waiting += [after for after, _ in node.next_functions]
+    return leaves
 
 
 def _output_tensor(output: Any) -> Any:

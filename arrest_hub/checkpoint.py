@@ -26,7 +26,8 @@ EMA = "ema.safetensors"
 
 @dataclass
 class Progress:
-    """Where a run stands. ``batch`` counts the batches of ``epoch`` that are already trained on."""
+    """Where a run stands. ``batch`` counts the batches of ``epoch`` that are already trained on; ``seconds`` is the
+    time of this phase so far, over every resumption."""
 
     phase: str
     step: int = 0
@@ -37,6 +38,7 @@ class Progress:
     model_revision: str | None = None
     dataset_revision: str | None = None
     num_processes: int = 1
+    seconds: float = 0.0
 
 
 def checkpoint_name(phase: str, step: int) -> str:

@@ -41,7 +41,7 @@ examples:
 Several models are put side by side in comparison.md and comparison.json."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Raises ConfigError instead of exiting, so that all problems are reported together."""
 
     def error(self, message: str) -> Any:
@@ -52,20 +52,20 @@ class _Parser(argparse.ArgumentParser):
 
 def finetune_parser() -> argparse.ArgumentParser:
     """One flag for each field of FinetuneConfig, in its groups; every value arrives as text and is converted later."""
-    parser = _Parser(
+    parser = Parser(
         prog="arrest-finetune",
         description="Make a pretrained image classifier robust to adversarial examples, keeping its clean accuracy.",
         epilog=EPILOG.format(recipes=", ".join(list_recipes())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_fields(parser, FinetuneConfig, GROUPS)
+    add_fields(parser, FinetuneConfig, GROUPS)
     return parser
 
 
 def eval_parser() -> argparse.ArgumentParser:
     """One flag for each field of EvalConfig, and the models without a flag."""
-    parser = _Parser(
+    parser = Parser(
         prog="arrest-eval",
         description="Measure how robust image classifiers are to adversarial examples, with the evidence for it.",
         epilog=EVAL_EPILOG,
@@ -73,15 +73,16 @@ def eval_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help=EVAL_FIELDS["model"].metadata["help"])
-    _add_fields(parser, EvalConfig, EVAL_GROUPS, leave_out=("model",))
+    add_fields(parser, EvalConfig, EVAL_GROUPS, leave_out=("model",))
     return parser
 
 
-def _add_fields(
+def add_fields(
     parser: argparse.ArgumentParser, config: type, groups: Sequence[str], leave_out: Sequence[str] = ()
 ) -> None:
     """A flag for each field of a configuration, in its group."""
-    sections = {name: parser.add_argument_group(name) for name in groups}
+    used = {field.metadata["group"] for field in dataclasses.fields(config) if field.name not in leave_out}
+    sections = {name: parser.add_argument_group(name) for name in groups if name in used}
     for field in dataclasses.fields(config):
         if field.name in leave_out:
             continue
@@ -111,7 +112,7 @@ def parse_eval(argv: Sequence[str]) -> list[EvalConfig]:
     models = list(flags.pop("models"))
     problems = [unknown_eval_key(word[2:].split("=")[0].replace("_", "-")) for word in unknown if word.startswith("--")]
     # the value of an unknown flag looks like a model
-    models = [model for model in models if not (unknown and _follows_unknown(argv, model, unknown))]
+    models = [model for model in models if not (unknown and follows_unknown(argv, model, unknown))]
     if not models:
         problems.append("no model is given: name one or several, as in arrest-eval runs/mine/export --dataset cifar10.")
     if not flags.get("dataset"):
@@ -144,7 +145,7 @@ def parse_eval(argv: Sequence[str]) -> list[EvalConfig]:
     return configs
 
 
-def _follows_unknown(argv: Sequence[str], word: str, unknown: Sequence[str]) -> bool:
+def follows_unknown(argv: Sequence[str], word: str, unknown: Sequence[str]) -> bool:
     """Whether ``word`` stands right behind a flag that does not exist."""
     index = list(argv).index(word)
     return index > 0 and argv[index - 1] in unknown
@@ -242,7 +243,7 @@ def _read_mapping(words: Sequence[str], problems: list[str]) -> dict[str, Any]:
     return result
 
 
-def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resumes: bool = True) -> int:
     """Run a command; print an ArrestError as clear lines instead of a traceback. Returns the exit code."""
     try:
         main(argv)
@@ -258,7 +259,7 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; continue with the same command and --resume", file=sys.stderr)
+        print("stopped; continue with the same command" + " and --resume" * resumes, file=sys.stderr)
         return 130
     return 0
 

@@ -16,15 +16,16 @@ import yaml
 
 from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import config_field as _field
-from arrest_hub.fields import convert, convert_all, eps_problem, flag
+from arrest_hub.fields import convert, convert_all, eps_problem, flag, repo_id_problem
+from arrest_hub.licenses import license_problems
 
-GROUPS = ("model", "data", "method", "threat model", "training", "run")
+GROUPS = ("model", "data", "method", "threat model", "training", "run", "hub")
 # A recipe's values for these belong to the recipe's own model and are dropped when --model names another.
 MODEL_KEYS = ("model", "model_args", "image_size", "standard_epochs", "standard_lr")
 # What may differ between a run and its resumption without changing the result.
 RESUME_MAY_DIFFER = (
     "output_dir", "resume", "overwrite", "num_workers", "log_every", "log_with", "keep_checkpoints",
-    "figures",
+    "figures", "push_to_hub", "private", "license", "license_name", "license_link",
 )  # fmt: skip
 
 
@@ -135,6 +136,14 @@ class FinetuneConfig:
     log_every: int = _field(10, "int", "run", "steps between lines of log.jsonl", low=1)
     log_with: str | None = _field(None, "str", "run",
         "tracker, through Accelerate", choices=("tensorboard", "wandb", "trackio"), optional=True)
+
+    push_to_hub: str | None = _field(None, "str", "hub",
+        "publish the result under this id, as in me/resnet50-arrest-linf4 (later: arrest-push)", optional=True)
+    private: bool = _field(False, "bool", "hub", "make that repository a private one, if it does not exist yet")
+    license: str | None = _field(None, "str", "hub",
+        "the model's licence, by the Hub's name for it; default: the base model's", optional=True)
+    license_name: str | None = _field(None, "str", "hub", "with --license other: what it is called", optional=True)
+    license_link: str | None = _field(None, "str", "hub", "with --license other: where it is", optional=True)
     # fmt: on
 
     @property
@@ -204,6 +213,13 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
         problems.append(
             f"--model-args needs a timm architecture name as --model: {config.model!r} comes with its own arguments."
         )
+    if "push_to_hub" in good and config.push_to_hub:
+        problem = repo_id_problem("--push-to-hub", config.push_to_hub)
+        problems += [problem] if problem else []
+    if "private" in good and config.private and not config.push_to_hub:
+        problems.append("--private says how to publish, and nothing is to be published: add --push-to-hub you/name.")
+    if {"license", "license_name", "license_link"} <= good:
+        problems += license_problems(config.license, config.license_name, config.license_link)
     return problems
 
 

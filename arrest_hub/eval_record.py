@@ -12,8 +12,9 @@ import numpy as np
 import yaml
 from accelerate import Accelerator
 
+from arrest_hub.card_facts import CardFacts, read_publication
 from arrest_hub.eval_config import EvalConfig, resume_problems
-from arrest_hub.model_card import CardFacts, render_card
+from arrest_hub.model_card import card_is_generated, render_card
 from arrest_hub.results import EvalReport, merge_reports, read_results
 from arrest_hub.robustbench import write_robustbench
 from arrest_hub.verdicts import Verdicts, read_verdicts
@@ -145,7 +146,8 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     if differing:
         return [f"{folder} is left as it is, its figures would not stand beside these: {'; '.join(differing)}."]
     card = folder / "README.md"
-    untouched = not card.is_file() or card.read_text(encoding="utf-8") == render_card(CardFacts.from_folder(folder))
+    untouched = card_is_generated(folder)
+    published = read_publication(card.read_text(encoding="utf-8")) if card.is_file() else None
     kept = _merged_verdicts(folder / "verdicts.parquet", verdicts)
     new_figures = "figures/ " if figures else ""
     for figure in figures:
@@ -154,11 +156,16 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     kept.write(folder / "verdicts.parquet")
     merge_reports(old, report).write(folder / "results.json")
     if untouched:
-        card.write_text(render_card(CardFacts.from_folder(folder)), encoding="utf-8")
+        try:
+            text = render_card(CardFacts.from_folder(folder, published))
+        except (ValueError, OSError) as error:
+            return [f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md is not, "
+                    f"since a file beside it is damaged ({error})"]  # fmt: skip
+        card.write_text(text, encoding="utf-8")
         return [f"{folder}: results.json, verdicts.parquet, {new_figures}and README.md are brought up to date"]
     return [
-        f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md was edited, or "
-        "written by another version, and is left as it is"
+        f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md was edited "
+        "and is left as it is"
     ]
 
 

@@ -100,7 +100,8 @@ class EvalSession:
             results=self.results(clean, outcomes),
             precision=config.arithmetic_name,
             preprocessing=preprocessing_facts(self.subject),
-            versions=library_versions() | {"pyautoattack": version("pyautoattack")},
+            versions=library_versions(self.subject.info.get("library", "timm"))
+            | {"pyautoattack": version("pyautoattack")},
             hardware=hardware_name(self.accelerator),
             model=self.subject.info | ({"teacher": teacher.hub_id} if teacher and teacher.hub_id else {}),
             images_per_second=round(clean.images_per_second, 1),

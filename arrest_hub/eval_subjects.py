@@ -19,14 +19,16 @@ from torch.utils.data import Dataset
 from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.data import ImageDataset, ImageSplit, to_pixels
-from arrest_hub.errors import ArrestError, ConfigError
+from arrest_hub.errors import ArrestError, BackboneError, ConfigError
 from arrest_hub.eval_config import EvalConfig, evaluation_name
 from arrest_hub.evaluator import Images, TensorImages, as_logits
 from arrest_hub.export import weights_digest
 from arrest_hub.labels import match_labels
+from arrest_hub.model_source import companion_file
 from arrest_hub.prepare import main_first
 from arrest_hub.results import read_results
 from arrest_hub.splits import load_eval_split
+from arrest_hub.training_record import FILE_NAME as RECORD
 from arrest_hub.transforms import Preprocessing, Transform, eval_transform, to_tensor
 
 TensorPair = tuple[Tensor, Tensor]
@@ -181,18 +183,27 @@ def tensor_images(pair: TensorPair, name: str) -> EvalImages:
     return EvalImages(images, name, "given", None, None, digest.hexdigest(), [])
 
 
-def find_teacher(config: EvalConfig) -> str | None:
-    """The standard network that a folder written by `arrest-finetune` came from, as far as the folder tells."""
-    folder = Path(config.model)
-    if not (folder / "training_config.yaml").is_file():
+def find_teacher(subject: Subject) -> str | None:
+    """The standard network that a model written by `arrest-finetune` came from, as far as the files beside it tell.
+
+    Raises:
+        HubError: they are on the Hub and cannot be fetched. BackboneError: they are damaged.
+    """
+    if subject.backbone is None or (record := companion_file(subject.backbone.source, RECORD)) is None:
         return None
-    if (folder.parent / "teacher" / "config.json").is_file():
-        return str(folder.parent / "teacher")
-    if (folder / "results.json").is_file():
-        recorded = read_results(folder / "results.json").model.get("teacher")
-        if recorded:
-            return str(recorded)
-    training = yaml.safe_load((folder / "training_config.yaml").read_text(encoding="utf-8"))
+    results = companion_file(subject.backbone.source, "results.json")
+    try:
+        recorded = read_results(results).model.get("teacher") if results else None
+    except ValueError as error:
+        raise BackboneError(str(error)) from error
+    if subject.backbone.source.hub_id is not None or recorded:
+        return str(recorded) if recorded else None
+    run = record.parent.parent
+    if (run / "teacher" / "config.json").is_file():
+        return str(run / "teacher")
+    if not (run / "config.yaml").is_file():  # the folder was moved away from its run
+        return None
+    training = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     return None if training.get("standard_epochs") else str(training["model"])
 
 
@@ -205,7 +216,12 @@ def load_teacher(
         ConfigError, BackboneError, HubError: --teacher names one that cannot be used.
     """
     named = config.teacher not in (None, "auto")
-    teacher_id = config.teacher if named else find_teacher(config) if config.teacher == "auto" else None
+    teacher_id = config.teacher if named else None
+    if config.teacher == "auto":
+        try:
+            teacher_id = main_first(accelerator, lambda: find_teacher(subject))
+        except ArrestError as error:
+            notes.append(f"no teacher: what lies beside {subject.name} cannot be read ({error})")
     if teacher_id is None:
         return None
     size = None if subject.preprocessing is None else subject.preprocessing.size[0]

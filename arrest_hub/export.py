@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from arrest_hub.backbones import Backbone
 from arrest_hub.image_processor import no_transformers_bars
 
+MAX_SHARD_SIZE = "5GB"
+"""Of transformers' weights; larger ones are split into several files with an index. timm reads one file only."""
+
 
 def write_model_folder(backbone: Backbone, folder: str | os.PathLike[str]) -> None:
     """Write model.safetensors and config.json (for transformers also preprocessor_config.json) to ``folder``.
@@ -77,8 +80,12 @@ def _write_timm(network: Any, backbone: Backbone, folder: Path) -> None:
 
 
 def _write_transformers(network: Any, backbone: Backbone, folder: Path) -> None:
+    names = backbone.label_names
+    if names is not None:  # they may be the dataset's, where the model had none
+        network.config.id2label = dict(enumerate(names))
+        network.config.label2id = {name: index for index, name in enumerate(names)}
     with no_transformers_bars():
-        network.save_pretrained(folder, state_dict=_portable_state(network))
+        network.save_pretrained(folder, state_dict=_portable_state(network), max_shard_size=MAX_SHARD_SIZE)
     backbone.processor.save_pretrained(folder)
 
 

@@ -14,6 +14,9 @@ from typing import Any
 
 from arrest_hub.errors import did_you_mean
 
+# what the Hub takes for a namespace or a name (huggingface_hub.utils.validate_repo_id)
+_NAME = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+
 
 def config_field(
     default: Any,
@@ -37,9 +40,19 @@ def config_field(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field, whether it is a value or made anew each time."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def flag(name: str) -> str:
     """The flag of a key: ``attack_steps`` -> ``--attack-steps``."""
     return "--" + name.replace("_", "-")
+
+
+def flag_with(name: str, value: str) -> list[str]:
+    """The words that give a flag its value; one word if the value would be taken for a flag."""
+    return [f"{flag(name)}={value}"] if value.startswith("-") else [flag(name), value]
 
 
 def parse_fraction(text: str) -> Fraction:
@@ -148,3 +161,14 @@ def eps_problem(norm: str, eps: str) -> list[str]:
         return []
     hint = f" Did you mean {eps}/255?" if value.denominator == 1 and value < 255 else ""
     return [f"--eps {eps} is out of range: pixels are in [0, 1], so linf needs eps below 1.{hint}"]
+
+
+def repo_id_problem(name: str, repo_id: str) -> str | None:
+    """A line for an id that the Hub would not take; ``name`` is the flag that it was given with."""
+    parts = repo_id.split("/")
+    if len(parts) in (1, 2) and all(re.fullmatch(_NAME, part) for part in parts) and not repo_id.endswith(".git"):
+        return None
+    return (
+        f"{name} {repo_id!r} is not an id on the Hub: give you/name or name, of letters, digits and single '-', '_', "
+        "'.', as in me/resnet50-arrest-linf4."
+    )

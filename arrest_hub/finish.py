@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import yaml
 from accelerate import Accelerator
 
 from arrest_hub.backbones import Backbone, load_backbone
+from arrest_hub.card_facts import CardFacts
 from arrest_hub.checkpoint import Progress
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import Splits, eval_loader
@@ -20,10 +22,15 @@ from arrest_hub.eval_config import EvalConfig
 from arrest_hub.eval_session import EvalSession
 from arrest_hub.eval_subjects import dataset_name, module_subject, split_images
 from arrest_hub.export import weights_digest, write_model_folder
+from arrest_hub.hub import Pushed
 from arrest_hub.journal import Journal
-from arrest_hub.model_card import CardFacts, before_name, render_card
+from arrest_hub.model_card import before_name, render_card
 from arrest_hub.prepare import RunPaths, new_accelerator
+from arrest_hub.provenance import exported_config, training_record
 from arrest_hub.results import EvalReport, Result, results_table
+from arrest_hub.training_figure import plot_training
+from arrest_hub.training_record import FILE_NAME as RECORD
+from arrest_hub.training_record import BaseModel
 from arrest_hub.transforms import eval_transform
 from arrest_hub.validation import (
     PgdSettings,
@@ -34,17 +41,15 @@ from arrest_hub.validation import (
     to_results,
 )
 
-# not part of what was trained: the reader's machine, not the writer's
-NOT_EXPORTED = ("output_dir", "resume", "overwrite", "num_workers", "log_with", "figures")
-
 
 @dataclass
 class RunDir:
-    """A finished run: its folder, the folder to publish, and the final figures."""
+    """A finished run: its folder, the folder to publish, the final figures, and where it was published, if it was."""
 
     path: Path
     export: Path
     report: EvalReport
+    pushed: Pushed | None = None
 
 
 def finish_run(
@@ -57,12 +62,13 @@ def finish_run(
     progress: Progress,
     num_workers: int,
     teacher_id: str | None,
+    base: BaseModel | None,
 ) -> RunDir:
     """Write `checkpoints/last` and `export/`, evaluate both networks from their folders, print the table.
 
     ``student`` holds the last weights; the best ones are in `checkpoints/best` if there were validation images.
-    ``teacher_id`` is what `load_backbone` takes for the network before robust finetuning, None if there is none. Raises
-    ArrestError if the weights are not finite.
+    ``teacher_id`` is what `load_backbone` takes for the network before robust finetuning, None if there is none;
+    ``base`` is the one that the run began with. Raises ArrestError if the weights are not finite.
     """
     if not all(value.isfinite().all() for value in student.state_dict().values() if value.is_floating_point()):
         raise ArrestError(
@@ -71,6 +77,8 @@ def finish_run(
         )
     best = paths.checkpoints / "best"
     use_best = config.export_weights == "best" and progress.best_step is not None
+    exported_step = progress.best_step if use_best and progress.best_step is not None else progress.step
+    record = training_record(config, accelerator, splits, base, progress, paths.checkpoints, exported_step)
     if accelerator.is_main_process:
         write_model_folder(student, paths.checkpoints / "last")
         _copy_whole(best if use_best else paths.checkpoints / "last", paths.export)
@@ -84,10 +92,13 @@ def finish_run(
     accelerator = new_accelerator(mixed_precision="no")
     report = measure_export(config, paths, accelerator, splits, num_workers=num_workers, teacher_id=teacher_id)
     if accelerator.is_main_process:
-        values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_EXPORTED}
-        (paths.export / "training_config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        values = yaml.safe_dump(exported_config(config, base), sort_keys=False, allow_unicode=True)
+        (paths.export / "training_config.yaml").write_text(values, encoding="utf-8")
+        record.write(paths.export / RECORD)
         report.model["steps"] = progress.step
         report.write(paths.export / "results.json")
+        if config.figures:
+            _draw_training(config, paths)
         (paths.export / "README.md").write_text(render_card(CardFacts.from_folder(paths.export)), encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.print("\n" + results_table(report, before_name(config.method), f"student ({config.method})"))
@@ -95,6 +106,16 @@ def finish_run(
     accelerator.print(f"{first.n:,} images of {first.dataset} [{first.split}], fp32, 95 % intervals in brackets")
     accelerator.print(f"{paths.export}: model, results.json, README.md" + ", figures/" * config.figures)
     return RunDir(paths.root, paths.export, report)
+
+
+def _draw_training(config: FinetuneConfig, paths: RunPaths) -> None:
+    """`figures/training.png`, from log.jsonl."""
+    entries = [json.loads(line) for line in paths.log.read_text(encoding="utf-8").splitlines()]
+    plot_training(
+        paths.export / "figures" / "training.png", entries,
+        rgkd_weight={"arrest": config.rgkd_weight, "trades": config.trades_beta}.get(config.method),
+        replay_threshold=config.replay_threshold if config.method == "arrest" else None,
+    )  # fmt: skip
 
 
 def measure_export(
@@ -195,7 +216,7 @@ def _count_stream(
         results=measure(student, "student"),
         teacher_results=measure(teacher, "teacher") if teacher is not None else [],
         preprocessing=dataclasses.asdict(student.preprocessing),
-        versions=library_versions(),
+        versions=library_versions(student.source.library),
         hardware=hardware_name(accelerator),
     )
 

@@ -108,6 +108,7 @@ def train_phase(
         accelerator.print(f"resuming from {checkpoints[-1]} ({phase} phase, step {progress.step} of {total_steps})")
     if config.resume:
         run.log.rewind(phase, progress.step)
+    began = time.perf_counter() - progress.seconds
     scheduler.step_update(progress.step)
 
     generator = torch.Generator(device=accelerator.device)
@@ -151,6 +152,7 @@ def train_phase(
                 if progress.step == total_steps:
                     break
                 # at the end of an epoch it is written below, when the epoch's validation is part of it
+                progress.seconds = time.perf_counter() - began
                 due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
                 if due and progress.batch != batches_per_epoch:
                     save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
@@ -161,6 +163,7 @@ def train_phase(
                 _validate(run, phase, student, ema, progress)
                 model.train()
                 logged_at = time.perf_counter()
+            progress.seconds = time.perf_counter() - began
             if finished or not config.checkpoint_every or progress.step % config.checkpoint_every == 0:
                 save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
     return progress

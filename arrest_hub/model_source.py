@@ -6,10 +6,13 @@ architecture no library has, a config that wants remote code) is refused before 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, list_models, split_model_name_tag
 
 import arrest_hub.architectures  # noqa: F401  (registers the CIFAR architectures in timm)
-from arrest_hub.errors import BackboneError, did_you_mean, hub_failure
+from arrest_hub.errors import ArrestError, BackboneError, HubError, did_you_mean, hub_failure
 
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 _PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -141,6 +144,64 @@ def has_preprocessor(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _PREPROCESSOR_FILES)
 
 
+def companion_file(source: ModelSource, name: str, cache_dir: str | Path | None = None) -> Path | None:
+    """A small file that lies beside a model (its card, its results), at the model's own commit; None if there is none.
+
+    Raises:
+        HubError: the Hub cannot serve it, or its hash differs.
+    """
+    if source.hub_id is None:
+        path = Path(source.model_id).expanduser() / name
+        return path if path.is_file() else None
+    try:
+        path = Path(hf_hub_download(source.hub_id, name, revision=source.revision, cache_dir=cache_dir))
+        check_hash(path, source.hub_id)
+        return path
+    except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        failure = hub_failure(error, "model", source.hub_id)
+        if failure is not None:
+            raise failure from error
+        raise
+
+
+def check_hash(path: Path, repo_id: str) -> None:
+    """Refuse a downloaded file whose content is not what the Hub states, and take it out of the cache.
+
+    The client checks no more than a file's size. Its cache keeps a file under the hash that the Hub gave for it: git's
+    of a small one, SHA-256 of a large one; that name may in turn be a link into what several repositories share, under
+    Xet's hash. Where the cache cannot link (some Windows) there is nothing to compare with.
+
+    Raises:
+        HubError: the content is another one.
+    """
+    if not path.is_symlink():
+        return
+    kept = path.parent / os.readlink(path)
+    expected = kept.name
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
+        return
+    if file_hash(kept, git=len(expected) == 40) != expected:
+        kept.resolve().unlink()
+        kept.unlink(missing_ok=True)
+        raise HubError(
+            f"{path.name} of {repo_id!r} is not the file that the Hub states (its hash differs): the download or the "
+            "copy in the cache was damaged, and is removed. Run this again to download it anew."
+        )
+
+
+def file_hash(path: Path, *, git: bool) -> str:
+    """SHA-256 of a file, or (``git``) the SHA-1 that git calls it by; read in pieces."""
+    digest = hashlib.sha256()
+    if git:
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _from_architecture_name(model_id: str) -> LocatedModel:
     architecture, tag = split_model_name_tag(model_id)
     if is_model(architecture) and not tag:
@@ -188,6 +249,7 @@ def _from_hub(
         repo_id = _timm_repo_id(repo_id.removeprefix("timm/"))
     try:
         config_file = Path(hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache_dir))
+        check_hash(config_file, repo_id)
         config = _read_config(config_file, model_id)
         library, architecture = _check_config(config, model_id)
         # the cache keeps each commit in a folder of its name: from here on the commit is pinned
@@ -228,7 +290,10 @@ def _from_hub(
                     f"Choose a repository with safetensors weights; or, if it has a pytorch_model.bin, {_ALLOW_PICKLE}."
                 )
             folder = download([*wanted, *_PICKLE_FILES])
-    except BackboneError:
+        for file in sorted(folder.iterdir()):
+            if any(fnmatch(file.name, pattern) for pattern in [*wanted, *_PICKLE_FILES * allow_pickle]):
+                check_hash(file, repo_id)
+    except ArrestError:
         raise
     except Exception as error:  # the client's errors have no common base; others are raised again below
         failure = hub_failure(error, "model", repo_id)

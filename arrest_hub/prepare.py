@@ -196,20 +196,30 @@ def main_first(accelerator: Accelerator, load: Callable[[], T]) -> T:
     Raises:
         ArrestError: what the main process found; the others raise AlreadyReported instead of waiting for it.
     """
+    result = main_only(accelerator, load)
+    if not accelerator.is_main_process:
+        result = load()
+    accelerator.wait_for_everyone()
+    return result  # type: ignore[return-value]
+
+
+def main_only(accelerator: Accelerator, call: Callable[[], T]) -> T | None:
+    """``call()`` in the main process alone; None in the others. Every process must call it.
+
+    Raises:
+        ArrestError: what the main process found; the others raise AlreadyReported.
+    """
     error: ArrestError | None = None
     result: T | None = None
     if accelerator.is_main_process:
         try:
-            result = load()
+            result = call()
         except ArrestError as found:
             error = found
     (failed,) = broadcast_object_list([error is not None])
     if failed:
         raise error or AlreadyReported
-    if not accelerator.is_main_process:
-        result = load()
-    accelerator.wait_for_everyone()
-    return result  # type: ignore[return-value]
+    return result
 
 
 def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:

@@ -22,12 +22,14 @@ from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError
 from arrest_hub.export import write_model_folder
 from arrest_hub.finish import RunDir, finish_run
+from arrest_hub.hub import check_push, run_push
 from arrest_hub.loop import Run, train_phase
 from arrest_hub.prepare import (
     RunPaths,
     describe_run,
     environment_problems,
     launcher_warning,
+    main_only,
     make_accelerator,
     num_workers,
     output_dir_problems,
@@ -36,6 +38,8 @@ from arrest_hub.prepare import (
     start_run_folder,
 )
 from arrest_hub.progress import Log
+from arrest_hub.provenance import base_for_run
+from arrest_hub.push_config import PushConfig
 
 # keeps the gradients that a half-precision attack passes through the network away from underflow
 FP16_GRADIENT_SCALE = 128.0
@@ -79,8 +83,13 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     warning = launcher_warning(accelerator, "finetune")
     for note in (*notes, warning) if warning else notes:
         accelerator.print(note)
+    if config.push_to_hub:  # whoever may not publish learns it before the training, not after
+        push_config = push_after(config)
+        main_only(accelerator, lambda: check_push(push_config, accelerator.print))
     splits = prepare_data(config, accelerator)
     backbone, head_note = prepare_student(config, splits, accelerator)
+    facts = main_only(accelerator, lambda: base_for_run(config, backbone.source))
+    base, base_note = facts or (None, None)
     run = Run(
         config=config,
         paths=paths,
@@ -94,6 +103,8 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     passes = build_objective(config, backbone).passes
     for line in describe_run(config, paths, accelerator, splits, backbone, head_note, passes):
         accelerator.print(line)
+    if base_note:
+        accelerator.print(f"note        {base_note}")
     if config.resume and not paths.has_work:
         accelerator.print(f"resume      there is no checkpoint in {paths.root} yet: starting from the beginning")
     start_run_folder(config, paths, accelerator)
@@ -116,10 +127,21 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
         run, "robust", student, objective, epochs=config.epochs, lr=config.lr, max_steps=config.max_steps, ema=ema
     )
     exported = ema.module if ema is not None else student
-    return finish_run(
+    finished = finish_run(
         config, paths, accelerator, splits, exported, progress=progress, num_workers=run.num_workers,
-        teacher_id=_pinned_id(backbone),
+        teacher_id=_pinned_id(backbone), base=base,
     )  # fmt: skip
+    if config.push_to_hub and accelerator.is_main_process:  # the others need not wait for it
+        finished.pushed = run_push(push_after(config), print)
+    return finished
+
+
+def push_after(config: FinetuneConfig) -> PushConfig:
+    """The push that --push-to-hub asks for."""
+    return PushConfig(
+        folder=config.output_dir, repo_id=config.push_to_hub, private=config.private, license=config.license,
+        license_name=config.license_name, license_link=config.license_link,
+    ).validate()  # fmt: skip
 
 
 def _pinned_id(backbone: Backbone) -> str | None:

@@ -135,9 +135,10 @@ def to_results(counts: Counts, settings: PgdSettings, *, eps: str, dataset: str,
     ]
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    names = ("arrest-hub", "torch", "torchvision", "timm", "accelerate", "datasets", "huggingface-hub")
+def library_versions(library: str = "timm") -> dict[str, str]:
+    """Versions of what the figures depend on; ``library`` is the one that the model comes from."""
+    names = ["arrest-hub", "torch", "torchvision", "timm", "accelerate", "datasets", "huggingface-hub"]
+    names += ["transformers"] if library == "transformers" else []
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 

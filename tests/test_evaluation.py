@@ -428,10 +428,11 @@ def test_figures_that_would_not_stand_together_stay_off_the_card(tmp_path, chang
             Result("clean_accuracy", None, None, None, 10, **place),
             Result("robust_accuracy", "pgd-20", norm, eps, 5, **place),
         ]
-        model = {"weights_sha256": weights, "library": "timm", "architecture": "x", "steps": 1}
+        model = {"weights_sha256": weights, "library": "timm", "architecture": "x", "steps": 1, "parameters": 9}
         return EvalReport(rows, precision=precision, preprocessing={"size": list(size)}, model=model)
 
     (tmp_path / "training_config.yaml").write_text(FinetuneConfig(model="m", dataset="d").to_yaml())
+    (tmp_path / "config.json").write_text('{"num_classes": 3}')
     report().write(tmp_path / "results.json")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     config = EvalConfig(model=str(tmp_path), dataset="data", cascade=change.pop("cascade", False))

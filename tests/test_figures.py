@@ -21,6 +21,7 @@ from arrest_hub.figures import (
     plot_per_class,
 )
 from arrest_hub.results import wilson_interval
+from arrest_hub.training_figure import plot_training, training_figure
 
 ODD = ["$x$", "a_b^c", "猫 🐱", "line\nbreak\t\udc80", "W" * 500, "", "_hidden", "\\frac{1}", "$"]
 SHOWN = {"attack": "PGD-20", "eps": "8/255", "norm": "linf"}
@@ -265,6 +266,161 @@ def test_drift_refuses_what_is_no_drift():
             drift_figure(drifts, threshold=None)
 
 
+def arrest_log(lines, every=10):
+    """What ARREST logs: a standard phase, then ``lines`` lines of the robust one, with validation every third."""
+    log = [{"phase": "standard", "step": 10, "epoch": 0, "loss": 9.0, "clean_accuracy": 0.01, "lr": 0.1}]
+    log.append({"phase": "standard", "step": 10, "epoch": 1, "validation_clean_accuracy": 0.02, "n": 50})
+    for i in range(1, lines + 1):
+        step = {"phase": "robust", "step": every * i, "epoch": i // 3}
+        values = {"adversarial_accuracy": 0.5 * i / lines, "clean_accuracy": 0.9, "cross_entropy": 2 / i}
+        values |= {"distance": 0.1, "drift_p50": 0.2 / i, "drift_p90": 0.3 / i, "drift_max": 0.9, "drift": 0.8}
+        values |= {"loss": 2 / i + 1, "replay_rate": 0.25 / i, "zero_gradients": 0.0, "lr": 0.1, "grad_norm": None}
+        log.append(step | values)
+        if i % 3 == 0:
+            values = {"validation_clean_accuracy": 0.8, "n": 50, "validation_robust_accuracy": 0.4 * i / lines}
+            log.append(step | values | {"validation_harmonic_mean": 0.7})
+    return log
+
+
+def baseline_log(lines):
+    """Adversarial training logs neither a clean accuracy nor a distance, and the loss is the cross-entropy."""
+    kept = ("phase", "step", "adversarial_accuracy", "cross_entropy", "validation_clean_accuracy")
+    log = [{name: value for name, value in entry.items() if name in kept} for entry in arrest_log(lines)]
+    return [entry | ({"loss": entry["cross_entropy"]} if "cross_entropy" in entry else {}) for entry in log]
+
+
+def axes_legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_training_draws_what_the_robust_phase_logged():
+    figure = training_figure(arrest_log(6), rgkd_weight=10.0, replay_threshold=0.2)
+    accuracy, loss, drift, replay = figure.axes
+    clean, adversarial, validation_clean, validation_robust = accuracy.lines
+    steps = [10, 20, 30, 40, 50, 60]
+    for line in (clean, adversarial, *loss.lines, *drift.lines[:2]):
+        assert list(line.get_xdata()) == steps
+        assert line.get_marker() in ("", "None")
+    assert list(clean.get_ydata()) == pytest.approx([90] * 6)
+    assert list(adversarial.get_ydata()) == pytest.approx([50 * i / 6 for i in range(1, 7)])
+    for line, values in ((validation_clean, [80, 80]), (validation_robust, [20, 40])):
+        assert list(line.get_xdata()) == [30, 60]
+        assert list(line.get_ydata()) == pytest.approx(values)
+    assert validation_clean.get_marker() != validation_robust.get_marker()
+    assert clean.get_linestyle() != adversarial.get_linestyle()
+    total, cross_entropy, distance = (np.array(line.get_ydata()) for line in loss.lines)
+    np.testing.assert_allclose(cross_entropy, [2 / i for i in range(1, 7)])
+    np.testing.assert_allclose(distance, 1.0)
+    np.testing.assert_allclose(cross_entropy + distance, total)
+    assert len({line.get_linestyle() for line in loss.lines}) == 3
+    median, high, threshold = drift.lines
+    assert list(median.get_ydata()) == pytest.approx([0.2 / i for i in range(1, 7)])
+    assert list(high.get_ydata()) == pytest.approx([0.3 / i for i in range(1, 7)])
+    assert list(threshold.get_ydata()) == [0.2, 0.2]
+    area = replay.collections[0].get_paths()[0].vertices
+    for i, step in enumerate(steps, start=1):
+        assert area[np.isclose(area[:, 0], step), 1].max() == pytest.approx(25 / i)
+    assert accuracy.get_ylim() == (0, 100)
+    assert [axes.get_xlabel() for axes in (accuracy, loss, drift)] == ["optimizer step"] * 3
+    kinds = ["training batches", "validation images"]
+    assert legend_texts(figure) == [f"{name}, {kind}" for kind in kinds for name in ("clean", "adversarial")]
+    assert axes_legend(loss) == ["loss", "cross-entropy", "10 × distance"]
+    assert axes_legend(drift) == ["median", "90th percentile", "tau = 0.2", "replayed"]
+
+
+def test_training_without_drift_gives_the_loss_the_whole_width():
+    figure = training_figure(baseline_log(6), replay_threshold=0.2)
+    accuracy, loss = figure.axes
+    figure.draw_without_rendering()
+    assert loss.get_position().width == pytest.approx(accuracy.get_position().width)
+    (line,) = loss.lines
+    assert list(line.get_ydata()) == pytest.approx([2 / i for i in range(1, 7)])
+    assert len(accuracy.lines) == 2
+    assert legend_texts(figure) == ["adversarial, training batches", "clean, validation images"]
+    assert axes_legend(loss) == ["loss"]
+
+
+def test_training_draws_the_distance_as_logged_where_no_weight_is_given():
+    figure = training_figure(arrest_log(4), replay_threshold=None)
+    _, loss, drift, _ = figure.axes
+    assert list(loss.lines[2].get_ydata()) == pytest.approx([0.1] * 4)
+    assert axes_legend(loss)[2] == "distance"
+    assert axes_legend(drift) == ["median", "90th percentile", "replayed"]
+
+
+def test_a_long_training_is_averaged():
+    figure = training_figure(arrest_log(999), rgkd_weight=10.0, replay_threshold=0.2)
+    adversarial, validation = figure.axes[0].lines[1], figure.axes[0].lines[3]
+    means = [np.arange(start, min(start + 5, 1000)).mean() for start in range(1, 1000, 5)]  # 199 of five, one of four
+    np.testing.assert_allclose(adversarial.get_xdata(), [10 * mean for mean in means])
+    np.testing.assert_allclose(adversarial.get_ydata(), [50 * mean / 999 for mean in means])
+    assert len(validation.get_xdata()) == 167  # of 333
+    assert len(validation.get_xdata()) / validation.get_markevery() <= 25
+    assert figure.axes[0].get_xlim()[1] > 9950
+    exact = training_figure(arrest_log(200), rgkd_weight=10.0, replay_threshold=0.2)
+    assert list(exact.axes[0].lines[1].get_xdata()) == list(range(10, 2001, 10))
+
+
+def test_training_passes_over_missing_values():
+    log = arrest_log(5)
+    log[3] |= {"loss": None, "drift_p90": None, "clean_accuracy": float("nan")}
+    del log[2]["adversarial_accuracy"], log[2]["loss"]
+    log.append({"phase": "robust", "loss": 5.0})
+    accuracy, loss, drift, _ = training_figure(log, replay_threshold=0.2).axes
+    assert list(accuracy.lines[0].get_xdata()) == [10, 30, 40, 50]
+    assert list(accuracy.lines[1].get_xdata()) == [20, 30, 40, 50]
+    assert list(loss.lines[0].get_xdata()) == [30, 40, 50]
+    assert list(drift.lines[0].get_xdata()) == [10, 20, 30, 40, 50]
+    assert list(drift.lines[1].get_xdata()) == [10, 30, 40, 50]
+
+
+def test_a_training_of_one_line_shows():
+    accuracy, loss, drift, replay = training_figure(arrest_log(1), replay_threshold=0.2).axes
+    lines = [*accuracy.lines, *loss.lines, *drift.lines[:2]]
+    assert len(lines) == 7
+    assert not {line.get_marker() for line in lines} & {"", "None"}
+    assert accuracy.lines[0].get_marker() != accuracy.lines[1].get_marker()
+    assert replay.collections[1].get_segments()[0][:, 1].max() == pytest.approx(25)
+
+
+@pytest.mark.parametrize(
+    ("log", "weight", "threshold"),
+    [
+        (arrest_log(1), 10.0, 0.25),
+        (arrest_log(2), None, None),
+        (arrest_log(3), 0.123456, 0.123456),
+        (arrest_log(20_000), 1e5, 1.0),
+        (arrest_log(50, every=100_000), 10.0, 0.0),
+        (baseline_log(2), None, 0.25),
+        (baseline_log(20_000), None, None),
+        ([{"phase": "robust", "step": 1, "loss": 0.5}], None, None),
+        ([{"phase": "robust", "step": 1, "replay_rate": 0.0}], None, None),
+        ([{"phase": "robust", "step": 0, "validation_clean_accuracy": 1.0, "n": 3}], None, 0.25),
+    ],
+)
+def test_training_file(tmp_path, log, weight, threshold):
+    assert drawn(plot_training, tmp_path, log, rgkd_weight=weight, replay_threshold=threshold) == 913
+
+
+@pytest.mark.parametrize("weight", [10.0, 0.123456])
+def test_no_panel_of_a_training_covers_another(weight):
+    figure = training_figure(arrest_log(30, every=1000), rgkd_weight=weight, replay_threshold=0.123)
+    figure.draw_without_rendering()
+    accuracy, loss, drift, replay = figure.axes
+    boxes = [axes.get_tightbbox() for axes in (accuracy, loss, drift)] + [figure.legends[0].get_window_extent()]
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.padded(-1).overlaps(b.padded(-1))]
+    assert replay.get_tightbbox().x1 <= figure.bbox.x1
+    for axes in (loss, drift):
+        assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
+
+
+def test_training_refuses_what_cannot_be_drawn():
+    empty = {"phase": "robust", "step": 1, "lr": 0.1, "loss": None, "clean_accuracy": float("inf")}
+    for log in ([], arrest_log(0), [empty], [{"phase": "robust", "loss": 1.0}]):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            training_figure(log, replay_threshold=0.2)
+
+
 def test_the_users_settings_neither_matter_nor_change(tmp_path):
     first = plot_eps_curve(tmp_path / "a.png", {"a": CURVE}, norm="linf", eps=None, attack="PGD-20").read_bytes()
     with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "savefig.bbox": "tight"}):
@@ -285,5 +441,5 @@ def test_names_are_never_read_as_math():
 
 
 def test_neither_pyplot_nor_torch_is_imported():
-    code = "import sys, arrest_hub.figures; sys.exit(bool({'matplotlib.pyplot', 'torch'} & set(sys.modules)))"
+    code = "import sys, arrest_hub.training_figure; sys.exit(bool({'matplotlib.pyplot', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

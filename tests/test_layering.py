@@ -8,19 +8,21 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "arrest_hub"
 LEVELS = [
-    {"errors", "fields", "config", "eval_config", "recipe_files"},
+    {"errors", "fields", "licenses", "config", "eval_config", "push_config", "recipe_files", "training_record"},
     {"transforms", "images", "columns", "subsets", "on_demand", "sources", "splits", "labels", "data", "architectures",
      "model_source", "image_processor", "heads", "backbones", "attacks", "autoattack", "results", "verdicts", "figures",
-     "progress"},
-    {"arrest", "baselines", "checkpoint", "export", "model_card", "comparison", "robustbench", "journal"},
-    {"validation", "prepare", "loop", "finish", "train", "evaluator", "attack_stages", "masking", "evidence",
-     "eval_subjects", "eval_record", "eval_session", "evaluation"},
-    {"cli", "__main__"},
+     "training_figure", "progress"},
+    {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",
+     "hub_access", "hub_search", "hub", "pretrained"},
+    {"validation", "provenance", "prepare", "loop", "finish", "train", "evaluator", "attack_stages", "masking",
+     "evidence", "eval_subjects", "eval_record", "eval_session", "evaluation"},
+    {"cli", "push_cli", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 MATHS = ("attacks", "autoattack", "arrest", "baselines", "attack_stages", "masking")
-NO_TORCH = ("errors", "fields", "config", "eval_config", "recipe_files", "results", "verdicts", "figures", "comparison",
-            "robustbench", "cli", "model_card", "__main__")  # fmt: skip
+NO_TORCH = ("errors", "fields", "config", "eval_config", "recipe_files", "results", "verdicts", "figures",
+            "training_figure", "comparison", "robustbench", "licenses", "training_record", "push_config",
+            "card_facts", "hub_access", "hub_search", "hub", "cli", "push_cli", "model_card", "__main__")  # fmt: skip
 
 
 def imports(name, late=False):

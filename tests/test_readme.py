@@ -10,6 +10,8 @@ from arrest_hub.cli import parse_eval, parse_finetune
 from arrest_hub.config import FIELDS
 from arrest_hub.eval_config import EVAL_FIELDS
 from arrest_hub.fields import flag
+from arrest_hub.push_cli import parse_card, parse_push
+from arrest_hub.push_config import CARD_FIELDS, PUSH_FIELDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,6 +28,9 @@ def test_commands_parse(command):
     if words[:2] == ["accelerate", "launch"]:
         words = words[words.index("arrest_hub") + 1 :]
         words[0] = "arrest-" + words[0]
+    if words[0] in ("arrest-push", "arrest-card"):
+        assert {"arrest-push": parse_push, "arrest-card": parse_card}[words[0]](words[1:]).folder
+        return
     configs = {"arrest-finetune": lambda argv: [parse_finetune(argv)[0]], "arrest-eval": parse_eval}[words[0]](
         words[1:]
     )
@@ -35,7 +40,8 @@ def test_commands_parse(command):
 
 
 def test_flags_that_the_docs_name_exist():
-    known = {flag(name) for name in FIELDS | EVAL_FIELDS} | {"--help", "--nproc_per_node", "--num_processes"}
+    fields = FIELDS | EVAL_FIELDS | PUSH_FIELDS | CARD_FIELDS
+    known = {flag(name) for name in fields} | {"--help", "--nproc_per_node", "--num_processes"}
     for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         assert set(re.findall(r"--[a-z][a-z_-]+", path.read_text())) <= known | {"---"}, path
 

@@ -38,8 +38,9 @@ def same_weights(first, second):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-EXPORT = {"README.md", "config.json", "model.safetensors", "results.json", "training_config.yaml", "verdicts.parquet",
-          "figures/per_class.png", "figures/gallery.png", "figures/drift.png"}  # fmt: skip
+EXPORT = {"README.md", "config.json", "model.safetensors", "results.json", "training_config.yaml",
+          "training_record.json", "verdicts.parquet", "figures/per_class.png", "figures/gallery.png",
+          "figures/drift.png", "figures/training.png"}  # fmt: skip
 STATE = {"model.safetensors", "optimizer.bin", "progress.json", "random_states_0.pkl"}
 
 
@@ -90,7 +91,8 @@ def test_a_run_from_a_model_folder_end_to_end(tmp_path, capsys):
     card = (run.export / "README.md").read_text()
     assert "8/255" in card
     assert f"{100 * report.results[0].value:.1f} %" in card
-    assert str(tmp_path) not in (run.export / "config.json").read_text()
+    for name in EXPORT:
+        assert str(tmp_path).encode() not in (run.export / name).read_bytes(), "paths are nobody's business"
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == "timm"
 

@@ -95,10 +95,16 @@ def robust_net(classes: int = 4) -> nn.Sequential:
     return net.eval()
 
 
-def write_images(folder: Path, count: int = 48, size: int = 8, splits: tuple[str, ...] = ("train", "test")) -> Path:
+def write_images(
+    folder: Path,
+    count: int = 48,
+    size: int = 8,
+    splits: tuple[str, ...] = ("train", "test"),
+    names: list[str] = NAMES,
+) -> Path:
     """A Parquet dataset of noisy images whose brightness is their class: columns img, label."""
     folder.mkdir(parents=True, exist_ok=True)
-    features = Features({"img": Image(), "label": ClassLabel(names=NAMES)})
+    features = Features({"img": Image(), "label": ClassLabel(names=names)})
     for number, split in enumerate(splits):
         rng = np.random.default_rng(number)
         labels = [i % 3 for i in range(count)]
