@@ -110,9 +110,11 @@ def parse_eval(argv: Sequence[str]) -> list[EvalConfig]:
     namespace, unknown = eval_parser().parse_known_args(list(argv))
     flags: dict[str, Any] = vars(namespace)
     models = list(flags.pop("models"))
-    problems = [unknown_eval_key(word[2:].split("=")[0].replace("_", "-")) for word in unknown if word.startswith("--")]
-    # the value of an unknown flag looks like a model
-    models = [model for model in models if not (unknown and follows_unknown(argv, model, unknown))]
+    strange = [word for word in unknown if word.startswith("-")]
+    problems = [unknown_eval_key(word.lstrip("-").split("=")[0].replace("_", "-")) for word in strange]
+    # a model that stands behind a flag is left over too; the value of an unknown flag looks like one
+    models += [word for word in unknown if word not in strange]
+    models = [model for model in models if not follows_unknown(argv, model, [w for w in strange if "=" not in w])]
     if not models:
         problems.append("no model is given: name one or several, as in arrest-eval runs/mine/export --dataset cifar10.")
     if not flags.get("dataset"):

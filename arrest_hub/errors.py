@@ -33,6 +33,10 @@ class HubError(ArrestError):
     """The Hub cannot be reached or refuses (no network, gated, not found)."""
 
 
+class HashMismatch(HubError):
+    """A file from the Hub is not what the Hub says it is."""
+
+
 class AlreadyReported(ArrestError):
     """Another process of the run found the error and reports it; this one just stops."""
 

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from arrest_hub.card_facts import FIGURES, CardFacts, is_sealed, publication_mark, seal, threat_tags
 from arrest_hub.results import Result, column_title, escape_markdown, one_line, results_table
+from arrest_hub.training_record import BaseModel
 
 TEMPLATE = "robust_model.md.j2"
 HUB = "https://huggingface.co"
@@ -78,7 +79,8 @@ def render_card(facts: CardFacts) -> str:
         training=training,
         record=record,
         base=base,
-        base_link=f"{HUB}/{base.id}/tree/{base.revision}" if base and base.id and base.revision else None,
+        base_reference=_reference(base) if base else None,
+        clean_epochs=_epochs(training["standard_epochs"]),
         data_link=f"{HUB}/datasets/{record.data.hub_id}/tree/{record.data.revision}"
         if record and record.data.hub_id and record.data.revision
         else None,
@@ -100,6 +102,17 @@ def render_card(facts: CardFacts) -> str:
     return seal(card)
 
 
+def _reference(base: BaseModel) -> str:
+    """The base model's name, with a link to its commit where it is on the Hub."""
+    if not (base.id and base.revision):
+        return code(base.name)
+    return f"[{code(base.name)}]({HUB}/{base.id}/tree/{base.revision}) at commit {code(base.revision[:12])}"
+
+
+def _epochs(count: int) -> str | None:
+    return f"{count} epoch{'s' if count != 1 else ''}" if count else None
+
+
 def card_is_generated(folder: Path) -> bool:
     """Whether README.md in ``folder`` is missing, or is as `render_card` wrote it, whatever was measured since."""
     path = folder / "README.md"
@@ -110,7 +123,8 @@ def card_data(facts: CardFacts) -> ModelCardData:
     """The header: everything the Hub searches, links and shows beside the card."""
     training, record, license = facts.training, facts.record, facts.publication.license
     base = record.base if record else None
-    hub_base = base if base is not None and base.id else None
+    # a teacher of a network that began at random is not what that was made from
+    hub_base = base if base is not None and base.id and training.get("init") != "random" else None
     tags = ["adversarial-robustness", "robust", "arrest-hub", str(training["method"])]
     return ModelCardData(
         library_name=str(facts.report.model["library"]),

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, list_models, split_model_name_tag
 
 import arrest_hub.architectures  # noqa: F401  (registers the CIFAR architectures in timm)
-from arrest_hub.errors import ArrestError, BackboneError, HubError, did_you_mean, hub_failure
+from arrest_hub.errors import ArrestError, BackboneError, HashMismatch, did_you_mean, hub_failure
 
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 _PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -148,13 +148,17 @@ def companion_file(source: ModelSource, name: str, cache_dir: str | Path | None 
     """A small file that lies beside a model (its card, its results), at the model's own commit; None if there is none.
 
     Raises:
-        HubError: the Hub cannot serve it, or its hash differs.
+        HubError: the Hub cannot serve it. HashMismatch: its content is not what the Hub states.
     """
     if source.hub_id is None:
         path = Path(source.model_id).expanduser() / name
         return path if path.is_file() else None
+    # a commit never changes: what the cache knows of it, also that it lacks a file, needs no Hub
+    known = try_to_load_from_cache(source.hub_id, name, cache_dir, source.revision)
+    if known is _CACHED_NO_EXIST:
+        return None
     try:
-        path = Path(hf_hub_download(source.hub_id, name, revision=source.revision, cache_dir=cache_dir))
+        path = Path(known or hf_hub_download(source.hub_id, name, revision=source.revision, cache_dir=cache_dir))
         check_hash(path, source.hub_id)
         return path
     except Exception as error:
@@ -174,7 +178,7 @@ def check_hash(path: Path, repo_id: str) -> None:
     Xet's hash. Where the cache cannot link (some Windows) there is nothing to compare with.
 
     Raises:
-        HubError: the content is another one.
+        HashMismatch: the content is another one.
     """
     if not path.is_symlink():
         return
@@ -185,7 +189,7 @@ def check_hash(path: Path, repo_id: str) -> None:
     if file_hash(kept, git=len(expected) == 40) != expected:
         kept.resolve().unlink()
         kept.unlink(missing_ok=True)
-        raise HubError(
+        raise HashMismatch(
             f"{path.name} of {repo_id!r} is not the file that the Hub states (its hash differs): the download or the "
             "copy in the cache was damaged, and is removed. Run this again to download it anew."
         )

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from arrest_hub.backbones import Backbone, ModelSource, load_backbone
-from arrest_hub.errors import BackboneError
+from arrest_hub.errors import BackboneError, HashMismatch, HubError
 from arrest_hub.export import weights_digest
 from arrest_hub.model_source import companion_file
 from arrest_hub.results import EvalReport, read_results
@@ -134,9 +134,18 @@ def _known_facts(
     """What the files beside the weights say, if arrest-hub wrote them.
 
     Raises:
-        BackboneError: one of them is damaged.
+        BackboneError: one of them is damaged. HashMismatch: or not what the Hub states.
     """
-    paths = [companion_file(source, name, cache_dir) for name in (RECORD, "results.json", "training_config.yaml")]
+    try:
+        paths = [companion_file(source, name, cache_dir) for name in (RECORD, "results.json", "training_config.yaml")]
+    except HashMismatch:
+        raise
+    except HubError as error:
+        warnings.warn(
+            f"threat model and results of {source.model_id} are not known: what lies beside its weights cannot be "
+            f"fetched ({error})", stacklevel=3,
+        )  # fmt: skip
+        return None, None, None
     record_file, results_file, config_file = paths
     if record_file is None:  # somebody else's results.json may be anything
         return None, None, None

@@ -15,7 +15,6 @@ from arrest_hub.checkpoint import Progress, list_checkpoints, read_progress
 from arrest_hub.config import FIELDS, MODEL_KEYS, FinetuneConfig
 from arrest_hub.data import Splits
 from arrest_hub.errors import ConfigError, HubError
-from arrest_hub.eval_config import evaluation_name
 from arrest_hub.eval_subjects import dataset_name
 from arrest_hub.fields import convert, default_of, flag, flag_with
 from arrest_hub.licenses import License, choose_license, license_of_card
@@ -34,12 +33,18 @@ def read_base_model(source: ModelSource) -> BaseModel | None:
     if not source.pretrained:
         return None
     card = companion_file(source, "README.md")
-    text = card.read_text(encoding="utf-8", errors="replace") if card else ""
-    name = source.hub_id or evaluation_name(source.model_id)
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card else ""
+    name = source.hub_id or local_name(source.model_id)
     return BaseModel(
         name, source.library, source.architecture, source.hub_id, source.revision,
         license_of_card(card_header(text)), card_citations(text),
     )  # fmt: skip
+
+
+def local_name(path: str) -> str:
+    """What to call a model in a folder in what is published: the folder's name; an export has that of its run."""
+    folder = Path(path).expanduser().resolve()
+    return folder.parent.name if folder.name == "export" else folder.name
 
 
 def base_for_run(config: FinetuneConfig, source: ModelSource) -> tuple[BaseModel | None, str | None]:
@@ -48,13 +53,15 @@ def base_for_run(config: FinetuneConfig, source: ModelSource) -> tuple[BaseModel
     Raises:
         ConfigError: the run is to be published and no licence is known for it. HubError: or its card is out of reach.
     """
+    if config.init == "random" and not config.needs_teacher:
+        source = dataclasses.replace(source, pretrained=False)  # its weights play no part
     try:
         base, note = read_base_model(source), None
     except HubError as error:
         if config.push_to_hub and config.license is None:
             raise
-        base = BaseModel(source.hub_id or source.model_id, source.library, source.architecture, source.hub_id,
-                         source.revision)  # fmt: skip
+        name = source.hub_id or local_name(source.model_id)
+        base = BaseModel(name, source.library, source.architecture, source.hub_id, source.revision)
         note = f"the base model's card is out of reach, so its licence is not known ({error})"
     if config.push_to_hub:
         given = License(config.license, config.license_name, config.license_link) if config.license else None
@@ -69,6 +76,8 @@ def exported_config(config: FinetuneConfig, base: BaseModel | None) -> dict[str,
     values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_EXPORTED}
     if base is not None:
         values["model"] = f"{base.id}@{base.revision}" if base.id and base.revision else base.name
+    elif Path(config.model).expanduser().is_dir():
+        values["model"] = local_name(config.model)
     values["dataset"] = dataset_name(config.dataset)
     if config.recipe is not None:
         values["recipe"] = Path(config.recipe).name

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
-from arrest_hub.cli import finetune_command, parse_finetune, run_cli
+from arrest_hub.cli import finetune_command, parse_eval, parse_finetune, run_cli
 from arrest_hub.config import FIELDS
+from arrest_hub.errors import ConfigError
 from arrest_hub.fields import flag
 
 
@@ -126,3 +127,13 @@ def test_only_the_first_process_reports_a_bad_configuration(rank, capsys, monkey
     monkeypatch.setenv("RANK", rank)
     assert run_cli(finetune_command, ["--epocs", "3"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_models_behind_flags_are_taken_and_short_flags_are_not_passed_over():
+    assert [config.model for config in parse_eval(["a/export", "--dataset", "digits", "b/export"])] == [
+        "a/export",
+        "b/export",
+    ]
+    with pytest.raises(ConfigError, match="unknown flag") as caught:
+        parse_eval(["m", "--dataset", "digits", "-seed", "--epz=1/255"])
+    assert len(caught.value.problems) == 2

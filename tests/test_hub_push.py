@@ -390,6 +390,53 @@ def test_only_what_changed_is_pushed(hub, run, path):
     assert len(hub.commits(repo_id)) == hashed + 1
 
 
+def test_weights_in_several_files(hub, published, tmp_path):
+    """What an earlier push left and this one would not overwrite is removed: one file gives way to shards, and back."""
+    from transformers import AutoModelForImageClassification
+
+    run = shutil.copytree(published["transformers"][0], tmp_path / "run")
+    whole = (run / "export" / "model.safetensors").read_bytes()
+    assert push(hub, run, "--repo-id", "me/shards").code == 0
+    model = AutoModelForImageClassification.from_pretrained(run / "export")
+    (run / "export" / "model.safetensors").unlink()
+    model.save_pretrained(run / "export", max_shard_size="5KB")
+    assert push(hub, run, "--repo-id", "me/shards").code == 0
+    files = set(hub.files("me/shards"))
+    assert {"model.safetensors.index.json", "model-00001-of-00003.safetensors"} <= files
+    assert "model.safetensors" not in files
+    image = tmp_path / "image.png"
+    __import__("PIL.Image").Image.new("RGB", (30, 30)).save(image)
+    ours = start(hub, tmp_path / "ours", ["-c", OURS, "me/shards", str(image)], token=None)
+    assert "of other weights" not in ours.err
+    plain = start(hub, tmp_path / "plain", ["-c", PLAIN, "transformers", str(image), "me/shards"], token=None)
+    assert json.loads(ours.out.splitlines()[-1])["logits"] == pytest.approx(
+        json.loads(plain.out.splitlines()[-1])[0], abs=1e-5
+    )
+    for path in (run / "export").glob("model*"):
+        path.unlink()
+    (run / "export" / "model.safetensors").write_bytes(whole)
+    assert push(hub, run, "--repo-id", "me/shards").code == 0
+    assert {path for path in hub.files("me/shards") if path.startswith("model")} == {"model.safetensors"}
+
+
+def test_of_two_processes_one_publishes(hub, tmp_path):
+    def launch(home: Path, **options: Any) -> Outcome:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, "arrest-finetune"]
+        words = ["--model", "org/timm-base", "--output-dir", "run", "--push-to-hub", "me/two", "--no-figures", *TRAIN]
+        return start(hub, home, launcher + words, **options)
+
+    refused = launch(tmp_path / "home", token="hf_reader")
+    assert refused.code != 0
+    assert refused.err.count("may only read") == 1
+    assert not (tmp_path / "run").exists()
+    outcome = launch(tmp_path / "home")
+    assert outcome.code == 0, outcome
+    assert outcome.out.count("published ") == 1
+    assert len(hub.commits("me/two")) == 2
+    assert len([r for r in hub.requests if r.method == "POST" and "/commit/" in r.path]) == 1
+    assert "2 x CPU" in hub.files("me/two")["README.md"].decode()
+
+
 def test_branch_tag_private_and_pull_request(hub, run, tmp_path):
     options = ("--private", "--revision", "dev", "--tag", "v1.0")
     outcome = push(hub, run, "--repo-id", "named", *options)
@@ -744,7 +791,7 @@ def test_a_damaged_file_is_refused(hub, published, tmp_path, name, how):
         repo.corrupt.add(name)
     refused = start(hub, home, ["-c", LOAD, "me/timm-robust"], token=None, **settings)
     repo.corrupt.clear()
-    assert "HubError" in refused.out, refused
+    assert "HashMismatch" in refused.out, refused
     assert name in refused.out
     assert "hash" in refused.out
     again = start(hub, home, ["-c", LOAD, "me/timm-robust"], token=None, **settings)
@@ -761,6 +808,12 @@ def test_offline_and_by_revision(hub, published, tmp_path):
     hub.requests.clear()
     offline = start(hub, home, ["-c", LOAD, "me/timm-robust"], token=None, HF_HUB_OFFLINE="1")
     assert f"loaded {commit} True" in offline.out, offline
+    assert hub.requests == []
+    assert "loaded" in start(hub, home, ["-c", LOAD, "org/timm-base"], token=None).out
+    hub.requests.clear()
+    other = start(hub, home, ["-c", LOAD, "org/timm-base"], token=None, HF_HUB_OFFLINE="1")
+    assert "False" in other.out, "that somebody else's model has no record is known without the Hub"
+    assert other.err == ""
     assert hub.requests == []
     first = hub.commits("me/timm-robust")[-1][0]
     missing = start(hub, home, ["-c", LOAD, "me/timm-robust", first], token=None)

@@ -138,7 +138,7 @@ def test_what_is_unknown_is_left_out():
     card = render_card(make(base=LOCAL_BASE, data=LOCAL_DATA, publication=Publication()))
     assert set(header(card)) == {"library_name", "metrics", "pipeline_tag", "tags", "model-index"}
     assert "huggingface.co" not in card
-    assert "starting from\n`my-base`" in card
+    assert "starting from `my-base`" in card
     assert "`my-images`" in card
     assert header(card)["model-index"][0]["name"] == "resnet18_cifar-arrest-linf"
     assert "None" not in card
@@ -433,3 +433,13 @@ def test_text_of_users_breaks_neither_header_nor_page(text, link):
             assert seen.strip() == usual.replace("PLAIN", shown).strip()
     assert is_sealed(card)
     assert read_publication(card) == Publication("me/robust", license_of_card(expected))
+
+
+def test_a_student_that_began_at_random_was_not_finetuned_from_its_teacher():
+    card = render_card(make(init="random"))
+    assert not {"base_model", "base_model_relation", "base_model_revision"} & set(header(card))
+    assert "starting from a random initialisation; its teacher was [`org/base`]" in card
+    assert "starting from a random initialisation." in render_card(make(init="random", base=None, method="at"))
+    taught = render_card(make(init="random", base=None, standard_epochs=2))
+    assert "its teacher is the same architecture after 2 epochs on clean images" in taught
+    assert "starting from" not in render_card(make(recorded=False, standard_epochs=2)), "there is no record of it"
