@@ -185,6 +185,12 @@ class FinetuneConfig:
 FIELDS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
 
 
+def shared_field(name: str) -> Any:
+    """A field of another command's configuration that this one has too: the same default, range and help."""
+    field = FIELDS[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
 def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
     """Problems between fields; only those whose own values are good are looked at."""
     problems = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from arrest_hub.config import FIELDS
+from arrest_hub.config import shared_field as _shared
 from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import config_field as _field
 from arrest_hub.fields import convert_all, eps_problem, flag, parse_fraction
@@ -22,12 +22,6 @@ AUTOATTACK_PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 ATTACKS = ("clean", "noise", "pgd-20", "autoattack", *AUTOATTACK_PARTS)
 # What may differ between an evaluation and its resumption without changing a figure.
 RESUME_MAY_DIFFER = ("output_dir", "resume", "overwrite", "num_workers", "robustbench_json", "update_export")
-
-
-def _shared(name: str) -> Any:
-    """A field that `arrest-finetune` has too: the same default, range and help."""
-    field = FIELDS[name]
-    return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from arrest_hub.config import FIELDS
+from arrest_hub.config import shared_field as _shared
 from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import config_field as _field
 from arrest_hub.fields import convert_all, flag, flag_with, repo_id_problem
@@ -17,12 +17,6 @@ from arrest_hub.licenses import license_problems
 GROUPS = ("hub", "card", "run")
 # a subset of what git takes for a branch or a tag: what no shell and no address needs to escape
 _REF = r"(?!.*(?://|\.\.|\.lock$))[A-Za-z0-9_][A-Za-z0-9._/-]*(?<![./])"
-
-
-def _shared(name: str) -> Any:
-    """A field that `arrest-finetune` has too: the same default, range and help."""
-    field = FIELDS[name]
-    return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 @dataclass
