@@ -147,4 +147,6 @@ def _as_flag(key: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         flow = {name: yaml.safe_dump(item, default_flow_style=True, width=10**6) for name, item in value.items()}
         return [flag(key), *(f"{name}={text.removesuffix('...' + chr(10)).strip()}" for name, text in flow.items())]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return flag_with(key, "none" if value is None else str(value))
