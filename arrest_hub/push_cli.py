@@ -84,11 +84,12 @@ def _folder_flags(
     strange = [word for word in unknown if word.startswith("-")]
     # a folder that stands behind a flag is left over too
     words = [*flags.pop("folder"), *(word for word in unknown if word not in strange)]
-    words = [word for word in words if not follows_unknown(argv, word, [w for w in strange if "=" not in w])]
+    sure = [word for word in words if not follows_unknown(argv, word, [w for w in strange if "=" not in w])]
     problems = [unknown_push_flag(word, known) for word in strange]
-    if len(words) > 1:
-        problems.append(f"{len(words)} folders are given ({', '.join(words)}): give one run.")
-    flags["folder"] = words[0] if words else ""
+    if len(sure) > 1:
+        problems.append(f"{len(sure)} folders are given ({', '.join(sure)}): give one run.")
+    # a word behind an unknown flag is either that flag's value or the folder
+    flags["folder"] = (sure or words or [""])[0]
     if problems:
         try:
             config(**flags).validate()

@@ -99,7 +99,7 @@ class PushConfig:
 
     def command(self) -> str:
         """The command line that does this push, quoted for a shell."""
-        words = ["arrest-push", self.folder]
+        words = ["arrest-push", f"./{self.folder}" if self.folder.startswith("-") else self.folder]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "folder" or value == field.default:

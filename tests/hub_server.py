@@ -12,21 +12,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-import yaml
+from hub_files import PIECE, FilePart, card_data, card_tags, describe_file, files_in, inside
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
-MAX_REGULAR = 10 << 20
-"""Larger files are LFS files, whatever their name."""
 MAX_BODY = 1 << 20
-PIECE = 1 << 20
-"""How much of a file is in memory at a time."""
 MAX_THREADS = 32
 MAX_REQUESTS = 5000
 IDLE_SECONDS = 20
@@ -192,27 +187,6 @@ class Route(NamedTuple):
     methods: tuple[str, ...]
     pattern: str
     answer: Callable[..., None]
-
-
-@dataclass(frozen=True)
-class FilePart:
-    """A part of a file, to be sent a piece at a time; ``corrupt``: with every byte changed."""
-
-    path: Path
-    start: int
-    stop: int
-    corrupt: bool = False
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def pieces(self) -> Iterator[bytes]:
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            left = len(self)
-            while left and (piece := file.read(min(left, PIECE))):
-                left -= len(piece)
-                yield piece.translate(bytes(range(255, -1, -1))) if self.corrupt else piece
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -474,85 +448,6 @@ Handler.routes = (
     Route(("GET", "HEAD"), rf"/(?P<prefix>datasets/)?{REPO_ID}/resolve/{REVISION}/(?P<path>.+)", Handler._resolve),
 )
 HubServer.handler = Handler
-
-
-def files_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def inside(folder: Path, path: str) -> Path | None:
-    """``folder/path``, or None if that leads out of the folder."""
-    target = (folder / path).resolve()
-    return target if target.is_relative_to(folder.resolve()) else None
-
-
-def is_lfs(name: str, size: int, sample: bytes) -> bool:
-    """Whether a file is kept in the storage of large files; ``sample`` is its beginning."""
-    return size > 0 and (Path(name).suffix in LFS_SUFFIXES or size > MAX_REGULAR or b"\0" in sample)
-
-
-_hashes: dict[tuple[int, int, int, int], tuple[str, str]] = {}
-
-
-def hashes(path: Path) -> tuple[str, str]:
-    """Git's hash of a file and its SHA-256, read a piece at a time, and once for as long as it does not change."""
-    stat = path.stat()
-    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if key not in _hashes:
-        git, sha256 = hashlib.sha1(b"blob %d\0" % stat.st_size), hashlib.sha256()
-        for piece in FilePart(path, 0, stat.st_size).pieces():
-            git.update(piece)
-            sha256.update(piece)
-        _hashes[key] = (git.hexdigest(), sha256.hexdigest())
-    return _hashes[key]
-
-
-def describe_file(folder: Path, path: Path) -> dict[str, Any]:
-    """A file or folder as the Hub lists it; ``oid`` is git's hash of what git keeps: of a large file, a pointer."""
-    name = path.resolve().relative_to(folder.resolve()).as_posix()
-    if path.is_dir():
-        return {"type": "directory", "path": name, "size": 0, "oid": hashlib.sha1(name.encode()).hexdigest()}
-    size = path.stat().st_size
-    oid, sha256 = hashes(path)
-    entry: dict[str, Any] = {"type": "file", "path": name, "size": size, "oid": oid}
-    with path.open("rb") as file:
-        sample = file.read(512)
-    if is_lfs(name, size, sample):
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
-        entry["oid"] = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest()
-        entry["lfs"] = {"oid": sha256, "size": size, "pointerSize": len(pointer)}
-    return entry
-
-
-def split_card(text: str) -> str | None:
-    """The YAML header of a README, if it has one."""
-    match = re.match(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, re.DOTALL | re.MULTILINE)
-    return match[1] if match else None
-
-
-def card_data(folder: Path) -> dict[str, Any]:
-    card = folder / "README.md"
-    try:
-        data = yaml.safe_load(split_card(card.read_text()) or "") if card.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        data = None
-    return data if isinstance(data, dict) else {}
-
-
-def _as_list(value: Any) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list) else [] if value is None else [str(value)]
-
-
-def card_tags(card: dict[str, Any]) -> list[str]:
-    """What the Hub makes of a header: the tags by which models are found."""
-    tags = [*_as_list(card.get("library_name")), *_as_list(card.get("tags")), *_as_list(card.get("language"))]
-    tags += _as_list(card.get("pipeline_tag"))
-    tags += [f"dataset:{name}" for name in _as_list(card.get("datasets"))]
-    relation = card.get("base_model_relation", "finetune")
-    for name in _as_list(card.get("base_model")):
-        tags += [f"base_model:{name}", f"base_model:{relation}:{name}"]
-    tags += [f"license:{name}" for name in _as_list(card.get("license"))]
-    return list(dict.fromkeys(tags))
 
 
 def describe(repo: Repo, commit: str, *, blobs: bool = False) -> dict[str, Any]:

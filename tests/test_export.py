@@ -126,6 +126,18 @@ def test_same_weights_same_bytes_in_float32(library, tmp_path):
     assert load_backbone(tmp_path / "half").num_classes == 5
 
 
+def test_large_weights_of_transformers_are_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MAX_SHARD_SIZE", "10KB")
+    backbone = load_backbone(transformers_folder("vit", tmp_path / "source"))
+    write_model_folder(backbone, tmp_path / "export")
+    index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
+    shards = {path.name for path in (tmp_path / "export").glob("*.safetensors")}
+    assert len(shards) > 1
+    assert shards == set(index["weight_map"].values())
+    pixels = torch.rand(1, 3, *backbone.preprocessing.size)
+    torch.testing.assert_close(load_backbone(tmp_path / "export")(pixels).logits, backbone(pixels).logits)
+
+
 def test_shared_and_non_contiguous_tensors(tmp_path):
     backbone = timm_backbone("resnet18_cifar")
     blocks = backbone.body.layer1

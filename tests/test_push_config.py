@@ -124,6 +124,13 @@ def test_the_command_is_parsed_back(changes):
 
 def test_the_command_says_no_more_than_needed():
     assert PushConfig(**GOOD, private=True).command() == "arrest-push runs/mine --repo-id me/x --private"
+    # a folder that looks like a flag
+    assert PushConfig("-runs", "me/x").command() == "arrest-push ./-runs --repo-id me/x"
+
+
+def test_a_folder_behind_a_misspelt_flag_is_not_missed():
+    (problem,) = problems(parse_push, ["--repo-id", "me/x", "--privat", "runs/mine"])
+    assert "--private" in problem
 
 
 def test_flags_and_folder_in_any_order():
