@@ -1,8 +1,10 @@
 """What a checkpoint holds, how it is written (whole or not at all) and how a run goes on from it.
 
 A checkpoint is a folder `checkpoints/<phase>-<step>` (`step-000500` in the robust phase) with Accelerate's state
-(weights, optimizer, gradient scaler, random states of every process), the averaged weights if there are any, and
-`progress.json`. It is written under a temporary name and renamed once it is complete.
+(weights, optimizer, gradient scaler, random states of every process), the averaged weights if there are any,
+`progress.json`, and `manifest.json`: size and SHA-256 of every other file. It is written under a temporary name and
+renamed once all of it is on the disk. The best weights so far lie beside it in `best-<step>`, for as long as a
+checkpoint names them.
 """
 
 from __future__ import annotations
@@ -13,32 +15,47 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from arrest_hub.processes import from_main, raise_together
+
 PROGRESS = "progress.json"
+MANIFEST = "manifest.json"
 EMA = "ema.safetensors"
 
 
 @dataclass
 class Progress:
     """Where a run stands. ``batch`` counts the batches of ``epoch`` that are already trained on; ``seconds`` is the
-    time of this phase so far, over every resumption."""
+    time of this phase so far, over every resumption. ``to_validate``: the validation that belongs to ``step`` is yet
+    to come. ``layout`` is how the batches are dealt out: what it says must be the same for a run to go on in the
+    middle of an epoch. ``offset`` is added to ``step`` for the place in the learning rate schedule: not zero once a
+    run went on with other global batches, and so with other steps per epoch."""
 
     phase: str
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    offset: int = 0
+    to_validate: bool = False
     best_score: float | None = None
     best_step: int | None = None
     model_revision: str | None = None
     dataset_revision: str | None = None
-    num_processes: int = 1
+    layout: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def place(self) -> int:
+        """Steps of the learning rate schedule that are done."""
+        return self.step + self.offset
 
 
 def checkpoint_name(phase: str, step: int) -> str:
@@ -46,43 +63,103 @@ def checkpoint_name(phase: str, step: int) -> str:
     return f"{'step' if phase == 'robust' else phase}-{step:06d}"
 
 
+def best_folder(folder: Path, step: int) -> Path:
+    """Where in a run's `checkpoints/` the weights of ``step`` are kept while they are the best."""
+    return folder / f"best-{step:06d}"
+
+
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, progress: Progress, ema: nn.Module | None, keep: int
 ) -> Path:
     """Write a checkpoint into ``folder`` (the run's `checkpoints/`) and drop all but the ``keep`` newest of its phase.
 
-    Every process must call it. Raises OSError, leaving earlier checkpoints untouched.
+    Every process must call it. Raises ArrestError when it cannot be written (a full disk), leaving earlier ones
+    untouched.
     """
     final = folder / checkpoint_name(progress.phase, progress.step)
     temporary = folder / f"{final.name}.tmp"
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    if accelerator.is_main_process:
+
+    def complete() -> None:
         if ema is not None:
             save_file({name: value.contiguous() for name, value in ema.state_dict().items()}, temporary / EMA)
         (temporary / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n", encoding="utf-8")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+        (temporary / MANIFEST).write_text(json.dumps(_describe(temporary), indent=2) + "\n", encoding="utf-8")
         _flush_to_disk(temporary)
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # of a run that went on from an earlier one
+            _remove(final)
         temporary.rename(final)
+        _flush(folder)
         for old in list_checkpoints(folder, progress.phase)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+            _remove(old)
+        _drop_best(folder)
+
+    main = accelerator.is_main_process
+    # libraries have errors of their own for a full disk; whatever it is, it must not leave the others waiting
+    for part in (begin if main else None, lambda: accelerator.save_state(str(temporary)), complete if main else None):
+        problem = None
+        try:
+            if part is not None:
+                part()
+        except Exception as error:
+            problem = (
+                f"the checkpoint {final} cannot be written: {' '.join(str(error).split()) or type(error).__name__}. "
+                "Earlier ones are untouched: make room for it, then go on with the same command and --resume."
+            )
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
+        raise_together(accelerator, problem)
     return final
 
 
 def list_checkpoints(folder: Path, phase: str) -> list[Path]:
-    """Whole checkpoints of a phase, oldest first."""
+    """Checkpoints of a phase, oldest first. That they are whole is for `damage` to say."""
     prefix = checkpoint_name(phase, 0).rsplit("-", 1)[0]
     found = [path for path in folder.glob(f"{prefix}-*") if re.fullmatch(rf"{prefix}-\d+", path.name)]
     return sorted(
-        (path for path in found if (path / PROGRESS).is_file()), key=lambda path: int(path.name.split("-")[1])
+        (path for path in found if (path / MANIFEST).is_file()), key=lambda path: int(path.name.split("-")[1])
     )
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that is missing, or is not what was written. None: it is whole."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, sha256) in manifest.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} of {size:,} bytes"
+            if _sha256(path) != sha256:
+                return f"{name} does not have the contents that were written"
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"{MANIFEST} or a file in it cannot be read ({error})"
+    return None
+
+
+def newest_whole(
+    accelerator: Accelerator, folder: Path, phase: str, suits: Callable[[Progress], bool] = lambda progress: True
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a phase that is whole and ``suits``, and a sentence for each damaged one passed over.
+
+    Every process must call it; the main process looks.
+    """
+
+    def look() -> tuple[Path | None, list[str]]:
+        passed_over = []
+        for checkpoint in reversed(list_checkpoints(folder, phase)):
+            problem = damage(checkpoint)
+            if problem is not None:
+                passed_over.append(f"{checkpoint} is damaged ({problem}): looking for an earlier one")
+            elif suits(read_progress(checkpoint)):
+                return checkpoint, passed_over
+        return None, passed_over
+
+    return from_main(accelerator, look)
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -98,15 +175,53 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: nn.Module |
     return read_progress(checkpoint)
 
 
+def remove_leftovers(folder: Path, *patterns: str) -> None:
+    """Delete the folders, of these names, that a killed run was writing and that have no final name yet."""
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _drop_best(folder: Path) -> None:
+    """Delete the best weights that no checkpoint names any more."""
+    steps = {read_progress(checkpoint).best_step for checkpoint in list_checkpoints(folder, "robust")}
+    wanted = {best_folder(folder, step).name for step in steps if step is not None}
+    for path in folder.glob("best-*"):
+        if path.name not in wanted:
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder so that whoever looks meanwhile sees all of it or nothing."""
+    aside = folder.with_name(f"{folder.name}.old.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    """Size and SHA-256 of every file in a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): (path.stat().st_size, _sha256(path)) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _flush_to_disk(folder: Path) -> None:
     """Make the files durable before the rename publishes them: a rename may otherwise outrun their contents."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 
 from arrest_hub.config import GROUPS, FinetuneConfig, load_config, resolve, resume_config, unknown_key
-from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError
+from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError, Terminated
 from arrest_hub.eval_config import EVAL_FIELDS, EvalConfig, evaluation_name, unknown_eval_key
 from arrest_hub.eval_config import GROUPS as EVAL_GROUPS
 from arrest_hub.fields import flag
@@ -257,8 +258,19 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resum
         return 2
     except AlreadyReported:
         return 2
+    except Terminated as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return 143
     except ArrestError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        again = "go on with the same command and --resume" if resumes else "give the same command again"
+        print(f"error: {error.strerror}{place}. Make room there, then {again}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; continue with the same command" + " and --resume" * resumes, file=sys.stderr)

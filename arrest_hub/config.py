@@ -22,10 +22,10 @@ from arrest_hub.licenses import license_problems
 GROUPS = ("model", "data", "method", "threat model", "training", "run", "hub")
 # A recipe's values for these belong to the recipe's own model and are dropped when --model names another.
 MODEL_KEYS = ("model", "model_args", "image_size", "standard_epochs", "standard_lr")
-# What may differ between a run and its resumption without changing the result.
+# What may differ between a run and its resumption without changing the result; the batch may at the end of an epoch.
 RESUME_MAY_DIFFER = (
-    "output_dir", "resume", "overwrite", "num_workers", "log_every", "log_with", "keep_checkpoints",
-    "figures", "push_to_hub", "private", "license", "license_name", "license_link",
+    "batch_size", "grad_accum_steps", "output_dir", "resume", "overwrite", "num_workers", "ddp_timeout", "log_every",
+    "log_with", "keep_checkpoints", "figures", "push_to_hub", "private", "license", "license_name", "license_link",
 )  # fmt: skip
 
 
@@ -133,6 +133,8 @@ class FinetuneConfig:
     checkpoint_every: int | None = _field(None, "int", "run",
         "steps between checkpoints; default: every epoch", low=1, optional=True)
     keep_checkpoints: int = _field(1, "int", "run", "newest checkpoints to keep", low=1)
+    ddp_timeout: int = _field(1800, "int", "run",
+        "seconds after which a process gives up waiting for the others, as for a lost node", low=1)
     log_every: int = _field(10, "int", "run", "steps between lines of log.jsonl", low=1)
     log_with: str | None = _field(None, "str", "run",
         "tracker, through Accelerate", choices=("tensorboard", "wandb", "trackio"), optional=True)

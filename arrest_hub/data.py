@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from arrest_hub.errors import DataError
 from arrest_hub.images import ImageError, decode_image
 from arrest_hub.splits import EvalData, Splits, load_eval_split, load_splits
+from arrest_hub.stopping import outlive_termination
 from arrest_hub.subsets import SHUFFLE_BUFFER, ImageSplit
 from arrest_hub.transforms import Transform
 
@@ -301,6 +302,7 @@ def _loader_options(num_workers: int, seed: int) -> dict[str, Any]:
         "pin_memory": torch.cuda.is_available(),
         # its own generator: otherwise each epoch would draw from the global one that the training loop uses
         "generator": torch.Generator().manual_seed(seed),
+        "worker_init_fn": outlive_termination,
     }
 
 

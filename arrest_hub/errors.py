@@ -41,6 +41,10 @@ class AlreadyReported(ArrestError):
     """Another process of the run found the error and reports it; this one just stops."""
 
 
+class Terminated(ArrestError):
+    """SIGTERM asked the run to stop, and it did, with everything saved. The exit code is 143, and not 2."""
+
+
 def did_you_mean(value: str, known: Iterable[str], n: int = 1) -> str:
     """``" Did you mean 'x'?"`` with the names in ``known`` nearest to ``value``, or ``""``."""
     close = get_close_matches(value, list(known), n=n, cutoff=0.6)

@@ -25,7 +25,7 @@ from arrest_hub.evaluator import Images, TensorImages, as_logits
 from arrest_hub.export import weights_digest
 from arrest_hub.labels import match_labels
 from arrest_hub.model_source import companion_file
-from arrest_hub.prepare import main_first
+from arrest_hub.processes import main_first
 from arrest_hub.results import read_results
 from arrest_hub.splits import load_eval_split
 from arrest_hub.training_record import FILE_NAME as RECORD

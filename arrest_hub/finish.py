@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.card_facts import CardFacts
-from arrest_hub.checkpoint import Progress
+from arrest_hub.checkpoint import Progress, best_folder
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import Splits, eval_loader
 from arrest_hub.errors import ArrestError
@@ -25,9 +25,10 @@ from arrest_hub.export import weights_digest, write_model_folder
 from arrest_hub.hub import Pushed
 from arrest_hub.journal import Journal
 from arrest_hub.model_card import before_name, render_card
-from arrest_hub.prepare import RunPaths, new_accelerator
+from arrest_hub.prepare import new_accelerator
 from arrest_hub.provenance import exported_config, training_record
 from arrest_hub.results import EvalReport, Result, results_table
+from arrest_hub.run_folder import RunPaths
 from arrest_hub.training_figure import plot_training
 from arrest_hub.training_record import FILE_NAME as RECORD
 from arrest_hub.training_record import BaseModel
@@ -66,7 +67,7 @@ def finish_run(
 ) -> RunDir:
     """Write `checkpoints/last` and `export/`, evaluate both networks from their folders, print the table.
 
-    ``student`` holds the last weights; the best ones are in `checkpoints/best` if there were validation images.
+    ``student`` holds the last weights; the best ones are in `checkpoints/best-<step>` if there were validation images.
     ``teacher_id`` is what `load_backbone` takes for the network before robust finetuning, None if there is none;
     ``base`` is the one that the run began with. Raises ArrestError if the weights are not finite.
     """
@@ -75,13 +76,13 @@ def finish_run(
             "the trained weights are not finite: training diverged. Start again with a smaller --lr, or with "
             "--warmup-epochs or --clip-grad 1."
         )
-    best = paths.checkpoints / "best"
     use_best = config.export_weights == "best" and progress.best_step is not None
     exported_step = progress.best_step if use_best and progress.best_step is not None else progress.step
+    chosen_weights = best_folder(paths.checkpoints, exported_step) if use_best else paths.checkpoints / "last"
     record = training_record(config, accelerator, splits, base, progress, paths.checkpoints, exported_step)
     if accelerator.is_main_process:
         write_model_folder(student, paths.checkpoints / "last")
-        _copy_whole(best if use_best else paths.checkpoints / "last", paths.export)
+        _copy_whole(chosen_weights, paths.export)
     accelerator.wait_for_everyone()
     chosen = f"best validation score, step {progress.best_step}" if use_best else f"last, step {progress.step}"
     accelerator.print(f"\nexported {paths.export} ({chosen})")

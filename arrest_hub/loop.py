@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
+from torch import nn
 from tqdm import tqdm
 
 from arrest_hub.arrest import Objective
 from arrest_hub.backbones import Backbone
-from arrest_hub.checkpoint import Progress, derive_seed, list_checkpoints, load_checkpoint, save_checkpoint
+from arrest_hub.checkpoint import Progress, best_folder, derive_seed, load_checkpoint, save_checkpoint
 from arrest_hub.config import FinetuneConfig
-from arrest_hub.data import ImageSplit, Splits, StreamingImages, eval_loader, to_pixels, train_loader
-from arrest_hub.errors import ArrestError, DataError
+from arrest_hub.data import ImageSplit, Splits, StreamingImages, eval_loader, train_loader
+from arrest_hub.errors import ArrestError, ConfigError, DataError, Terminated
 from arrest_hub.export import write_model_folder
-from arrest_hub.prepare import RunPaths
+from arrest_hub.guards import at_chance, collapse_warning, not_finite_tensor
+from arrest_hub.processes import any_process, main_only, raise_together
 from arrest_hub.progress import Log, Meter, progress_bar
 from arrest_hub.results import harmonic_mean
+from arrest_hub.resume import batch_layout, resume_point
+from arrest_hub.run_folder import RunPaths, record_batches
+from arrest_hub.step import make_optimizer, make_scheduler, train_step
+from arrest_hub.stopping import watch_for_termination
 from arrest_hub.transforms import eval_transform, train_transform
 from arrest_hub.validation import Counts, PgdSettings, count_correct
 
@@ -63,119 +69,209 @@ def train_phase(
     """Train ``student`` in place for ``epochs`` or ``max_steps``, resuming from a checkpoint of this phase if asked to.
 
     Every random draw is seeded by where the run stands, so a resumed run continues bit for bit (on a CPU).
-    Raises ArrestError if training diverges, DataError if an image cannot be read.
+    Raises ArrestError if training diverges or a checkpoint cannot be written, DataError if an image cannot be read,
+    Terminated after a SIGTERM, with a checkpoint written.
     """
     config, accelerator = run.config, run.accelerator
-    transform = train_transform(student.preprocessing, config.hflip, config.crop_min_scale)
-    loader = train_loader(
-        run.splits.train, transform, batch_size=config.batch_size, seed=config.seed, num_workers=run.num_workers,
-        num_processes=accelerator.num_processes, process_index=accelerator.process_index,
-    )  # fmt: skip
-    if not config.streaming:  # a stream is already split over the processes
-        loader = accelerator.prepare(loader)
+    saved, checkpoint, notes = resume_point(config, run.paths, accelerator, phase, run.num_workers)
+    for note in notes:
+        accelerator.print(note)
+    # the order of a stream depends on how many processes read it
+    workers = run.num_workers if saved is None else saved.layout.get("workers", run.num_workers)
+    loader = _training_batches(run, student, workers)
     batches_per_epoch = _batches_per_epoch(run, loader)
-    steps_per_epoch = math.ceil(batches_per_epoch / config.grad_accum_steps) if batches_per_epoch else None
+    steps_per_epoch = batches_per_epoch // config.grad_accum_steps if batches_per_epoch else None
     if steps_per_epoch is not None:
         total_steps = min(max_steps or epochs * steps_per_epoch, epochs * steps_per_epoch)
     else:
         assert max_steps is not None  # checked in prepare_data
         total_steps = max_steps
-
-    optimizer = create_optimizer_v2(
-        student, opt=config.optimizer, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum
-    )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.scheduler,
-        num_epochs=total_steps,  # counted in steps, so that --max-steps and a fractional warm-up just work
-        updates_per_epoch=1,
-        step_on_epochs=False,
-        warmup_epochs=min(round(config.warmup_epochs * (steps_per_epoch or 0)), total_steps - 1),
-        warmup_lr=0.0,
-        warmup_prefix=False,
-        min_lr=config.min_lr,
-        decay_epochs=max(1, total_steps // 3),
-        decay_milestones=[round(total_steps * share) for share in (0.5, 0.75)],
-    )
+    optimizer = make_optimizer(config, student, lr)
+    scheduler = make_scheduler(config, optimizer, total_steps, steps_per_epoch)
     model, optimizer = accelerator.prepare(student, optimizer)
-    progress = Progress(
-        phase, model_revision=run.model_revision, dataset_revision=run.splits.revision,
-        num_processes=accelerator.num_processes,
-    )  # fmt: skip
-    checkpoints = list_checkpoints(run.paths.checkpoints, phase) if config.resume else []
-    if checkpoints:
-        progress = load_checkpoint(accelerator, checkpoints[-1], ema)
-        accelerator.print(f"resuming from {checkpoints[-1]} ({phase} phase, step {progress.step} of {total_steps})")
+    layout = batch_layout(config, accelerator, workers)
+    progress = Progress(phase, model_revision=run.model_revision, dataset_revision=run.splits.revision, layout=layout)
+    if checkpoint is not None:
+        progress = load_checkpoint(accelerator, Path(checkpoint), ema)
+        if progress.layout != layout:
+            progress.layout = layout
+            main_only(accelerator, lambda: record_batches(config, run.paths))
+            if steps_per_epoch and max_steps is None:  # the schedule goes by epochs
+                progress.offset = progress.epoch * steps_per_epoch - progress.step
+        accelerator.print(f"resuming from {checkpoint} ({phase} phase, step {progress.place} of {total_steps})")
     if config.resume:
         run.log.rewind(phase, progress.step)
     began = time.perf_counter() - progress.seconds
-    scheduler.step_update(progress.step)
+    scheduler.step_update(progress.place)
 
     generator = torch.Generator(device=accelerator.device)
     meter = Meter()
     images = config.batch_size * accelerator.num_processes
     logged_at, logged_images = time.perf_counter(), 0
+    first_accuracy: float | None = None
     model.train()
-    done, total = (steps * config.grad_accum_steps * images for steps in (progress.step, total_steps))
+    done, total = (steps * config.grad_accum_steps * images for steps in (progress.place, total_steps))
+
+    written: tuple[Progress, Path] | None = None
+
+    def save() -> Path:
+        nonlocal written
+        if written is None or written[0] != progress:
+            _stop_unless_finite(run, meter, progress, student)
+            progress.seconds = time.perf_counter() - began
+            path = save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
+            written = dataclasses.replace(progress), path
+        return written[1]
+
+    def stop_if_asked() -> None:
+        if any_process(accelerator, termination.asked):
+            raise Terminated(
+                f"stopped by SIGTERM at step {progress.place} of {total_steps}; {save()} is written. Go on with the "
+                "same command and --resume."
+            )
+
     # the bar is closed before an error is printed
-    with _dead_workers_reported(), progress_bar(total, done, phase, accelerator) as bar:
-        while progress.step < total_steps:
-            for batch in _epoch_batches(accelerator, loader, progress):
-                seed_parts = (config.seed, phase, progress.epoch, progress.batch, accelerator.process_index)
-                generator.manual_seed(derive_seed("attack", *seed_parts))
-                torch.manual_seed(derive_seed("dropout", *seed_parts))
-                with accelerator.accumulate(model):
-                    with accelerator.autocast():
-                        parts = objective(model, student, to_pixels(batch["pixels"]), batch["label"], generator)
-                    accelerator.backward(parts["loss"])
-                    if accelerator.sync_gradients and config.clip_grad is not None:
-                        parts["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                meter.add(parts)
-                progress.batch += 1
-                logged_images += images
-                bar.update(images)
-                if not accelerator.sync_gradients:
-                    continue
-                progress.step += 1
-                scheduler.step_update(progress.step)
-                if ema is not None:
-                    ema.update(student, step=progress.step)
-                if progress.step % config.log_every == 0 or progress.step == total_steps:
-                    values = meter.reduce(accelerator)
-                    seconds = time.perf_counter() - logged_at
-                    values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": logged_images / seconds}
-                    run.images_logged += logged_images
-                    _log(run, phase, progress, values, bar)
-                    logged_at, logged_images = time.perf_counter(), 0
-                if progress.step == total_steps:
-                    break
-                # at the end of an epoch it is written below, when the epoch's validation is part of it
-                progress.seconds = time.perf_counter() - began
-                due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
-                if due and progress.batch != batches_per_epoch:
-                    save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
-            progress.epoch += 1
-            progress.batch = 0
-            finished = progress.step >= total_steps
-            if config.eval_every and (progress.epoch % config.eval_every == 0 or finished):
-                _validate(run, phase, student, ema, progress)
+    with (
+        watch_for_termination() as termination,
+        _dead_workers_reported(),
+        progress_bar(total, done, phase, accelerator) as bar,
+    ):
+        while progress.to_validate or progress.place < total_steps:
+            clean = torch.zeros(2, device=accelerator.device)  # correct, seen
+            if not progress.to_validate:
+                for batch in _epoch_batches(accelerator, loader, progress, batches_per_epoch):
+                    seed_parts = (config.seed, phase, progress.epoch, progress.batch, accelerator.process_index)
+                    generator.manual_seed(derive_seed("attack", *seed_parts))
+                    torch.manual_seed(derive_seed("dropout", *seed_parts))
+                    parts = train_step(
+                        accelerator, model, student, objective, optimizer, batch, generator, config.clip_grad
+                    )
+                    meter.add(parts, progress.place + 1, batch["index"])
+                    if "clean_correct" in parts:
+                        clean += torch.stack(
+                            [parts["clean_correct"].sum(), clean.new_tensor(float(len(batch["label"])))]
+                        )
+                    progress.batch += 1
+                    logged_images += images
+                    bar.update(images)
+                    if not accelerator.sync_gradients:
+                        continue
+                    progress.step += 1
+                    scheduler.step_update(progress.place)
+                    if ema is not None:
+                        ema.update(student, step=progress.step)
+                    finished = progress.place >= total_steps
+                    if progress.step % config.log_every == 0 or finished:
+                        _stop_unless_finite(run, meter, progress, student)
+                        values = meter.reduce(accelerator)
+                        seconds = time.perf_counter() - logged_at
+                        values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": logged_images / seconds}
+                        run.images_logged += logged_images
+                        _log(run, phase, progress, values, bar)
+                        first_accuracy = first_accuracy or values.get("clean_accuracy")
+                        logged_at, logged_images = time.perf_counter(), 0
+                    if finished:
+                        break
+                    # at the end of an epoch it is written below, when the epoch's validation is part of it
+                    if progress.batch != batches_per_epoch:
+                        if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
+                            save()
+                        stop_if_asked()
+                if progress.batch % config.grad_accum_steps:  # a stream has ended in the middle of a step
+                    model.zero_grad()
+                    accelerator.step = 0
+                progress.epoch += 1
+                progress.batch = 0
+                finished = progress.place >= total_steps
+                due = config.eval_every and (progress.epoch % config.eval_every == 0 or finished)
+                progress.to_validate = bool(due and run.splits.validation is not None)
+            correct, seen = map(int, accelerator.reduce(clean, "sum").tolist())
+            if progress.to_validate:
+                counts = _validate(run, phase, student, ema, progress, stop_if_asked)
+                progress.to_validate = False
+                if not seen:  # not every method looks at the clean images
+                    correct, seen = counts.clean, counts.n
                 model.train()
                 logged_at = time.perf_counter()
-            progress.seconds = time.perf_counter() - began
+            if at_chance(correct, seen, student.num_classes):
+                _warn(run, phase, progress, collapse_warning(correct / seen, first_accuracy, student.num_classes))
+            finished = progress.place >= total_steps
             if finished or not config.checkpoint_every or progress.step % config.checkpoint_every == 0:
-                save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
+                save()
+            stop_if_asked()
     return progress
 
 
-def _epoch_batches(accelerator: Accelerator, loader: Any, progress: Progress) -> Iterator[dict[str, torch.Tensor]]:
+def _training_batches(run: Run, student: Backbone, workers: int) -> Any:
+    """The loader of the training images, this process's share."""
+    config, accelerator = run.config, run.accelerator
+    loader = train_loader(
+        run.splits.train,
+        train_transform(student.preprocessing, config.hflip, config.crop_min_scale),
+        batch_size=config.batch_size, seed=config.seed, num_workers=workers,
+        num_processes=accelerator.num_processes, process_index=accelerator.process_index,
+    )  # fmt: skip
+    # a stream is already split over the processes
+    return loader if config.streaming else accelerator.prepare(loader)
+
+
+def _batches_per_epoch(run: Run, loader: Any) -> int | None:
+    """Batches of an epoch in each process, enough for whole steps; None for a stream of unknown length.
+
+    Raises:
+        ConfigError: they are not enough for one step.
+    """
+    if run.splits.train.num_examples is None:
+        return None
+    accumulated = run.config.grad_accum_steps
+    if len(loader) < accumulated:
+        raise ConfigError(
+            f"--grad-accum-steps {accumulated} is more than the {len(loader)} batches of an epoch in each process: "
+            "give fewer, or a smaller --batch-size."
+        )
+    return len(loader) // accumulated * accumulated
+
+
+def _epoch_batches(
+    accelerator: Accelerator, loader: Any, progress: Progress, batches_per_epoch: int | None
+) -> Iterator[dict[str, torch.Tensor]]:
     """The batches of the current epoch that are still to come."""
     # before the skip: the loader that skip_first_batches returns does not pass the epoch on to a sharded sampler
     (loader.dataset if isinstance(loader.dataset, StreamingImages) else loader).set_epoch(progress.epoch)
     batches = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
-    for batch in batches:
+    for number, batch in enumerate(batches, progress.batch):
+        if number == batches_per_epoch:  # the rest is not enough for a step
+            break
         yield send_to_device(batch, accelerator.device)
+
+
+def _stop_unless_finite(run: Run, meter: Meter, progress: Progress, student: nn.Module) -> None:
+    """Every process must call it. Raises ArrestError naming step, samples and term of what is NaN or infinite."""
+    accelerator = run.accelerator
+    problem = meter.first_not_finite()
+    if problem is None:
+        name = not_finite_tensor((*student.named_parameters(), *student.named_buffers()))
+        problem = None if name is None else f"the weights {name} are not finite after step {progress.place}"
+    if not any_process(accelerator, problem is not None):
+        return
+    where = f", on process {accelerator.process_index}" if accelerator.num_processes > 1 else ""
+    cure = "a smaller --lr, or --warmup-epochs or --clip-grad 1" + (
+        ", or --mixed-precision bf16" if run.config.mixed_precision == "fp16" else ""
+    )
+    raise_together(
+        accelerator,
+        None
+        if problem is None
+        else f"{problem} of the {progress.phase} phase{where}: training diverged. Checkpoints "
+        f"from before are untouched, and lead here again with --resume: start anew with {cure}.",
+    )
+
+
+def _warn(run: Run, phase: str, progress: Progress, text: str) -> None:
+    """Say it above the bar, and keep it in log.jsonl."""
+    run.log.write({"phase": phase, "step": progress.step, "epoch": progress.epoch, "warning": text}, run.images_logged)
+    if run.accelerator.is_main_process:
+        tqdm.write(text)
 
 
 @contextmanager
@@ -195,14 +291,9 @@ def _dead_workers_reported() -> Iterator[None]:
         ) from error
 
 
-def _batches_per_epoch(run: Run, loader: Any) -> int | None:
-    """Batches of an epoch in each process, or None for a stream of unknown length."""
-    return None if run.splits.train.num_examples is None else len(loader)
-
-
 def _log(run: Run, phase: str, progress: Progress, values: dict[str, float], bar: Any) -> None:
     """A line of log.jsonl, the tracker and the bar; stops a run that has diverged."""
-    if not values["loss"] < DIVERGED:  # also if it is not a number
+    if values["loss"] > DIVERGED:
         raise ArrestError(
             f"the loss is {values['loss']:.3g} at step {progress.step} of the {phase} phase: training diverged. Start "
             "again with a smaller --lr, or with --warmup-epochs or --clip-grad 1."
@@ -216,33 +307,50 @@ def _log(run: Run, phase: str, progress: Progress, values: dict[str, float], bar
     bar.set_postfix({name.split("_")[0]: f"{value:.3g}" for name, value in shown.items()})
 
 
-def _validate(run: Run, phase: str, student: Backbone, ema: ModelEmaV3 | None, progress: Progress) -> None:
+def _validate(
+    run: Run,
+    phase: str,
+    student: Backbone,
+    ema: ModelEmaV3 | None,
+    progress: Progress,
+    after_batch: Callable[[], None],
+) -> Counts:
     """Clean accuracy, and in the robust phase PGD accuracy, on the validation images; keeps the best weights.
 
     The test split plays no part in the choice.
     """
-    if run.splits.validation is None:
-        return
+    assert run.splits.validation is not None
     model = ema.module if ema is not None else student
-    counts = count_validation(run, run.splits.validation, model, attack=phase == "robust")
+    counts = count_validation(run, run.splits.validation, model, phase == "robust", after_batch)
     values: dict[str, Any] = {"validation_clean_accuracy": counts.clean / counts.n, "n": counts.n}
     if phase == "robust":
         score = harmonic_mean(counts.clean / counts.n, counts.robust / counts.n)
         values |= {"validation_robust_accuracy": counts.robust / counts.n, "validation_harmonic_mean": score}
         if progress.best_score is None or score > progress.best_score:
             progress.best_score, progress.best_step = score, progress.step
-            if run.accelerator.is_main_process:
-                write_model_folder(model, run.paths.checkpoints / "best")
-            run.accelerator.wait_for_everyone()
+            main_only(run.accelerator, lambda: _write_weights(model, best_folder(run.paths.checkpoints, progress.step)))
     run.log.write({"phase": phase, "step": progress.step, "epoch": progress.epoch, **values}, run.images_logged)
     shown = ", ".join(
         f"{name.removeprefix('validation_')} {value:.3f}" for name, value in values.items() if name != "n"
     )
     if run.accelerator.is_main_process:
         tqdm.write(f"{phase} epoch {progress.epoch}, step {progress.step}, {counts.n} validation images: {shown}")
+    return counts
 
 
-def count_validation(run: Run, split: ImageSplit, model: Backbone, *, attack: bool) -> Counts:
+def _write_weights(model: Backbone, folder: Path) -> None:
+    try:
+        write_model_folder(model, folder)
+    except (OSError, SafetensorError) as error:
+        raise ArrestError(
+            f"the weights {folder} cannot be written: {error}. Make room for them, then go on with the same command "
+            "and --resume."
+        ) from error
+
+
+def count_validation(
+    run: Run, split: ImageSplit, model: Backbone, attack: bool, after_batch: Callable[[], None]
+) -> Counts:
     """Counts on the validation images in the training's own precision, with the training's attack."""
     config = run.config
     if run.validation_loader is None:  # once a run: its worker processes outlive an evaluation
@@ -261,4 +369,5 @@ def count_validation(run: Run, split: ImageSplit, model: Backbone, *, attack: bo
         description="validation",
         total=split.num_examples,
         nested=True,
+        after_batch=after_batch,
     )

@@ -6,19 +6,16 @@ Bad input ends here, with one clear error, before anything is written.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
-    broadcast_object_list,
+    InitProcessGroupKwargs,
     is_tensorboard_available,
     is_trackio_available,
     is_wandb_available,
@@ -29,43 +26,10 @@ from timm.optim import list_optimizers
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import ImageSplit, Splits, load_splits
-from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError, did_you_mean
+from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.labels import match_labels
-
-T = TypeVar("T")
-
-
-@dataclass
-class RunPaths:
-    """The folders of a run."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "log.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def teacher(self) -> Path:
-        """Where the network that the clean phase trained is kept; absent if there was no such phase."""
-        return self.root / "teacher"
-
-    @property
-    def export(self) -> Path:
-        return self.root / "export"
-
-    @property
-    def has_work(self) -> bool:
-        """Whether training left anything here: a run that failed at its first image did not."""
-        return self.teacher.exists() or self.export.exists() or any(self.checkpoints.glob("*"))
+from arrest_hub.processes import main_first
+from arrest_hub.run_folder import RunPaths
 
 
 def optimizer_problem(name: str) -> str | None:
@@ -95,6 +59,7 @@ def environment_problems(config: FinetuneConfig) -> list[str]:
 def make_accelerator(config: FinetuneConfig, paths: RunPaths) -> Accelerator:
     """The Accelerator of a run. Raises ConfigError: see `new_accelerator`."""
     return new_accelerator(
+        config.ddp_timeout,
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.grad_accum_steps,
         log_with=config.log_with,
@@ -102,15 +67,21 @@ def make_accelerator(config: FinetuneConfig, paths: RunPaths) -> Accelerator:
     )
 
 
-def new_accelerator(**options: Any) -> Accelerator:
+def new_accelerator(timeout: int = 1800, **options: Any) -> Accelerator:
     """An Accelerator with these options, also where the process had one with others before.
+
+    ``timeout``: seconds after which a process gives up waiting for the others.
 
     Raises:
         ConfigError: several processes were launched and do not find each other, or the network is to be sharded.
     """
     AcceleratorState._reset_state()
     # Accelerate joins CPU processes to one run only if it is told that they are to use the CPU
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **options)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
+        **options,
+    )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"the launcher asks for {accelerator.distributed_type.value}, which shards the network; the attack needs "
@@ -145,81 +116,6 @@ def num_workers(wanted: int | None, accelerator: Accelerator) -> int:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(8, cores // accelerator.num_processes - 1))
-
-
-def output_dir_problems(config: FinetuneConfig, paths: RunPaths) -> list[str]:
-    """Why the output folder cannot be used: it holds something that is neither to be resumed nor overwritten.
-
-    Changes nothing. A folder that is no run is never overwritten, nor one that the run reads from.
-    """
-    root = paths.root
-    if root.exists() and not root.is_dir():
-        return [f"--output-dir {root} is a file: give a folder."]
-    if not root.is_dir() or not any(root.iterdir()):
-        return []
-    if not paths.config.is_file():
-        return [
-            f"--output-dir {root} is not empty and is not a run (it has no config.yaml): give another folder. "
-            "Nothing in it is touched, not even with --overwrite."
-        ]
-    if config.overwrite:
-        return [
-            f"--overwrite would delete {name} {source}, which is inside --output-dir {root}: give another --output-dir."
-            for name, source in (("--model", config.model), ("--dataset", config.dataset))
-            if Path(source).exists() and Path(source).resolve().is_relative_to(root.resolve())
-        ]
-    if not config.resume and paths.has_work:
-        return [
-            f"--output-dir {root} already holds a run. Continue it with --resume, replace it with --overwrite, "
-            "or give another --output-dir."
-        ]
-    return []
-
-
-def start_run_folder(config: FinetuneConfig, paths: RunPaths, accelerator: Accelerator) -> None:
-    """Create the run folder and write config.yaml, deleting an earlier run if `--overwrite` was given."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if config.overwrite and paths.root.is_dir():
-            shutil.rmtree(paths.root)
-        paths.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not paths.has_work:
-            paths.log.unlink(missing_ok=True)
-        if not (config.resume and paths.config.is_file()):
-            paths.config.write_text(config.to_yaml(), encoding="utf-8")
-    accelerator.wait_for_everyone()
-
-
-def main_first(accelerator: Accelerator, load: Callable[[], T]) -> T:
-    """``load()`` in the main process, then, from its caches, in the others.
-
-    Raises:
-        ArrestError: what the main process found; the others raise AlreadyReported instead of waiting for it.
-    """
-    result = main_only(accelerator, load)
-    if not accelerator.is_main_process:
-        result = load()
-    accelerator.wait_for_everyone()
-    return result  # type: ignore[return-value]
-
-
-def main_only(accelerator: Accelerator, call: Callable[[], T]) -> T | None:
-    """``call()`` in the main process alone; None in the others. Every process must call it.
-
-    Raises:
-        ArrestError: what the main process found; the others raise AlreadyReported.
-    """
-    error: ArrestError | None = None
-    result: T | None = None
-    if accelerator.is_main_process:
-        try:
-            result = call()
-        except ArrestError as found:
-            error = found
-    (failed,) = broadcast_object_list([error is not None])
-    if failed:
-        raise error or AlreadyReported
-    return result
 
 
 def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:
@@ -324,7 +220,7 @@ def _planned_length(config: FinetuneConfig, splits: Splits, processes: int) -> s
     if size is None:
         return plural(config.max_steps or 0, "step")
     batches = size // config.batch_size // processes
-    steps = config.epochs * -(-batches // config.grad_accum_steps)
+    steps = config.epochs * (batches // config.grad_accum_steps)
     if config.max_steps is not None and config.max_steps < steps:
         return f"{plural(config.max_steps, 'step')} (--max-steps)"
     return f"{plural(steps, 'step')} ({plural(config.epochs, 'epoch')})"

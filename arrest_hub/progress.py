@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from arrest_hub.guards import first_not_finite
+
 QUANTILES = {"drift": (0.5, 0.9)}
 COUNTS = ("zero_gradients",)
 FRACTIONAL = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -29,11 +31,19 @@ class Meter:
 
     def __init__(self) -> None:
         self.values: dict[str, list[Tensor]] = {}
+        self.steps: list[int] = []
+        self.indices: list[Tensor] = []
 
-    def add(self, parts: dict[str, Tensor]) -> None:
-        """Take the parts of one batch; nothing is synchronised here."""
+    def add(self, parts: dict[str, Tensor], step: int, indices: Tensor) -> None:
+        """Take the parts of one batch of ``step``, of the images ``indices`` ([B]); nothing is synchronised here."""
+        self.steps.append(step)
+        self.indices.append(indices)
         for name, value in parts.items():
             self.values.setdefault(name, []).append(value.detach().float().reshape(-1))
+
+    def first_not_finite(self) -> str | None:
+        """What was NaN or infinite first since the last `reduce`, in words; None: nothing was."""
+        return first_not_finite(self.values, self.steps, self.indices)
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """Means (sums for counts, plus quantiles where asked) over every sample since the last call, all processes.
@@ -53,7 +63,8 @@ class Meter:
                 result[name] = float(total[0])
             else:
                 result[LOG_NAMES.get(name, name)] = float(total[0] / total[1])
-        self.values.clear()
+        for collected in (self.values, self.steps, self.indices):
+            collected.clear()
         return result
 
 

@@ -25,21 +25,20 @@ from arrest_hub.finish import RunDir, finish_run
 from arrest_hub.hub import check_push, run_push
 from arrest_hub.loop import Run, train_phase
 from arrest_hub.prepare import (
-    RunPaths,
     describe_run,
     environment_problems,
     launcher_warning,
-    main_only,
     make_accelerator,
     num_workers,
-    output_dir_problems,
     prepare_data,
     prepare_student,
-    start_run_folder,
 )
+from arrest_hub.processes import main_only
 from arrest_hub.progress import Log
 from arrest_hub.provenance import base_for_run
 from arrest_hub.push_config import PushConfig
+from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
+from arrest_hub.training_record import BaseModel
 
 # keeps the gradients that a half-precision attack passes through the network away from underflow
 FP16_GRADIENT_SCALE = 128.0
@@ -107,7 +106,13 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
         accelerator.print(f"note        {base_note}")
     if config.resume and not paths.has_work:
         accelerator.print(f"resume      there is no checkpoint in {paths.root} yet: starting from the beginning")
-    start_run_folder(config, paths, accelerator)
+    with hold_run_folder(config, paths, accelerator):
+        return _train(run, backbone, base)
+
+
+def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
+    """The phases of a run whose folder is held, and its end."""
+    config, paths, accelerator = run.config, run.paths, run.accelerator
     if config.log_with:
         values = {
             key: value for key, value in dataclasses.asdict(config).items() if isinstance(value, (int, float, str))
@@ -128,7 +133,7 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     )
     exported = ema.module if ema is not None else student
     finished = finish_run(
-        config, paths, accelerator, splits, exported, progress=progress, num_workers=run.num_workers,
+        config, paths, accelerator, run.splits, exported, progress=progress, num_workers=run.num_workers,
         teacher_id=_pinned_id(backbone), base=base,
     )  # fmt: skip
     if config.push_to_hub and accelerator.is_main_process:  # the others need not wait for it
@@ -185,7 +190,7 @@ def _check_revisions(run: Run) -> None:
     """A resumed run must go on with the model and data it began with.
 
     Raises:
-        ConfigError: a commit on the Hub, or the number of processes, is another one now.
+        ConfigError: a commit on the Hub is another one now.
     """
     if not run.config.resume:
         return
@@ -195,7 +200,6 @@ def _check_revisions(run: Run) -> None:
             pairs = [
                 ("model", progress.model_revision, run.model_revision),
                 ("dataset", progress.dataset_revision, run.splits.revision),
-                ("number of processes", progress.num_processes, run.accelerator.num_processes),
             ]
             problems = [
                 f"cannot resume: the {name} was {old} when the run began and is {new} now."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple
@@ -51,6 +51,7 @@ def count_correct(
     description: str,
     total: int | None,
     nested: bool = False,
+    after_batch: Callable[[], None] | None = None,
 ) -> Counts:
     """Count correct predictions, clean and (given ``settings``) under PGD from one random start.
 
@@ -58,6 +59,7 @@ def count_correct(
     "pixels" (uint8), "label" and "index". An image that is wrong when clean counts as wrong under attack, since the
     clean image is inside the ball; it is not attacked. The random start depends on the seed and on the images of a
     batch alone, so that the figure does not depend on the number of processes. ``nested``: see `progress_bar`.
+    ``after_batch`` may raise to break off.
     """
     generator = torch.Generator(device=accelerator.device)
     n = clean = robust = 0
@@ -95,6 +97,8 @@ def count_correct(
             bar.update(len(gathered_clean))
             shown = {"clean": clean} if settings is None else {"clean": clean, "robust": robust}
             bar.set_postfix({name: f"{100 * count / n:.1f} %" for name, count in shown.items()})
+            if after_batch is not None:
+                after_batch()
     return Counts(n, clean, robust, clean_seconds, robust_seconds)
 
 

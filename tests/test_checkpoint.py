@@ -24,8 +24,9 @@ def test_names():
 def test_only_whole_checkpoints_are_found_in_order(tmp_path):
     for name in ("step-000002", "step-000010", "step-000010.tmp", "step-999999", "standard-000004", "best"):
         (tmp_path / name).mkdir()
-        if name != "step-999999":  # cut short before its progress was written
+        if name != "step-999999":  # cut short before its manifest was written
             (tmp_path / name / "progress.json").write_text(json.dumps(dataclasses.asdict(Progress("robust"))))
+            (tmp_path / name / "manifest.json").write_text("{}")
     assert [path.name for path in list_checkpoints(tmp_path, "robust")] == ["step-000002", "step-000010"]
     assert [path.name for path in list_checkpoints(tmp_path, "standard")] == ["standard-000004"]
     assert list_checkpoints(tmp_path / "nowhere", "robust") == []

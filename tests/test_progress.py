@@ -16,11 +16,13 @@ def accelerator():
 def test_meter_averages_over_samples_not_batches(accelerator):
     meter = Meter()
     drift = [np.random.default_rng(0).random(8).astype("f4"), np.random.default_rng(1).random(4).astype("f4")]
-    for values in drift:
-        meter.add({
+    for step, values in enumerate(drift):
+        parts = {
             "drift": torch.from_numpy(values), "replayed": torch.from_numpy((values > 0.5).astype("f4")),
             "zero_gradients": torch.ones(len(values)), "loss": torch.tensor(2.0, requires_grad=True),
-        })  # fmt: skip
+        }  # fmt: skip
+        meter.add(parts, step, torch.arange(len(values)))
+    assert meter.first_not_finite() is None
     together = np.concatenate(drift)
     result = meter.reduce(accelerator)
     assert result["drift"] == pytest.approx(together.mean(), rel=1e-6)
@@ -30,7 +32,9 @@ def test_meter_averages_over_samples_not_batches(accelerator):
     assert result["replay_rate"] == pytest.approx((together > 0.5).mean())
     assert result["zero_gradients"] == 12
     assert result["loss"] == 2
-    assert meter.values == {}
+    assert not meter.values
+    assert not meter.steps
+    assert not meter.indices
 
 
 def test_what_is_not_finite_becomes_null(accelerator, tmp_path):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import NAMES, tiny_config, write_images, write_model
 
 import arrest_hub.loop as loop
+import arrest_hub.step as step_module
 from arrest_hub.backbones import load_backbone
 from arrest_hub.config import load_config
 from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError
@@ -41,18 +42,20 @@ def same_weights(first, second):
 EXPORT = {"README.md", "config.json", "model.safetensors", "results.json", "training_config.yaml",
           "training_record.json", "verdicts.parquet", "figures/per_class.png", "figures/gallery.png",
           "figures/drift.png", "figures/training.png"}  # fmt: skip
-STATE = {"model.safetensors", "optimizer.bin", "progress.json", "random_states_0.pkl"}
+STATE = {"manifest.json", "model.safetensors", "optimizer.bin", "progress.json", "random_states_0.pkl"}
 
 
 def test_a_run_from_a_model_folder_end_to_end(tmp_path, capsys):
     config = tiny_config(tmp_path, figures=True)
     run = finetune(config)
+    (best,) = (path.name for path in (tmp_path / "run" / "checkpoints").glob("best-*"))
     # 48 training images, 12 held out: 4 steps an epoch
     assert files(tmp_path / "run") == (
-        {"config.yaml", "log.jsonl"}
+        {".lock", "config.yaml", "log.jsonl"}
         | {f"export/{name}" for name in EXPORT}
         | {f"checkpoints/step-000008/{name}" for name in STATE}
-        | {f"checkpoints/{kind}/{name}" for kind in ("best", "last") for name in ("config.json", "model.safetensors")}
+        | {f"checkpoints/last/{name}" for name in ("config.json", "model.safetensors")}
+        | {f"checkpoints/{best}/{name}" for name in ("config.json", "model.safetensors")}
     )
     report = read_results(run.export / "results.json")
     assert report.to_json() == run.report.to_json()
@@ -238,7 +241,7 @@ def test_variants_run(tmp_path, changes):
     if changes.get("replay_threshold", 0) is None:
         assert "replay_rate" not in lines[0]
     if changes.get("validation_size") == 0:
-        assert not (tmp_path / "run" / "checkpoints" / "best").exists()
+        assert not list((tmp_path / "run" / "checkpoints").glob("best*"))
     if "log_with" in changes:
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
@@ -284,7 +287,7 @@ def test_best_weights_are_exported(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "count_correct", scored)
     finetune(tiny_config(tmp_path, epochs=3, lr=0.1))
-    best = load_file(tmp_path / "run" / "checkpoints" / "best" / "model.safetensors")
+    best = load_file(tmp_path / "run" / "checkpoints" / "best-000004" / "model.safetensors")
     last = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
     exported = weights(tmp_path / "run")
     assert torch.equal(exported["conv1.weight"], best["conv1.weight"])
@@ -411,7 +414,7 @@ def test_a_dead_data_loading_process_is_one_clear_error(tmp_path, monkeypatch):
     def interrupted(batch):
         raise RuntimeError("DataLoader worker (pid 4242) is killed by signal: Killed.")
 
-    monkeypatch.setattr(loop, "to_pixels", interrupted)
+    monkeypatch.setattr(step_module, "to_pixels", interrupted)
     with pytest.raises(DataError, match="--num-workers"):
         finetune(tiny_config(tmp_path))
 
@@ -420,7 +423,7 @@ def test_other_runtime_errors_stay_what_they_are(tmp_path, monkeypatch):
     def broken(batch):
         raise RuntimeError("CUDA error")
 
-    monkeypatch.setattr(loop, "to_pixels", broken)
+    monkeypatch.setattr(step_module, "to_pixels", broken)
     with pytest.raises(RuntimeError, match="CUDA error"):
         finetune(tiny_config(tmp_path))
 
@@ -428,8 +431,8 @@ def test_other_runtime_errors_stay_what_they_are(tmp_path, monkeypatch):
 def test_the_planned_length_is_what_is_run(tmp_path, capsys):
     finetune(tiny_config(tmp_path, max_steps=60, epochs=1, grad_accum_steps=3))
     out = capsys.readouterr().out
-    assert "2 steps (1 epoch)" in out
-    assert "last, step 2" in out or "step 2)" in out
+    assert "1 step (1 epoch)" in out, "four batches are enough for one step of three"
+    assert "step 1)" in out
 
 
 def test_resume_without_a_run_starts_one_and_says_so(tmp_path, capsys):

@@ -1,0 +1,76 @@
+"""What stops a run, or warns, before days are spent on a network that learns nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# the parts of an objective that must be finite, in the order in which one makes the next infinite
+TERMS = {
+    "drift": "drift of the student's representation",
+    "distance": "distance term",
+    "cross_entropy": "cross-entropy",
+    "loss": "loss",
+}
+SHOWN = 8
+
+
+def first_not_finite(
+    values: Mapping[str, Sequence[Tensor]], steps: Sequence[int], indices: Sequence[Tensor]
+) -> str | None:
+    """Where a term first was NaN or infinite, as in ``the cross-entropy of samples 5, 18 is nan at step 37``.
+
+    ``values``: by term (names of `TERMS`; others are ignored), one tensor for each batch, [B] or a scalar; ``steps``
+    and ``indices`` ([B], positions in the training split): of the same batches. None when all are finite.
+    """
+    terms = {name: values[name] for name in TERMS if name in values}
+    flags = [tensor.isfinite().all() for batches in terms.values() for tensor in batches]
+    if not flags or bool(torch.stack(flags).all()):  # the one wait for the device
+        return None
+    for number, (step, index) in enumerate(zip(steps, indices, strict=True)):
+        for name, batches in terms.items():
+            bad = ~batches[number].isfinite()
+            if not bad.any():
+                continue
+            value = float(batches[number][bad][0])
+            samples = index[bad].tolist() if len(bad) == len(index) else []
+            shown = ", ".join(map(str, samples[:SHOWN])) + (", ..." if len(samples) > SHOWN else "")
+            whose = f" of sample{'s' * (len(samples) != 1)} {shown} (positions in the training split)" * bool(samples)
+            return f"the {TERMS[name]}{whose} is {value} at step {step}"
+    raise AssertionError("a value that was not finite is gone")
+
+
+def not_finite_tensor(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinite number; None when there is none."""
+    named = [(name, tensor.detach()) for name, tensor in tensors if tensor.is_floating_point()]
+    flags = torch.stack([tensor.isfinite().all() for _, tensor in named])
+    return None if bool(flags.all()) else named[int((~flags).nonzero()[0])][0]
+
+
+def at_chance(correct: int, n: int, num_classes: int) -> bool:
+    """Whether ``correct`` of ``n`` is no better than guessing among equally frequent classes: at most two standard
+    deviations above. Never for so few images that guessing gets fewer than ten of them right."""
+    expected = n / num_classes
+    return expected >= 10 and correct <= expected + 2 * math.sqrt(expected * (1 - 1 / num_classes))
+
+
+def collapse_warning(accuracy: float, first: float | None, num_classes: int) -> str:
+    """What to say of a clean ``accuracy`` at chance after an epoch; ``first``: what it was at the run's first steps,
+    if that is known."""
+    if first is not None and first <= 1.5 / num_classes:
+        cause = (
+            "It was so from the first step: the network was not trained on these classes (add --standard-epochs), "
+            "or they are in another order than the dataset's (see --label-match)."
+        )
+    else:
+        cause = (
+            "The likely cause is a learning rate that is too high: start again with a smaller --lr, with "
+            "--warmup-epochs or --clip-grad 1, or with a smaller --eps."
+        )
+    return (
+        f"warning: the network has collapsed: {100 * accuracy:.1f} % clean accuracy over the last epoch is what "
+        f"guessing among {num_classes} classes gives. {cause}"
+    )

@@ -1,0 +1,66 @@
+"""One training step, and the optimizer and schedule it takes."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from arrest_hub.arrest import Objective
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.data import to_pixels
+
+
+def make_optimizer(config: FinetuneConfig, student: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The configured optimizer, timm's, over ``student``; weight decay spares biases and normalisation."""
+    return create_optimizer_v2(
+        student, opt=config.optimizer, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+
+
+def make_scheduler(
+    config: FinetuneConfig, optimizer: torch.optim.Optimizer, total_steps: int, steps_per_epoch: int | None
+) -> Scheduler:
+    """The configured learning rate schedule, timm's, over ``total_steps``; call ``step_update`` after every step."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.scheduler,
+        num_epochs=total_steps,  # counted in steps, so that --max-steps and a fractional warm-up just work
+        updates_per_epoch=1,
+        step_on_epochs=False,
+        warmup_epochs=min(round(config.warmup_epochs * (steps_per_epoch or 0)), total_steps - 1),
+        warmup_lr=0.0,
+        warmup_prefix=False,
+        min_lr=config.min_lr,
+        decay_epochs=max(1, total_steps // 3),
+        decay_milestones=[round(total_steps * share) for share in (0.5, 0.75)],
+    )
+    return scheduler
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    student: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, torch.Tensor],
+    generator: torch.Generator,
+    clip_grad: float | None,
+) -> dict[str, torch.Tensor]:
+    """One batch: attack, training pass, backward pass, and (with the last batch of a step) the update of the weights.
+
+    ``batch``: "pixels" (uint8 [B, 3, H, W]) and "label" ([B]), on the device. Returns the objective's parts.
+    """
+    with accelerator.accumulate(model):
+        with accelerator.autocast():
+            parts = objective(model, student, to_pixels(batch["pixels"]), batch["label"], generator)
+        accelerator.backward(parts["loss"])
+        if accelerator.sync_gradients and clip_grad is not None:
+            parts["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    return parts

@@ -1,0 +1,49 @@
+"""SIGTERM, which schedulers send before they take a machine away: a run writes a checkpoint and ends with code 143."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+WORKER_SECONDS = 30
+"""How long a data loading process outlives a SIGTERM: as long as schedulers usually wait before they kill."""
+
+
+class Termination:
+    """Whether SIGTERM came."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal's handler: takes note, and may be called again (launchers pass on what a process has got too)."""
+        self.asked = True
+
+
+@contextmanager
+def watch_for_termination() -> Iterator[Termination]:
+    """Within this context SIGTERM is noted instead of ending the process; the caller looks at ``asked``.
+
+    Outside the main thread, where Python takes no signals, nothing changes.
+    """
+    termination = Termination()
+    if threading.current_thread() is not threading.main_thread():
+        yield termination
+        return
+    before = signal.signal(signal.SIGTERM, termination.handle)
+    try:
+        yield termination
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def outlive_termination(worker: int) -> None:
+    """For a DataLoader's ``worker_init_fn``: SIGTERM ends the process `WORKER_SECONDS` later.
+
+    A scheduler sends it to every process of a job, and a loader that dies at once takes the training with it before
+    its checkpoint is written.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_SECONDS))

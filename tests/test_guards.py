@@ -1,0 +1,119 @@
+import json
+import math
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from arrest_hub import arrest, loop, step
+from arrest_hub.checkpoint import list_checkpoints
+from arrest_hub.errors import ArrestError
+from arrest_hub.guards import at_chance, collapse_warning, first_not_finite, not_finite_tensor
+from arrest_hub.train import finetune
+
+
+def test_the_first_of_several_is_named():
+    values = {
+        "cross_entropy": [torch.ones(3), torch.tensor([1.0, math.nan, math.inf]), torch.full((3,), math.nan)],
+        "distance": [torch.ones(3), torch.ones(3), torch.full((3,), math.nan)],
+        "grad_norm": [torch.tensor([math.inf])] * 3,  # what fp16 skips a step for
+    }
+    indices = [torch.tensor([4, 5, 6]), torch.tensor([7, 8, 9]), torch.tensor([1, 2, 3])]
+    found = first_not_finite(values, [10, 11, 12], indices)
+    assert found == "the cross-entropy of samples 8, 9 (positions in the training split) is nan at step 11"
+    assert first_not_finite({"loss": [torch.tensor([1.0]), torch.tensor([math.inf])]}, [1, 2], indices[:2]) == (
+        "the loss is inf at step 2"
+    )
+    fine = {name: tensors[:1] for name, tensors in values.items()}
+    assert first_not_finite(fine, [10], indices[:1]) is None
+    assert first_not_finite({}, [], []) is None
+    many = first_not_finite({"drift": [torch.full((20,), math.nan)]}, [1], [torch.arange(20)])
+    assert "samples 0, 1, 2, 3, 4, 5, 6, 7, ... (" in many
+    assert "drift of the student's representation" in many
+
+
+def test_tensors():
+    good = ("a", torch.ones(3)), ("count", torch.tensor(2))
+    assert not_finite_tensor(good) is None
+    assert not_finite_tensor((*good, ("b", torch.tensor([1.0, math.inf])), ("c", torch.tensor(math.nan)))) == "b"
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "classes", "expected"),
+    [(100, 1000, 10, True), (118, 1000, 10, True), (125, 1000, 10, False), (0, 1000, 10, True), (3, 9, 10, False),
+     (0, 0, 10, False), (1500, 1_281_167, 1000, False), (1300, 1_281_167, 1000, True)],
+)  # fmt: skip
+def test_chance(correct, n, classes, expected):
+    assert at_chance(correct, n, classes) == expected
+
+
+def test_the_cause_depends_on_how_it_began():
+    assert "--label-match" in collapse_warning(0.1, 0.12, 10)
+    assert "--lr" in collapse_warning(0.1, 0.9, 10)
+    assert "--lr" in collapse_warning(0.1, None, 10)
+
+
+@pytest.mark.parametrize("what", ["an image", "a distance", "the weights"])
+def test_a_run_stops_at_the_first_nan_and_keeps_its_checkpoints(what, tmp_path, monkeypatch):
+    """Also where nothing is logged at the step, and a checkpoint is due right after it."""
+    plain, count = step.to_pixels, 0
+    train = loop.train_step
+
+    def one_bad_image(batch):
+        nonlocal count
+        count += 1
+        pixels = plain(batch)
+        if count == 6:
+            pixels[3] = math.nan
+        return pixels
+
+    def bad_update(accelerator, model, student, *rest):
+        nonlocal count
+        count += 1
+        parts = train(accelerator, model, student, *rest)
+        if count == 6:
+            with torch.no_grad():
+                student.head.classifiers[0].bias[0] = math.nan
+        return parts
+
+    real = arrest.angular_distance
+
+    def bad_distance(u, v):
+        nonlocal count
+        count += 1
+        return torch.where(torch.arange(len(u)) == 3, math.nan, real(u, v)) if count == 6 else real(u, v)
+
+    if what == "the weights":
+        monkeypatch.setattr(loop, "train_step", bad_update)
+    elif what == "a distance":
+        monkeypatch.setattr(arrest, "angular_distance", bad_distance)
+    else:
+        monkeypatch.setattr(step, "to_pixels", one_bad_image)
+    config = tiny_config(tmp_path, checkpoint_every=1, keep_checkpoints=9, log_every=100, replay_threshold=None)
+    with pytest.raises(ArrestError, match=r"at step 6|after step 6") as caught:
+        finetune(config)
+    message = str(caught.value)
+    # through BatchNorm one bad image reaches all of its batch
+    expected = {"an image": "the distance term of samples ", "a distance": "the distance term of sample ",
+                "the weights": "the weights head"}[what]  # fmt: skip
+    assert expected in message
+    assert "--lr" in message
+    kept = list_checkpoints(tmp_path / "run" / "checkpoints", "robust")
+    assert [path.name for path in kept] == [f"step-{number:06d}" for number in range(1, 6)]
+
+
+def test_a_collapse_is_told_and_written_down(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "at_chance", lambda correct, n, classes: (n, classes) == (32, 3))
+    finetune(tiny_config(tmp_path, epochs=1, figures=True))
+    # 36 training images in batches of 8: 32 were seen
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    (warning,) = [line["warning"] for line in lines if "warning" in line]
+    assert "collapsed" in warning
+    assert warning in capsys.readouterr().out
+
+
+def test_without_a_clean_pass_the_validation_images_tell(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "at_chance", lambda correct, n, classes: seen.append(n))
+    finetune(tiny_config(tmp_path, epochs=1, method="at"))
+    assert seen == [12]
