@@ -88,7 +88,7 @@ def save_checkpoint(
             save_file({name: value.contiguous() for name, value in ema.state_dict().items()}, temporary / EMA)
         (temporary / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n", encoding="utf-8")
         (temporary / MANIFEST).write_text(json.dumps(_describe(temporary), indent=2) + "\n", encoding="utf-8")
-        _flush_to_disk(temporary)
+        flush_to_disk(temporary)
         if final.exists():  # of a run that went on from an earlier one
             _remove(final)
         temporary.rename(final)
@@ -167,6 +167,17 @@ def read_progress(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
 
 
+def readable_progress(folder: Path, phase: str) -> list[Progress]:
+    """What the checkpoints of a phase say of themselves, oldest first, without those too damaged to say it."""
+    found = []
+    for checkpoint in list_checkpoints(folder, phase):
+        try:
+            found.append(read_progress(checkpoint))
+        except (OSError, ValueError, TypeError):
+            continue
+    return found
+
+
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: nn.Module | None) -> Progress:
     """Load a checkpoint into the prepared model, optimizer, scaler, random states and the averaged weights."""
     accelerator.load_state(str(checkpoint))
@@ -184,7 +195,7 @@ def remove_leftovers(folder: Path, *patterns: str) -> None:
 
 def _drop_best(folder: Path) -> None:
     """Delete the best weights that no checkpoint names any more."""
-    steps = {read_progress(checkpoint).best_step for checkpoint in list_checkpoints(folder, "robust")}
+    steps = {progress.best_step for progress in readable_progress(folder, "robust")}
     wanted = {best_folder(folder, step).name for step in steps if step is not None}
     for path in folder.glob("best-*"):
         if path.name not in wanted:
@@ -210,7 +221,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush_to_disk(folder: Path) -> None:
+def flush_to_disk(folder: Path) -> None:
     """Make the files durable before the rename publishes them: a rename may otherwise outrun their contents."""
     for path in [*folder.rglob("*"), folder]:
         _flush(path)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from arrest_hub.arrest import Objective
 from arrest_hub.backbones import Backbone
-from arrest_hub.checkpoint import Progress, best_folder, derive_seed, load_checkpoint, save_checkpoint
+from arrest_hub.checkpoint import Progress, best_folder, derive_seed, flush_to_disk, load_checkpoint, save_checkpoint
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import ImageSplit, Splits, StreamingImages, eval_loader, train_loader
 from arrest_hub.errors import ArrestError, ConfigError, DataError, Terminated
@@ -341,6 +341,7 @@ def _validate(
 def _write_weights(model: Backbone, folder: Path) -> None:
     try:
         write_model_folder(model, folder)
+        flush_to_disk(folder)
     except (OSError, SafetensorError) as error:
         raise ArrestError(
             f"the weights {folder} cannot be written: {error}. Make room for them, then go on with the same command "

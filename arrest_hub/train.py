@@ -17,7 +17,7 @@ from arrest_hub.arrest import ArrestObjective, Objective
 from arrest_hub.attacks import pgd, random_in_ball
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades
-from arrest_hub.checkpoint import list_checkpoints, read_progress
+from arrest_hub.checkpoint import readable_progress
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError
 from arrest_hub.export import write_model_folder
@@ -195,8 +195,7 @@ def _check_revisions(run: Run) -> None:
     if not run.config.resume:
         return
     for phase in ("standard", "robust"):
-        for checkpoint in list_checkpoints(run.paths.checkpoints, phase)[-1:]:
-            progress = read_progress(checkpoint)
+        for progress in readable_progress(run.paths.checkpoints, phase)[-1:]:
             pairs = [
                 ("model", progress.model_revision, run.model_revision),
                 ("dataset", progress.dataset_revision, run.splits.revision),

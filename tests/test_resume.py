@@ -1,0 +1,301 @@
+"""Whatever ends a run, the next one goes on from the newest whole checkpoint to the same result."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from tiny import tiny_config
+
+from arrest_hub import loop, run_folder
+from arrest_hub.checkpoint import list_checkpoints, read_progress
+from arrest_hub.config import load_config
+from arrest_hub.errors import ArrestError, ConfigError, Terminated
+from arrest_hub.train import finetune
+
+CHANGES = {"checkpoint_every": 1, "keep_checkpoints": 3, "log_every": 1, "ema_decay": 0.9, "epochs": 3}
+
+
+def run_config(folder, name, **changes):
+    return tiny_config(folder, output_dir=str(folder / name), **(CHANGES | changes))
+
+
+def outcome(run):
+    """What two runs to the same end have in common: weights, log, and what is kept."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    states = [load_file(path) for path in sorted(run.rglob("*.safetensors"))]
+    return lines, names, [{name: tensor.tolist() for name, tensor in state.items()} for state in states]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run, and its folder's parent."""
+    folder = tmp_path_factory.mktemp("whole")
+    finetune(run_config(folder, "whole"))
+    return folder, outcome(folder / "whole")
+
+
+def stop_at(monkeypatch, look):
+    """The run finds SIGTERM to have come when it looks for the ``look``-th time."""
+
+    class Asked:
+        looks = 0
+
+        @property
+        def asked(self):
+            self.looks += 1
+            return self.looks >= look
+
+    @contextmanager
+    def watch():
+        yield Asked()
+
+    monkeypatch.setattr(loop, "watch_for_termination", watch)
+
+
+# an epoch has three looks after a step, two in the validation (12 images in batches of 8), one at its end
+@pytest.mark.parametrize(
+    ("look", "step", "batch", "to_validate"),
+    [(1, 1, 1, False), (3, 3, 3, False), (4, 4, 0, True), (5, 4, 0, True), (6, 4, 0, False), (7, 5, 1, False),
+     (18, 12, 0, False)],
+)  # fmt: skip
+def test_a_run_told_to_stop_goes_on_bit_for_bit(look, step, batch, to_validate, whole, monkeypatch):
+    folder, expected = whole
+    with monkeypatch.context() as patch:
+        stop_at(patch, look)
+        with pytest.raises(Terminated, match=f"step {step} of 12; .* is written"):
+            finetune(run_config(folder, f"stopped-{look}"))
+    run = folder / f"stopped-{look}"
+    progress = read_progress(list_checkpoints(run / "checkpoints", "robust")[-1])
+    assert (progress.step, progress.batch, progress.to_validate) == (step, batch, to_validate)
+    finetune(run_config(folder, run.name, resume=True))
+    assert outcome(run) == expected
+
+
+def test_sigterm_to_every_process_of_the_job(whole):
+    """As a scheduler sends it: the data loading process gets it too, and must not take the run with it."""
+    folder, expected = whole
+    values = {"model": folder / "model", "dataset": folder / "data", "output_dir": folder / "told", **CHANGES,
+              "batch_size": 8, "attack_steps": 2, "eval_attack_steps": 3, "num_workers": 1, "validation_size": 12,
+              "lr": 0.05}  # fmt: skip
+    words = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "arrest_hub", "finetune", "--no-figures", *words]
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent))
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
+    while process.poll() is None and not list_checkpoints(folder / "told" / "checkpoints", "robust"):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    told = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert time.monotonic() - told < 30
+    assert "stopped by SIGTERM" in errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "resuming from" in again.stdout
+    assert outcome(folder / "told") == expected
+
+
+class Killed(BaseException):
+    pass
+
+
+def dead_run(folder, name, *, at, **changes):
+    """A run that ended in the step after ``at``; its last checkpoints."""
+    plain, count = loop.train_step, 0
+
+    def step(*arguments):
+        nonlocal count
+        if count == at:
+            raise Killed
+        count += 1
+        return plain(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", step)
+        with pytest.raises(Killed):
+            finetune(run_config(folder, name, **changes))
+    return list_checkpoints(folder / name / "checkpoints", "robust")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [("model.safetensors", cut, "bytes"), ("optimizer.bin", flip, "contents"),
+     ("ema.safetensors", Path.unlink, "missing"), ("manifest.json", cut, "cannot be read"),
+     ("progress.json", cut, "bytes")],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_passed_over(name, change, why, whole, capsys):
+    folder, expected = whole
+    run = folder / f"damaged-{name}"
+    checkpoints = dead_run(folder, run.name, at=7)
+    change(checkpoints[-1] / name)
+    (run / "checkpoints" / "latest").symlink_to("step-999999")  # what other tools leave, pointing nowhere
+    (run / "checkpoints" / "step-000099").symlink_to("nowhere")
+    capsys.readouterr()
+    finetune(run_config(folder, run.name, resume=True))
+    out = capsys.readouterr().out
+    assert f"{checkpoints[-1]} is damaged" in out
+    assert why in out
+    assert f"resuming from {checkpoints[-2]}" in out
+    for link in ("latest", "step-000099"):
+        (run / "checkpoints" / link).unlink()
+    assert outcome(run) == expected
+
+
+def test_with_no_whole_checkpoint_the_run_starts_again_and_says_so(whole, capsys):
+    folder, expected = whole
+    for checkpoint in dead_run(folder, "none-whole", at=2):
+        cut(checkpoint / "model.safetensors")
+    finetune(run_config(folder, "none-whole", resume=True))
+    assert "no checkpoint is whole" in capsys.readouterr().out
+    assert outcome(folder / "none-whole") == expected
+
+
+def test_a_full_disk_is_one_clear_error_and_costs_nothing(whole, monkeypatch):
+    folder, expected = whole
+    config = run_config(folder, "full")
+    run, plain, limits = folder / "full", loop.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(accelerator, where, progress, *rest):
+        if progress.step == 6:  # the weights still fit, the optimizer's state does not
+            size = (run / "checkpoints" / "step-000005" / "model.safetensors").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, limits[1]))
+        return plain(accelerator, where, progress, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", save)
+        try:
+            with pytest.raises(ArrestError, match=r"step-000006 cannot be written.*--resume"):
+                finetune(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {"step-000003", "step-000004", "step-000005", "best-000004"}
+    finetune(run_config(folder, "full", resume=True))
+    assert outcome(run) == expected
+
+
+def test_best_weights_of_every_checkpoint_are_kept(tmp_path, monkeypatch):
+    """Going back to an earlier checkpoint must not find its best weights replaced by later ones."""
+    scores = iter([5, 8, 9, 5])
+    plain = loop.count_correct
+
+    def scored(*args, **kwargs):
+        return plain(*args, **kwargs)._replace(n=10, clean=10, robust=next(scores))
+
+    monkeypatch.setattr(loop, "count_correct", scored)
+    finetune(run_config(tmp_path, "run", keep_checkpoints=6))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {read_progress(path).best_step for path in list_checkpoints(checkpoints, "robust")} == {4, 8, 12}
+    assert {path.name for path in checkpoints.glob("best*")} == {"best-000004", "best-000008", "best-000012"}
+    finetune(run_config(tmp_path, "short", keep_checkpoints=1, epochs=1))
+    assert [path.name for path in (tmp_path / "short" / "checkpoints").glob("best*")] == ["best-000004"]
+
+
+def test_another_batch_size_goes_on_at_the_end_of_an_epoch(tmp_path, capsys):
+    dead_run(tmp_path, "middle", at=6, keep_checkpoints=1)
+    with pytest.raises(ConfigError, match=r"--batch-size 8 then and 4 now.*end of an epoch"):
+        finetune(run_config(tmp_path, "middle", resume=True, batch_size=4))
+    assert load_config(tmp_path / "middle" / "config.yaml").batch_size == 8
+    dead_run(tmp_path, "run", at=6)
+    capsys.readouterr()
+    finetune(run_config(tmp_path, "run", resume=True, batch_size=4))
+    out = capsys.readouterr().out
+    assert "going back from step 6 to 4" in out
+    assert "no longer that of a run without the change" in out
+    assert load_config(tmp_path / "run" / "config.yaml").batch_size == 4
+    # one epoch of 4 steps, then two of 9
+    progress = read_progress(list_checkpoints(tmp_path / "run" / "checkpoints", "robust")[-1])
+    assert (progress.step, progress.epoch, progress.offset, progress.place) == (22, 3, 5, 27)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["lr"] for line in lines if "lr" in line}
+    assert list(rates) == [1, 2, 3, 4, *range(5, 23)]
+    assert rates[4] > rates[5] > rates[22] == 0, "the schedule stays with the epochs"
+
+
+def test_two_runs_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
+    finetune(run_config(tmp_path, "run", epochs=1))
+    before = outcome(tmp_path / "run")
+    for changes in ({"resume": True}, {"overwrite": True}):
+        with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ArrestError, match="in use by another run"):
+            finetune(run_config(tmp_path, "run", epochs=1, **changes))
+        assert outcome(tmp_path / "run") == before
+    finetune(run_config(tmp_path, "run", epochs=1, overwrite=True))
+    assert outcome(tmp_path / "run") == before
+
+
+def train_in_child(values):
+    """The target of a process that is going to be killed."""
+    os.setsid()
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    torch.set_num_threads(1)
+    finetune(dataclasses.replace(tiny_config(Path(values.pop("folder"))), **values))
+
+
+def test_twenty_kills_at_random_moments(tmp_path, whole):
+    """SIGKILL, every other time as soon as a checkpoint is being written; what the run then makes is the same."""
+    _, expected = whole
+    tiny_config(tmp_path)  # data and model
+    chance = random.Random(0)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["arrest_hub.train", "tiny"])
+    kills = writing = runs = 0
+    started = time.monotonic()
+    while kills < 20:
+        assert time.monotonic() - started < 200
+        run = tmp_path / f"run-{runs}"
+        values = {**CHANGES, "folder": str(tmp_path), "output_dir": str(run), "resume": True}
+        child = context.Process(target=train_in_child, args=(values,))
+        child.start()
+        in_writing = kills % 2 == 1
+        moment = time.monotonic() + chance.uniform(0.3, 3.0)
+        begin = chance.randrange(1, 6)
+        seen = set()
+        while child.is_alive():
+            if in_writing:
+                seen |= {path.name for path in (run / "checkpoints").glob("step-*.tmp")}
+            if len(seen) >= begin if in_writing else time.monotonic() > moment:
+                break
+        if child.is_alive():
+            child.kill()
+            kills += 1
+            child.join()
+            writing += any((run / "checkpoints").glob("*.tmp")) if run.exists() else 0
+            continue
+        child.join()
+        assert child.exitcode == 0
+        assert outcome(run) == expected
+        runs += 1
+    values = {**CHANGES, "folder": str(tmp_path), "output_dir": str(run), "resume": True}
+    finetune(dataclasses.replace(tiny_config(tmp_path), **{k: v for k, v in values.items() if k != "folder"}))
+    assert outcome(run) == expected
+    assert writing >= 3
