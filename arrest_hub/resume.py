@@ -9,8 +9,8 @@ from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError
 from arrest_hub.run_folder import RunPaths
 
-NAMES = {"processes": "{} processes", "batch_size": "--batch-size {}", "grad_accum_steps": "--grad-accum-steps {}",
-         "workers": "{} data loading processes"}  # fmt: skip
+NAMES = {"processes": "number of processes", "batch_size": "--batch-size", "grad_accum_steps": "--grad-accum-steps",
+         "workers": "number of data loading processes"}  # fmt: skip
 
 
 def batch_layout(config: FinetuneConfig, accelerator: Accelerator, workers: int) -> dict[str, int]:
@@ -47,7 +47,7 @@ def resume_point(
     if progress.layout == layout:
         return progress, str(checkpoint), notes
     changes = ", ".join(
-        f"{NAMES[key].format(progress.layout.get(key))} then and {layout.get(key)} now"
+        f"{NAMES[key]} {progress.layout.get(key)} then and {layout.get(key)} now"
         for key in NAMES
         if progress.layout.get(key) != layout.get(key)
     )

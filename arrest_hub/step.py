@@ -8,6 +8,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from arrest_hub.arrest import Objective
 from arrest_hub.config import FinetuneConfig
@@ -59,8 +60,26 @@ def train_step(
         with accelerator.autocast():
             parts = objective(model, student, to_pixels(batch["pixels"]), batch["label"], generator)
         accelerator.backward(parts["loss"])
+        average_statistics(accelerator, student)
         if accelerator.sync_gradients and clip_grad is not None:
             parts["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), clip_grad)
         optimizer.step()
         optimizer.zero_grad()
     return parts
+
+
+def average_statistics(accelerator: Accelerator, network: nn.Module) -> None:
+    """Make BatchNorm's running statistics the mean over the processes, so that all attack the same network and a
+    checkpoint holds what every process goes on with. One collective, none for a network without them.
+
+    DistributedDataParallel would overwrite them by the first process's, and not before its next forward pass.
+    """
+    if accelerator.num_processes == 1:
+        return
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+    if not statistics:
+        return
+    mean = accelerator.reduce(torch.cat([buffer.float() for buffer in statistics]), "mean")
+    for buffer, part in zip(statistics, mean.split([buffer.numel() for buffer in statistics]), strict=True):
+        buffer.copy_(part)

@@ -2,16 +2,22 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import steady_main
 import torch
 from safetensors.torch import load_file
 from tiny import NAMES, tiny_config
 
+from arrest_hub import train
 from arrest_hub.backbones import load_backbone
+from arrest_hub.checkpoint import list_checkpoints, read_progress
 from arrest_hub.export import write_model_folder
 from arrest_hub.results import read_results
 from arrest_hub.train import finetune
@@ -19,9 +25,13 @@ from arrest_hub.train import finetune
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def launch(*arguments: str, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *launcher, "-m", "arrest_hub", "finetune", *arguments]
+def launch(*arguments: str, launcher: tuple[str, ...] = TORCHRUN, file: str | None = None, wait: bool = True) -> Any:
+    """Two processes of `arrest_hub finetune`, or of a file beside this one: how they ended, or (not ``wait``) Popen."""
+    program = ["-m", "arrest_hub", "finetune"] if file is None else [str(Path(__file__).with_name(file))]
+    command = [sys.executable, "-m", *launcher, *program, *arguments]
     environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1")
+    if not wait:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
 
 
@@ -61,8 +71,20 @@ def test_the_teachers_figures_are_those_of_one_process(two, tmp_path):
     assert [row.correct for row in one.report.teacher_results] == [row.correct for row in report.teacher_results]
 
 
-def test_two_processes_train_as_one_does(two, tmp_path):
-    """Without BatchNorm, a step on two halves of a batch is that on the batch, but for the attack's random start."""
+def test_a_step_of_two_processes():
+    """The attack reaches no other process, and none waits for one that has nothing to attack or to count."""
+    found = json.loads(launch(file="two_processes.py").stdout.splitlines()[-1])
+    calls = found["collectives"]
+    assert calls["attack"] == 0
+    assert 0 < calls["step"] == calls["long step"] <= 4, "the gradients' sum and the buffers' broadcast"
+    assert found["replay"]["difference"] <= 1e-6 < 1e-3 < found["replay"]["moved"]
+    assert found["replay"]["replay rate"] == 0.5
+    for size, (counted, correct, right) in found["counted"].items():
+        assert (counted, correct) == (int(size), right)
+
+
+def test_two_processes_train_as_one_does(two, tmp_path, monkeypatch):
+    """Without BatchNorm and with an attack that draws nothing, a step on two halves of a batch is that on the batch."""
     folder, arguments, _ = two
     torch.manual_seed(0)
     vit = load_backbone(
@@ -70,23 +92,65 @@ def test_two_processes_train_as_one_does(two, tmp_path):
     )
     vit.label_names = NAMES
     write_model_folder(vit, tmp_path / "vit")
-    arguments = [*arguments, "--max-steps", "1", "--log-every", "1", "--ema-decay", "none"]
+    arguments = [*arguments, "--log-every", "1", "--grad-accum-steps", "2", "--batch-size", "3"]
     arguments[arguments.index("--output-dir") + 1] = str(tmp_path / "two")
     arguments[arguments.index("--model") + 1] = str(tmp_path / "vit")
-    assert launch(*arguments).returncode == 0
+    assert launch(*arguments, file="steady_main.py").returncode == 0
+    monkeypatch.setattr(train, "pgd", steady_main.steady_pgd)
+    monkeypatch.setattr(train, "random_in_ball", steady_main.steady_ball)
     config = tiny_config(
-        folder, model=str(tmp_path / "vit"), output_dir=str(tmp_path / "one"), log_every=1, max_steps=1
-    )
+        folder, model=str(tmp_path / "vit"), output_dir=str(tmp_path / "one"), log_every=1, ema_decay=0.9,
+        batch_size=12, checkpoint_every=1,
+    )  # fmt: skip
     finetune(config)
-    one, both = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0]) for name in ("one", "two"))
-    assert one["drift"] == both["drift"] == 0
-    assert one["clean_accuracy"] == both["clean_accuracy"]
-    assert one["cross_entropy"] == pytest.approx(both["cross_entropy"], rel=1e-3)
-    trained = [load_file(tmp_path / name / "checkpoints" / "last" / "model.safetensors") for name in ("one", "two")]
+    one, both = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(both) == 10, "two epochs of three steps, a validation, and a warning (it never learned)"
+    for mine, theirs in zip(one, both, strict=True):
+        for key, value in mine.items():
+            if key != "images_per_second":
+                expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=2e-6)
+                assert theirs[key] == expected, key
     before = load_file(tmp_path / "vit" / "model.safetensors")
-    for name, start in before.items():
-        moved = (trained[0][name] - start).norm()
-        assert (trained[0][name] - trained[1][name]).norm() <= 0.1 * moved + 1e-6, name
+    trained = [load_file(tmp_path / name / "checkpoints" / "last" / "model.safetensors") for name in ("one", "two")]
+    assert any((trained[0][name] - start).abs().max() > 1e-3 for name, start in before.items())
+    for name in before:
+        torch.testing.assert_close(trained[0][name], trained[1][name], rtol=0, atol=1e-5)
+
+
+def test_two_processes_stop_at_sigterm_and_one_goes_on(two, tmp_path, capsys):
+    folder, arguments, _ = two
+    arguments = [*arguments, "--checkpoint-every", "1", "--keep-checkpoints", "20"]
+    arguments[arguments.index("--output-dir") + 1] = str(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    process = launch(*arguments, wait=False)
+    while process.poll() is None and not (checkpoints / "step-000005").exists():
+        time.sleep(0.01)
+    process.terminate()  # torchrun passes it on
+    _, errors = process.communicate(timeout=60)
+    assert errors.count("stopped by SIGTERM") == 1
+    assert process.returncode != 0
+    last = list_checkpoints(checkpoints, "robust")[-1]
+    whole = folder / "two" / "checkpoints" / "step-000008"
+
+    shutil.copytree(tmp_path / "run", tmp_path / "both")
+    arguments[arguments.index("--output-dir") + 1] = str(tmp_path / "both")
+    again = launch(*arguments, "--resume")
+    assert f"{last.name} (robust phase" in again.stdout
+    a, b = (load_file(path / "ema.safetensors") for path in (whole, tmp_path / "both" / "checkpoints" / whole.name))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+    config = tiny_config(
+        folder, output_dir=str(tmp_path / "run"), batch_size=4, ema_decay=0.9, checkpoint_every=1,
+        keep_checkpoints=20, resume=True,
+    )  # fmt: skip
+    finetune(config)
+    out = capsys.readouterr().out
+    assert "number of processes 2 then and 1 now" in out
+    assert "step-000004 (robust phase, step 9 of 18)" in out
+    assert read_progress(list_checkpoints(checkpoints, "robust")[-1]).place == 18
 
 
 def test_resume_on_two_processes_and_bad_input(two):

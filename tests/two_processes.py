@@ -1,0 +1,133 @@
+"""What test_distributed.py has two processes do together; prints a line of JSON, and so does no test by itself."""
+
+import json
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from tiny import NAMES, TinyClassifier, patterns
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+
+from arrest_hub.arrest import ArrestObjective
+from arrest_hub.attacks import frozen_eval, pgd
+from arrest_hub.backbones import load_backbone
+from arrest_hub.data import to_pixels
+from arrest_hub.prepare import new_accelerator
+from arrest_hub.progress import Meter
+from arrest_hub.step import train_step
+from arrest_hub.validation import PgdSettings, count_correct
+
+EPS = 8 / 255
+
+
+def steady_attack(logits_fn, pixels, labels, *, generator=None, steps=3):
+    """PGD that draws nothing, so that the images find the same examples wherever they are attacked."""
+    return pgd(logits_fn, pixels, labels, eps=EPS, step_size=EPS / 2, steps=steps, start=pixels)
+
+
+def steady_noise(pixels, *, generator=None):
+    return (pixels + EPS / 2).clamp(0, 1)
+
+
+def vit() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        args = {"patch_size": 4, "embed_dim": 12, "depth": 1}
+        return load_backbone("vit_tiny_patch16_224", num_classes=len(NAMES), image_size=8, model_args=args)
+
+
+def batch_of(part: slice) -> dict[str, torch.Tensor]:
+    pixels, labels = patterns(8, len(NAMES))
+    return {"pixels": (255 * pixels[part]).to(torch.uint8), "label": labels[part], "index": torch.arange(8)[part]}
+
+
+def objective_with(threshold, steps=3, teacher=None):
+    return ArrestObjective(
+        teacher or vit().requires_grad_(False), partial(steady_attack, steps=steps), steady_noise,
+        rgkd_weight=2.0, replay_threshold=threshold, attack_steps=steps,
+    )  # fmt: skip
+
+
+def collectives(accelerator: Accelerator) -> dict[str, int]:
+    """How many calls reach another process: in the attack alone, and in whole steps with few and many attack steps."""
+
+    def count(call) -> int:
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            call()
+        return sum(event.count for event in trace.key_averages() if event.key.startswith("c10d::"))
+
+    net = TinyClassifier()
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.01))
+    part = batch_of(slice(4 * accelerator.process_index, None, 2))
+    teacher = TinyClassifier(seed=1).requires_grad_(False).eval()
+
+    def step(steps: int) -> int:
+        objective = objective_with(0.5, steps, teacher)
+        return count(lambda: train_step(accelerator, model, net, objective, optimizer, part, torch.Generator(), None))
+
+    def attack() -> None:
+        with frozen_eval(net):
+            steady_attack(lambda x: net(x).logits, to_pixels(part["pixels"]), part["label"])
+
+    for _ in range(2):  # DistributedDataParallel arranges its buckets anew after the first
+        step(1)
+    return {"attack": count(attack), "step": step(1), "long step": step(7)}
+
+
+def one_rank_replays_all(accelerator: Accelerator) -> dict[str, float]:
+    """The largest difference between the weights after three steps of two processes, of which one finds nothing to
+    attack, and of one process with the same images and thresholds; and the replay rate that is logged."""
+    net = vit()
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.05))
+    rank, meter = accelerator.process_index, Meter()
+    objective = objective_with((2.0, -1.0)[rank])
+    part = batch_of(slice(4 * rank, 4 * rank + 4))
+    alone = vit()
+    own = torch.optim.SGD(alone.parameters(), lr=0.05)
+    whole, per_sample = batch_of(slice(None)), objective_with(torch.tensor([2.0] * 4 + [-1.0] * 4))
+    for _ in range(3):
+        parts = train_step(accelerator, model, net, objective, optimizer, part, torch.Generator(), None)
+        meter.add(parts, 1, part["index"])
+        own.zero_grad()
+        per_sample(alone, alone, to_pixels(whole["pixels"]), whole["label"], torch.Generator())["loss"].backward()
+        own.step()
+    pairs = zip(net.parameters(), alone.parameters(), strict=True)
+    return {
+        "difference": max(float((a - b).detach().abs().max()) for a, b in pairs),
+        "moved": max(
+            float((a - b).detach().abs().max()) for a, b in zip(net.parameters(), vit().parameters(), strict=True)
+        ),
+        "replay rate": meter.reduce(accelerator)["replay_rate"],
+    }
+
+
+def counted(accelerator: Accelerator) -> dict[str, list[int]]:
+    """Images counted, and found right, where the last batch is uneven and where there are fewer than processes."""
+    settings = PgdSettings("linf", EPS, EPS / 2, 1)
+    result = {}
+    for size in (1, 5, 8):
+        pixels, labels = patterns(size, len(NAMES))
+        rows = [
+            {"pixels": (255 * x).to(torch.uint8), "label": int(y), "index": i}
+            for i, (x, y) in enumerate(zip(pixels, labels, strict=True))
+        ]
+        net = vit()
+        with torch.no_grad():
+            right = int((net((255 * pixels).to(torch.uint8) / 255).logits.argmax(1) == labels).sum())
+        loader = accelerator.prepare(DataLoader(rows, 2))
+        counts = count_correct(net, loader, accelerator, settings, seed=0, description="", total=size)
+        result[str(size)] = [counts.n, counts.clean, right]
+    return result
+
+
+if __name__ == "__main__":
+    together = new_accelerator()
+    found = {
+        "collectives": collectives(together),
+        "replay": one_rank_replays_all(together),
+        "counted": counted(together),
+    }
+    together.print(json.dumps(found))
+    together.end_training()
