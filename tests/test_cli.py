@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import pytest
 
 from arrest_hub.cli import finetune_command, parse_eval, parse_finetune, run_cli
 from arrest_hub.config import FIELDS
-from arrest_hub.errors import ConfigError
+from arrest_hub.errors import ConfigError, Terminated
 from arrest_hub.fields import flag
 
 
@@ -137,3 +138,20 @@ def test_models_behind_flags_are_taken_and_short_flags_are_not_passed_over():
     with pytest.raises(ConfigError, match="unknown flag") as caught:
         parse_eval(["m", "--dataset", "digits", "-seed", "--epz=1/255"])
     assert len(caught.value.problems) == 2
+
+
+def test_exit_codes_of_what_ends_a_run(capsys):
+    def ends(error):
+        def main(argv):
+            raise error
+
+        return run_cli(main, [])
+
+    assert ends(Terminated("stopped by SIGTERM at step 3")) == 143
+    assert "stopped by SIGTERM at step 3" in capsys.readouterr().err
+    assert ends(OSError(errno.ENOSPC, "No space left on device", "runs/x/log.jsonl")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: No space left on device at runs/x/log.jsonl.")
+    assert "--resume" in message
+    with pytest.raises(FileNotFoundError):
+        ends(FileNotFoundError(errno.ENOENT, "No such file"))

@@ -299,3 +299,12 @@ def test_twenty_kills_at_random_moments(tmp_path, whole):
     finetune(dataclasses.replace(tiny_config(tmp_path), **{k: v for k, v in values.items() if k != "folder"}))
     assert outcome(run) == expected
     assert writing >= 3
+
+
+def test_a_folder_that_another_node_does_not_see(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "SHARED_SECONDS", 0.1)
+    paths = run_folder.RunPaths(tmp_path / "run")
+    assert "storage that all nodes share" in run_folder._not_shared(paths, 3)
+    paths.root.mkdir()
+    paths.config.touch()
+    assert run_folder._not_shared(paths, 3) is None

@@ -9,13 +9,16 @@ import timm
 import torch
 import yaml
 from safetensors.torch import load_file
+from steady_main import steady_ball, steady_pgd
 from tiny import NAMES, tiny_config, write_images, write_model
 
 import arrest_hub.loop as loop
 import arrest_hub.step as step_module
+from arrest_hub import train
 from arrest_hub.backbones import load_backbone
 from arrest_hub.config import load_config
 from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError
+from arrest_hub.export import write_model_folder
 from arrest_hub.results import read_results
 from arrest_hub.train import finetune
 
@@ -446,3 +449,61 @@ def test_resuming_with_another_model_revision_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_revision": "abc"}))
     with pytest.raises(ConfigError, match="abc"):
         finetune(tiny_config(tmp_path, epochs=1, resume=True))
+
+
+def vit_folder(folder):
+    """A network without BatchNorm, as a model folder."""
+    torch.manual_seed(0)
+    vit = load_backbone(
+        "vit_tiny_patch16_224", num_classes=3, image_size=8, model_args={"patch_size": 4, "embed_dim": 12, "depth": 1}
+    )
+    vit.label_names = NAMES
+    write_model_folder(vit, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", ["arrest", "at"])
+def test_accumulated_batches_equal_one_large_batch(method, tmp_path, monkeypatch):
+    """36 images: seven batches of five, so that each epoch's seventh is not enough for a step of two."""
+    monkeypatch.setattr(train, "pgd", steady_pgd)
+    monkeypatch.setattr(train, "random_in_ball", steady_ball)
+    model = vit_folder(tmp_path / "vit")
+    for name, batch, accumulated in (("one", 10, 1), ("two", 5, 2)):
+        finetune(
+            tiny_config(tmp_path, model=model, output_dir=str(tmp_path / name), batch_size=batch, method=method,
+                        grad_accum_steps=accumulated, weight_decay=0.1, momentum=0.5)
+        )  # fmt: skip
+    before = load_file(f"{model}/model.safetensors")
+    one, two = (load_file(tmp_path / name / "checkpoints" / "last" / "model.safetensors") for name in ("one", "two"))
+    assert any((one[name] - before[name]).abs().max() > 1e-3 for name in before)
+    for name in before:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+
+
+def test_a_step_needs_as_many_batches_as_it_accumulates(tmp_path):
+    with pytest.raises(ConfigError, match="--grad-accum-steps 5 is more than the 4 batches"):
+        finetune(tiny_config(tmp_path, grad_accum_steps=5))
+
+
+def test_a_stream_of_unknown_length_drops_half_a_step(tmp_path, monkeypatch):
+    """The gradients of batches that are not enough for a step do not leak into the next epoch's."""
+    plain = train.prepare_data
+
+    def unknown(config, accelerator):
+        splits = plain(config, accelerator)
+        splits.train.num_examples = None
+        return splits
+
+    monkeypatch.setattr(train, "prepare_data", unknown)
+    seen = []
+    steps = loop.train_step
+
+    def step(accelerator, model, student, *rest):
+        seen.append(sum(p.grad is not None and bool(p.grad.any()) for p in student.parameters()))
+        return steps(accelerator, model, student, *rest)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    finetune(tiny_config(tmp_path, streaming=True, max_steps=2, grad_accum_steps=3, log_every=1))
+    # four batches an epoch: a step of three, one that is dropped, and a step of three
+    assert len(seen) == 7
+    assert [number for number, dirty in enumerate(seen) if dirty] == [1, 2, 5, 6]
