@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
     is_tensorboard_available,
@@ -80,10 +79,7 @@ def new_accelerator(timeout: int = 1800, **options: Any) -> Accelerator:
     # Accelerate joins CPU processes to one run only if it is told that they are to use the CPU
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
-            DistributedDataParallelKwargs(broadcast_buffers=False),  # see step.average_statistics
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
         **options,
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
