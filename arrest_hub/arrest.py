@@ -78,6 +78,8 @@ class ArrestObjective:
         attack, noise: `attacks.pgd` and `attacks.random_in_ball` with their numbers filled in.
         rgkd_weight: lambda; 0 switches RGKD off.
         replay_threshold: tau, in [0, 1]; None switches NR off and saves its pass.
+        static_shapes: attack the whole batch, also what is replayed, and choose afterwards: the same result (but for
+            the draw of the attack's start) for more work, with passes of the same number and shape in every step.
     Raises:
         ValueError: a part needs the teacher and there is none.
     """
@@ -91,6 +93,7 @@ class ArrestObjective:
         rgkd_weight: float,
         replay_threshold: float | None,
         attack_steps: int,
+        static_shapes: bool = False,
     ) -> None:
         self.use_teacher = rgkd_weight > 0 or replay_threshold is not None
         if self.use_teacher and teacher is None:
@@ -100,6 +103,7 @@ class ArrestObjective:
         self.noise = noise
         self.rgkd_weight = rgkd_weight
         self.replay_threshold = replay_threshold
+        self.static_shapes = static_shapes
         self.passes = {"attack": attack_steps, "training": 1}
         if self.use_teacher:
             self.passes["teacher"] = 1
@@ -148,8 +152,13 @@ class ArrestObjective:
         def logits_fn(x: Tensor) -> Tensor:
             return student(x).logits
 
-        if replayed is None or not replayed.any():
+        if replayed is None or (not self.static_shapes and not replayed.any()):
             return self.attack(logits_fn, pixels, labels, generator=generator)
+        if self.static_shapes:
+            result = self.attack(logits_fn, pixels, labels, generator=generator)
+            chosen = replayed.view(-1, *[1] * (pixels.dim() - 1))
+            noisy = self.noise(pixels, generator=generator)
+            return torch.where(chosen, noisy, result.adversarial), result.zero_gradients * ~replayed
         inputs = self.noise(pixels, generator=generator)
         zero_gradients = torch.zeros(len(pixels), device=pixels.device)
         attacked = (~replayed).nonzero().squeeze(1)

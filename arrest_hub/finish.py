@@ -17,15 +17,16 @@ from arrest_hub.card_facts import CardFacts
 from arrest_hub.checkpoint import Progress, best_folder
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import Splits, eval_loader
-from arrest_hub.errors import ArrestError
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.eval_session import EvalSession
 from arrest_hub.eval_subjects import dataset_name, module_subject, split_images
 from arrest_hub.export import weights_digest, write_model_folder
+from arrest_hub.guards import not_finite_tensor
 from arrest_hub.hub import Pushed
 from arrest_hub.journal import Journal
 from arrest_hub.model_card import before_name, render_card
 from arrest_hub.prepare import new_accelerator
+from arrest_hub.processes import raise_together
 from arrest_hub.provenance import exported_config, training_record
 from arrest_hub.results import EvalReport, Result, results_table
 from arrest_hub.run_folder import RunPaths
@@ -58,7 +59,7 @@ def finish_run(
     paths: RunPaths,
     accelerator: Accelerator,
     splits: Splits,
-    student: Backbone,
+    student: Backbone | None,
     *,
     progress: Progress,
     num_workers: int,
@@ -67,20 +68,23 @@ def finish_run(
 ) -> RunDir:
     """Write `checkpoints/last` and `export/`, evaluate both networks from their folders, print the table.
 
-    ``student`` holds the last weights; the best ones are in `checkpoints/best-<step>` if there were validation images.
-    ``teacher_id`` is what `load_backbone` takes for the network before robust finetuning, None if there is none;
-    ``base`` is the one that the run began with. Raises ArrestError if the weights are not finite.
+    ``student`` holds the last weights, in the main process; the best ones are in `checkpoints/best-<step>` if there
+    were validation images. ``teacher_id`` is what `load_backbone` takes for the network before robust finetuning, None
+    if there is none; ``base`` is the one that the run began with. Raises ArrestError if the weights are not finite.
     """
-    if not all(value.isfinite().all() for value in student.state_dict().values() if value.is_floating_point()):
-        raise ArrestError(
-            "the trained weights are not finite: training diverged. Start again with a smaller --lr, or with "
-            "--warmup-epochs or --clip-grad 1."
-        )
+    broken = None if student is None else not_finite_tensor(student.state_dict().items())
+    raise_together(
+        accelerator,
+        f"the trained weights {broken} are not finite: training diverged. Start again with a smaller --lr, or with "
+        "--warmup-epochs or --clip-grad 1."
+        if broken
+        else None,
+    )
     use_best = config.export_weights == "best" and progress.best_step is not None
     exported_step = progress.best_step if use_best and progress.best_step is not None else progress.step
     chosen_weights = best_folder(paths.checkpoints, exported_step) if use_best else paths.checkpoints / "last"
     record = training_record(config, accelerator, splits, base, progress, paths.checkpoints, exported_step)
-    if accelerator.is_main_process:
+    if student is not None:
         write_model_folder(student, paths.checkpoints / "last")
         _copy_whole(chosen_weights, paths.export)
     accelerator.wait_for_everyone()

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from arrest_hub.sharding import local
+
 # the parts of an objective that must be finite, in the order in which one makes the next infinite
 TERMS = {
     "drift": "drift of the student's representation",
@@ -45,7 +47,7 @@ def first_not_finite(
 
 def not_finite_tensor(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor that holds a NaN or an infinite number; None when there is none."""
-    named = [(name, tensor.detach()) for name, tensor in tensors if tensor.is_floating_point()]
+    named = [(name, local(tensor.detach())) for name, tensor in tensors if tensor.is_floating_point()]
     flags = torch.stack([tensor.isfinite().all() for _, tensor in named])
     return None if bool(flags.all()) else named[int((~flags).nonzero()[0])][0]
 

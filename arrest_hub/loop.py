@@ -31,6 +31,7 @@ from arrest_hub.progress import Log, Meter, progress_bar
 from arrest_hub.results import harmonic_mean
 from arrest_hub.resume import batch_layout, resume_point
 from arrest_hub.run_folder import RunPaths, record_batches
+from arrest_hub.sharding import WholeCopy, choose_blocks, is_sharded
 from arrest_hub.step import make_optimizer, make_scheduler, train_step
 from arrest_hub.stopping import watch_for_termination
 from arrest_hub.transforms import eval_transform, train_transform
@@ -53,6 +54,13 @@ class Run:
     model_revision: str | None
     images_logged: int = 0
     validation_loader: Any = None
+    twin: WholeCopy | None = None
+
+    def whole(self, network: Backbone) -> Backbone | None:
+        """The network to write, in the main process; None in the others. Every process must call it."""
+        if self.twin is not None:
+            return self.twin.take(network)
+        return network if self.accelerator.is_main_process else None
 
 
 def train_phase(
@@ -88,6 +96,9 @@ def train_phase(
         total_steps = max_steps
     optimizer = make_optimizer(config, student, lr)
     scheduler = make_scheduler(config, optimizer, total_steps, steps_per_epoch)
+    if is_sharded(accelerator):
+        run.twin = WholeCopy(accelerator, student)
+        choose_blocks(accelerator, student)
     model, optimizer = accelerator.prepare(student, optimizer)
     layout = batch_layout(config, accelerator, workers)
     progress = Progress(phase, model_revision=run.model_revision, dataset_revision=run.splits.revision, layout=layout)
@@ -328,7 +339,8 @@ def _validate(
         values |= {"validation_robust_accuracy": counts.robust / counts.n, "validation_harmonic_mean": score}
         if progress.best_score is None or score > progress.best_score:
             progress.best_score, progress.best_step = score, progress.step
-            main_only(run.accelerator, lambda: _write_weights(model, best_folder(run.paths.checkpoints, progress.step)))
+            whole, folder = run.whole(model), best_folder(run.paths.checkpoints, progress.step)
+            main_only(run.accelerator, lambda: _write_weights(whole, folder))
     run.log.write({"phase": phase, "step": progress.step, "epoch": progress.epoch, **values}, run.images_logged)
     shown = ", ".join(
         f"{name.removeprefix('validation_')} {value:.3f}" for name, value in values.items() if name != "n"
@@ -338,7 +350,8 @@ def _validate(
     return counts
 
 
-def _write_weights(model: Backbone, folder: Path) -> None:
+def _write_weights(model: Backbone | None, folder: Path) -> None:
+    assert model is not None  # in the main process
     try:
         write_model_folder(model, folder)
         flush_to_disk(folder)
@@ -371,4 +384,5 @@ def count_validation(
         total=split.num_examples,
         nested=True,
         after_batch=after_batch,
+        static_shapes=is_sharded(run.accelerator),
     )

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    DistributedType,
     InitProcessGroupKwargs,
     is_tensorboard_available,
     is_trackio_available,
@@ -30,6 +29,7 @@ from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.labels import match_labels
 from arrest_hub.processes import main_first
 from arrest_hub.run_folder import RunPaths
+from arrest_hub.sharding import set_up_sharding, wants_sharding
 
 
 def optimizer_problem(name: str) -> str | None:
@@ -53,6 +53,11 @@ def environment_problems(config: FinetuneConfig) -> list[str]:
     }
     if config.log_with and not available[config.log_with]():
         problems.append(f"--log-with {config.log_with} is not installed: pip install {config.log_with}")
+    if wants_sharding() and config.ema_decay:
+        problems.append(
+            f"--ema-decay {config.ema_decay}: the weights of a network that is sharded (FSDP) are not averaged. Leave "
+            "it out, or launch without FSDP."
+        )
     return problems
 
 
@@ -82,11 +87,7 @@ def new_accelerator(timeout: int = 1800, **options: Any) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
         **options,
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ConfigError(
-            f"the launcher asks for {accelerator.distributed_type.value}, which shards the network; the attack needs "
-            "it whole. Launch with data parallelism (accelerate launch --multi_gpu)."
-        )
+    set_up_sharding(accelerator)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ConfigError(

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from arrest_hub.arrest import Objective
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
+from arrest_hub.sharding import whole
 
 
 def make_optimizer(config: FinetuneConfig, student: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -62,7 +63,7 @@ def train_step(
         accelerator.backward(parts["loss"])
         average_statistics(accelerator, student)
         if accelerator.sync_gradients and clip_grad is not None:
-            parts["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), clip_grad)
+            parts["grad_norm"] = whole(accelerator.clip_grad_norm_(model.parameters(), clip_grad))
         optimizer.step()
         optimizer.zero_grad()
     return parts

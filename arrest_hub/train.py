@@ -38,13 +38,14 @@ from arrest_hub.progress import Log
 from arrest_hub.provenance import base_for_run
 from arrest_hub.push_config import PushConfig
 from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
+from arrest_hub.sharding import is_sharded
 from arrest_hub.training_record import BaseModel
 
 # keeps the gradients that a half-precision attack passes through the network away from underflow
 FP16_GRADIENT_SCALE = 128.0
 
 
-def build_objective(config: FinetuneConfig, teacher: nn.Module | None) -> Objective:
+def build_objective(config: FinetuneConfig, teacher: nn.Module | None, *, static_shapes: bool = False) -> Objective:
     """The configured method as an objective; the one place where configuration becomes maths."""
     numbers: dict[str, Any] = {"norm": config.norm, "eps": config.eps_value}
     scale = FP16_GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
@@ -61,6 +62,7 @@ def build_objective(config: FinetuneConfig, teacher: nn.Module | None) -> Object
         rgkd_weight=config.rgkd_weight,
         replay_threshold=config.replay_threshold,
         attack_steps=config.attack_steps,
+        static_shapes=static_shapes,
     )
 
 
@@ -124,14 +126,16 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
     teacher = (
         copy.deepcopy(backbone).eval().requires_grad_(False).to(accelerator.device) if config.needs_teacher else None
     )
-    student = _initial_student(run, backbone).to(accelerator.device)
+    student = _initial_student(run, backbone)
+    if not is_sharded(accelerator):  # otherwise a part of it is moved, by the one that shards it
+        student.to(accelerator.device)
     set_seed(config.seed)
     ema = ModelEmaV3(student, decay=config.ema_decay) if config.ema_decay else None
-    objective = build_objective(config, teacher)
+    objective = build_objective(config, teacher, static_shapes=is_sharded(accelerator))
     progress = train_phase(
         run, "robust", student, objective, epochs=config.epochs, lr=config.lr, max_steps=config.max_steps, ema=ema
     )
-    exported = ema.module if ema is not None else student
+    exported = run.whole(ema.module if ema is not None else student)
     finished = finish_run(
         config, paths, accelerator, run.splits, exported, progress=progress, num_workers=run.num_workers,
         teacher_id=_pinned_id(backbone), base=base,
@@ -168,8 +172,9 @@ def standard_phase(run: Run, backbone: Backbone) -> Backbone:
             run, "standard", backbone, StandardObjective(), epochs=config.standard_epochs,
             lr=config.standard_lr or config.lr, max_steps=None, ema=None,
         )  # fmt: skip
-        if accelerator.is_main_process:
-            write_model_folder(backbone, run.paths.teacher)
+        trained = run.whole(backbone)
+        if trained is not None:
+            write_model_folder(trained, run.paths.teacher)
         accelerator.wait_for_everyone()
         accelerator.free_memory()
     return load_backbone(str(run.paths.teacher))

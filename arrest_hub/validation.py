@@ -52,6 +52,7 @@ def count_correct(
     total: int | None,
     nested: bool = False,
     after_batch: Callable[[], None] | None = None,
+    static_shapes: bool = False,
 ) -> Counts:
     """Count correct predictions, clean and (given ``settings``) under PGD from one random start.
 
@@ -59,7 +60,8 @@ def count_correct(
     "pixels" (uint8), "label" and "index". An image that is wrong when clean counts as wrong under attack, since the
     clean image is inside the ball; it is not attacked. The random start depends on the seed and on the images of a
     batch alone, so that the figure does not depend on the number of processes. ``nested``: see `progress_bar`.
-    ``after_batch`` may raise to break off.
+    ``after_batch`` may raise to break off. ``static_shapes``: attack all images of a batch, also those that are wrong
+    when clean, so that every process makes the same passes; the figures are the same but for the attack's start.
     """
     generator = torch.Generator(device=accelerator.device)
     n = clean = robust = 0
@@ -71,7 +73,8 @@ def count_correct(
             with torch.no_grad(), accelerator.autocast():
                 clean_correct = model(pixels).logits.argmax(dim=1) == labels
             robust_correct = torch.zeros_like(clean_correct)
-            attacked = clean_correct.nonzero().squeeze(1)  # waits for the device, so the times below are true
+            # waits for the device, so the times below are true
+            attacked = (clean_correct | static_shapes).nonzero().squeeze(1)
             clean_seconds += time.perf_counter() - started
             started = time.perf_counter()
             if settings is not None and len(attacked):
@@ -89,6 +92,7 @@ def count_correct(
                     ).adversarial
                     with torch.no_grad():
                         robust_correct[attacked] = model(adversarial).logits.argmax(dim=1) == labels[attacked]
+                robust_correct &= clean_correct
             gathered_clean, gathered_robust = accelerator.gather_for_metrics((clean_correct, robust_correct))
             n += len(gathered_clean)
             clean += int(gathered_clean.sum())

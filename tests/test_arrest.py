@@ -191,3 +191,35 @@ def test_at_initialisation_nothing_has_drifted(setting):
 def test_a_missing_teacher_is_an_error():
     with pytest.raises(ValueError, match="teacher"):
         make(None)
+
+
+def test_static_shapes_give_the_same():
+    """What is replayed is attacked in vain, and the images that are trained on are the same."""
+    teacher, student = TinyClassifier(seed=1).eval(), TinyClassifier().eval()
+    pixels, labels = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    found = []
+    for static in (False, True):
+        batches = []
+
+        def attack(logits_fn, x, y, *, generator=None, batches=batches):
+            batches.append(len(x))
+            return pgd(logits_fn, x, y, eps=0.03, step_size=0.02, steps=2, start=x)
+
+        objective = ArrestObjective(
+            teacher, attack, lambda x, *, generator=None: (x + 0.01).clamp(0, 1), rgkd_weight=1.0,
+            replay_threshold=0.3, attack_steps=2, static_shapes=static,
+        )  # fmt: skip
+        with torch.no_grad():
+            drift = objective(student, student, pixels, labels, torch.Generator())["drift"]
+        objective.replay_threshold = float(drift.median())
+        batches.clear()
+        parts = objective(student, student, pixels, labels, torch.Generator())
+        assert batches == [8 if static else int((drift <= drift.median()).sum())]
+        found.append(parts)
+        objective.replay_threshold = -1.0  # nothing is left to attack
+        batches.clear()
+        objective(student, student, pixels, labels, torch.Generator())
+        assert batches == ([8] if static else [])
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, msg=name)

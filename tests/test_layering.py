@@ -11,7 +11,7 @@ LEVELS = [
     {"errors", "fields", "licenses", "config", "eval_config", "push_config", "recipe_files", "training_record"},
     {"transforms", "images", "columns", "subsets", "on_demand", "sources", "splits", "labels", "data", "architectures",
      "model_source", "image_processor", "heads", "backbones", "attacks", "autoattack", "results", "verdicts", "figures",
-     "training_figure", "guards", "progress", "processes", "stopping"},
+     "training_figure", "sharding", "guards", "progress", "processes", "stopping"},
     {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",
      "hub_access", "hub_search", "hub", "pretrained"},
     {"validation", "provenance", "run_folder", "prepare", "resume", "step", "loop", "finish", "train", "evaluator",
