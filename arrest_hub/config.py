@@ -25,7 +25,8 @@ MODEL_KEYS = ("model", "model_args", "image_size", "standard_epochs", "standard_
 # What may differ between a run and its resumption without changing the result; the batch may at the end of an epoch.
 RESUME_MAY_DIFFER = (
     "batch_size", "grad_accum_steps", "output_dir", "resume", "overwrite", "num_workers", "ddp_timeout", "log_every",
-    "log_with", "keep_checkpoints", "figures", "push_to_hub", "private", "license", "license_name", "license_link",
+    "skip_corrupt", "log_with", "keep_checkpoints", "figures", "push_to_hub", "private", "license", "license_name",
+    "license_link",
 )  # fmt: skip
 
 
@@ -70,6 +71,8 @@ class FinetuneConfig:
     limit_eval: int | None = _field(None, "int", "data",
         "use this many evaluation images, class-balanced", low=1, optional=True)
     streaming: bool = _field(False, "bool", "data", "read the dataset as a stream instead of downloading it")
+    skip_corrupt: int = _field(0, "int", "data",
+        "skip up to this many training images that cannot be read, and list them in corrupt.jsonl", low=0)
     hflip: float = _field(0.5, "float", "data", "probability of a horizontal flip in training", low=0, high=1)
     crop_min_scale: float = _field(0.25, "float", "data",
         "smallest share of the area that a random resized crop keeps (images above 64 px)", above=0, high=1)

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,22 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
-from torch import nn
 from tqdm import tqdm
 
 from arrest_hub.arrest import Objective
 from arrest_hub.backbones import Backbone
 from arrest_hub.checkpoint import Progress, best_folder, derive_seed, flush_to_disk, load_checkpoint, save_checkpoint
-from arrest_hub.config import FinetuneConfig
-from arrest_hub.data import ImageSplit, Splits, StreamingImages, eval_loader, train_loader
+from arrest_hub.checks import report_corrupt, stop_unless_finite, warn
+from arrest_hub.data import ImageSplit, StreamingImages, eval_loader, train_loader
 from arrest_hub.errors import ArrestError, ConfigError, DataError, Terminated
 from arrest_hub.export import write_model_folder
-from arrest_hub.guards import at_chance, collapse_warning, not_finite_tensor
-from arrest_hub.processes import any_process, main_only, raise_together
-from arrest_hub.progress import Log, Meter, progress_bar
+from arrest_hub.guards import at_chance, collapse_warning
+from arrest_hub.processes import any_process, main_only
+from arrest_hub.progress import Meter, WaitTimer, progress_bar
 from arrest_hub.results import harmonic_mean
 from arrest_hub.resume import batch_layout, resume_point
-from arrest_hub.run_folder import RunPaths, record_batches
+from arrest_hub.run import Run
+from arrest_hub.run_folder import record_batches
 from arrest_hub.sharding import WholeCopy, choose_blocks, is_sharded
 from arrest_hub.step import make_optimizer, make_scheduler, train_step
 from arrest_hub.stopping import watch_for_termination
@@ -39,28 +38,6 @@ from arrest_hub.validation import Counts, PgdSettings, count_correct
 
 # far above the cross-entropy that a confident network can have at its first adversarial batch
 DIVERGED = 1e5
-
-
-@dataclass
-class Run:
-    """What both phases share."""
-
-    config: FinetuneConfig
-    paths: RunPaths
-    accelerator: Accelerator
-    splits: Splits
-    log: Log
-    num_workers: int
-    model_revision: str | None
-    images_logged: int = 0
-    validation_loader: Any = None
-    twin: WholeCopy | None = None
-
-    def whole(self, network: Backbone) -> Backbone | None:
-        """The network to write, in the main process; None in the others. Every process must call it."""
-        if self.twin is not None:
-            return self.twin.take(network)
-        return network if self.accelerator.is_main_process else None
 
 
 def train_phase(
@@ -116,7 +93,7 @@ def train_phase(
     scheduler.step_update(progress.place)
 
     generator = torch.Generator(device=accelerator.device)
-    meter = Meter()
+    meter, waiting = Meter(), WaitTimer()
     images = config.batch_size * accelerator.num_processes
     logged_at, logged_images = time.perf_counter(), 0
     first_accuracy: float | None = None
@@ -128,7 +105,8 @@ def train_phase(
     def save() -> Path:
         nonlocal written
         if written is None or written[0] != progress:
-            _stop_unless_finite(run, meter, progress, student)
+            report_corrupt(run)
+            stop_unless_finite(run, meter, progress, student)
             progress.seconds = time.perf_counter() - began
             path = save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
             written = dataclasses.replace(progress), path
@@ -150,7 +128,7 @@ def train_phase(
         while progress.to_validate or progress.place < total_steps:
             clean = torch.zeros(2, device=accelerator.device)  # correct, seen
             if not progress.to_validate:
-                for batch in _epoch_batches(accelerator, loader, progress, batches_per_epoch):
+                for batch in waiting.over(_epoch_batches(accelerator, loader, progress, batches_per_epoch)):
                     seed_parts = (config.seed, phase, progress.epoch, progress.batch, accelerator.process_index)
                     generator.manual_seed(derive_seed("attack", *seed_parts))
                     torch.manual_seed(derive_seed("dropout", *seed_parts))
@@ -173,10 +151,12 @@ def train_phase(
                         ema.update(student, step=progress.step)
                     finished = progress.place >= total_steps
                     if progress.step % config.log_every == 0 or finished:
-                        _stop_unless_finite(run, meter, progress, student)
+                        report_corrupt(run)
+                        stop_unless_finite(run, meter, progress, student)
                         values = meter.reduce(accelerator)
                         seconds = time.perf_counter() - logged_at
                         values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": logged_images / seconds}
+                        values["data_wait"], waiting.seconds = waiting.seconds / seconds, 0.0
                         run.images_logged += logged_images
                         _log(run, phase, progress, values, bar)
                         first_accuracy = first_accuracy or values.get("clean_accuracy")
@@ -203,9 +183,9 @@ def train_phase(
                 if not seen:  # not every method looks at the clean images
                     correct, seen = counts.clean, counts.n
                 model.train()
-                logged_at = time.perf_counter()
+                logged_at, waiting.seconds = time.perf_counter(), 0.0
             if at_chance(correct, seen, student.num_classes):
-                _warn(run, phase, progress, collapse_warning(correct / seen, first_accuracy, student.num_classes))
+                warn(run, phase, progress, collapse_warning(correct / seen, first_accuracy, student.num_classes))
             finished = progress.place >= total_steps
             if finished or not config.checkpoint_every or progress.step % config.checkpoint_every == 0:
                 save()
@@ -220,7 +200,7 @@ def _training_batches(run: Run, student: Backbone, workers: int) -> Any:
         run.splits.train,
         train_transform(student.preprocessing, config.hflip, config.crop_min_scale),
         batch_size=config.batch_size, seed=config.seed, num_workers=workers,
-        num_processes=accelerator.num_processes, process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes, process_index=accelerator.process_index, corrupt=run.corrupt,
     )  # fmt: skip
     # a stream is already split over the processes
     return loader if config.streaming else accelerator.prepare(loader)
@@ -247,42 +227,18 @@ def _epoch_batches(
     accelerator: Accelerator, loader: Any, progress: Progress, batches_per_epoch: int | None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The batches of the current epoch that are still to come."""
+    stream = loader.dataset if isinstance(loader.dataset, StreamingImages) else None
     # before the skip: the loader that skip_first_batches returns does not pass the epoch on to a sharded sampler
-    (loader.dataset if isinstance(loader.dataset, StreamingImages) else loader).set_epoch(progress.epoch)
-    batches = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
+    (loader if stream is None else stream).set_epoch(progress.epoch)
+    if stream is not None and (batches_per_epoch is not None or loader.num_workers <= 1):
+        stream.set_position(progress.epoch, progress.batch)
+        batches = loader
+    else:
+        batches = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
     for number, batch in enumerate(batches, progress.batch):
         if number == batches_per_epoch:  # the rest is not enough for a step
             break
         yield send_to_device(batch, accelerator.device)
-
-
-def _stop_unless_finite(run: Run, meter: Meter, progress: Progress, student: nn.Module) -> None:
-    """Every process must call it. Raises ArrestError naming step, samples and term of what is NaN or infinite."""
-    accelerator = run.accelerator
-    problem = meter.first_not_finite()
-    if problem is None:
-        name = not_finite_tensor((*student.named_parameters(), *student.named_buffers()))
-        problem = None if name is None else f"the weights {name} are not finite after step {progress.place}"
-    if not any_process(accelerator, problem is not None):
-        return
-    where = f", on process {accelerator.process_index}" if accelerator.num_processes > 1 else ""
-    cure = "a smaller --lr, or --warmup-epochs or --clip-grad 1" + (
-        ", or --mixed-precision bf16" if run.config.mixed_precision == "fp16" else ""
-    )
-    raise_together(
-        accelerator,
-        None
-        if problem is None
-        else f"{problem} of the {progress.phase} phase{where}: training diverged. Checkpoints "
-        f"from before are untouched, and lead here again with --resume: start anew with {cure}.",
-    )
-
-
-def _warn(run: Run, phase: str, progress: Progress, text: str) -> None:
-    """Say it above the bar, and keep it in log.jsonl."""
-    run.log.write({"phase": phase, "step": progress.step, "epoch": progress.epoch, "warning": text}, run.images_logged)
-    if run.accelerator.is_main_process:
-        tqdm.write(text)
 
 
 @contextmanager

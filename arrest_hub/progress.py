@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from arrest_hub.guards import first_not_finite
+
+T = TypeVar("T")
 
 QUANTILES = {"drift": (0.5, 0.9)}
 COUNTS = ("zero_gradients",)
@@ -66,6 +70,26 @@ class Meter:
         for collected in (self.values, self.steps, self.indices):
             collected.clear()
         return result
+
+
+class WaitTimer:
+    """How long a loop waits for what it goes over: ``seconds``, to be set back by the reader."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def over(self, iterable: Iterable[T]) -> Iterator[T]:
+        """The same items, the time until each is there being counted."""
+        items = iter(iterable)
+        while True:
+            started = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - started
+            yield item
 
 
 class Log:

@@ -40,6 +40,11 @@ class RunPaths:
         return self.root / "log.jsonl"
 
     @property
+    def corrupt(self) -> Path:
+        """Training images that were skipped; absent if there were none."""
+        return self.root / "corrupt.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -136,6 +141,7 @@ def _start(config: FinetuneConfig, paths: RunPaths) -> None:
     remove_leftovers(paths.root, "export.*.tmp", ".teacher-*")
     if not paths.has_work:
         paths.log.unlink(missing_ok=True)
+        paths.corrupt.unlink(missing_ok=True)
     if not (config.resume and paths.config.is_file()):
         paths.config.write_text(config.to_yaml(), encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -41,9 +42,22 @@ def watch_for_termination() -> Iterator[Termination]:
 
 
 def outlive_termination(worker: int) -> None:
-    """For a DataLoader's ``worker_init_fn``: SIGTERM ends the process `WORKER_SECONDS` later.
+    """For a DataLoader's ``worker_init_fn``: SIGTERM ends the process `WORKER_SECONDS` later, unless it comes from the
+    process that it works for.
 
     A scheduler sends it to every process of a job, and a loader that dies at once takes the training with it before
-    its checkpoint is written.
+    its checkpoint is written. Without effect where the sender of a signal is not told (macOS).
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_SECONDS))
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads made from now on inherit it
+    threading.Thread(target=_wait_for_signals, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_signals(parent: int) -> None:
+    while True:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
+            os._exit(0)
+        timer = threading.Timer(WORKER_SECONDS, os._exit, (1,))
+        timer.daemon = True
+        timer.start()

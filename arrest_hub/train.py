@@ -19,6 +19,7 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades
 from arrest_hub.checkpoint import readable_progress
 from arrest_hub.config import FinetuneConfig
+from arrest_hub.corrupt import CorruptImages, read_entries
 from arrest_hub.errors import ConfigError
 from arrest_hub.export import write_model_folder
 from arrest_hub.finish import RunDir, finish_run
@@ -121,6 +122,7 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
         }
         accelerator.init_trackers("arrest-hub", config=values)
 
+    run.corrupt = CorruptImages(config.skip_corrupt, read_entries(paths.corrupt))
     if config.standard_epochs:
         backbone = standard_phase(run, backbone)
     teacher = (

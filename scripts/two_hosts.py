@@ -3,10 +3,10 @@
     sudo python scripts/two_hosts.py
 
 Makes two hosts out of network namespaces joined by a cable (a veth pair), trains on both with `accelerate launch`,
-pulls the cable and kills everything on one of them in the middle of an epoch, waits for the other to notice, starts both
-again with --resume, and compares the weights with those of an uninterrupted run of two processes on one host: they must
-be equal bit for bit. Needs root and Linux's `ip`; where it has not got them it says so and ends with code 0. Takes about
-two minutes.
+pulls the cable and kills everything on one of them in the middle of an epoch, waits for the other to notice, starts
+both again with --resume, and compares the weights with those of an uninterrupted run of two processes on one host:
+they must be equal bit for bit. Needs root and Linux's `ip`; where it has not got them it says so and ends with code 0.
+Takes about two minutes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """From ids and folders to splits, from splits to batches; every error a user can cause is one clear message."""
 
 import io
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -16,6 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from arrest_hub.corrupt import CorruptImages, read_image
 from arrest_hub.data import (
     EpochSampler,
     ImageDataset,
@@ -27,6 +29,7 @@ from arrest_hub.data import (
     to_pixels,
     train_loader,
 )
+from arrest_hub.data_speed import loader_images_per_second
 from arrest_hub.errors import DataError, HubError
 from arrest_hub.subsets import balanced_subset
 from arrest_hub.transforms import Preprocessing, eval_transform, train_transform
@@ -579,3 +582,164 @@ def test_stream_needs_class_names(cache, tmp_path):
     data = {"image": rows(20)["img"], "label": [0, 1] * 10}
     with pytest.raises(DataError, match="Leave out --streaming"):
         load_splits(parquet(tmp_path / "d", features, train=data), streaming=True)
+
+
+# --- resumption -----------------------------------------------------------------------------------------
+
+
+class Counted:
+    """A transform that counts how many images it is given."""
+
+    def __init__(self, transform):
+        self.transform, self.count = transform, 0
+
+    def __call__(self, image):
+        self.count += 1
+        return self.transform(image)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("held_out", [0, 40])  # shards apart, and every reader reading all of them
+def test_a_stream_goes_on_where_it_stood(shards, processes, workers, held_out):
+    """Index for index and pixel for pixel, without one image twice or left out, also in the epochs after."""
+    split = load_splits(shards, streaming=True, validation_size=held_out).train
+    size = (120 - held_out) // processes // max(1, workers) // 5 * 5 * max(1, workers)
+
+    def loader(process):
+        return train_loader(
+            split, TRAIN, batch_size=5, seed=7, num_workers=workers, num_processes=processes, process_index=process
+        )
+
+    seen = []
+    for process in range(processes):
+        whole = loader(process)
+        whole.dataset.set_epoch(3)
+        expected = collect(whole)
+        assert len(expected) == size
+        seen += [index for index, _, _ in expected]
+        for done in (1, 2, len(whole) - 1, len(whole)):
+            again = loader(process)
+            again.dataset.set_position(3, done)
+            assert collect(again) == expected[5 * done :]
+        whole.dataset.set_epoch(4)
+        again.dataset.set_epoch(4)
+        assert collect(again) == collect(whole)
+    assert len(set(seen)) == len(seen) == size * processes
+
+
+def test_nothing_is_decoded_twice(shards, digits):
+    split = load_splits(shards, streaming=True, validation_size=0).train
+    transform = Counted(TRAIN)
+    loader = train_loader(split, transform, batch_size=10, seed=7, num_workers=0)
+    loader.dataset.set_position(0, 11)
+    assert len(collect(loader)) == 10
+    assert transform.count == 10
+    transform = Counted(TRAIN)
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(train_loader(digits.train, transform, batch_size=100, seed=3, num_workers=0))
+    assert len(collect(accelerator.skip_first_batches(loader, 11))) == 100
+    assert transform.count == 100
+
+
+# --- corrupt images -------------------------------------------------------------------------------------
+
+
+def damaged(folder, *, images=(3, 4, 11), count=20):
+    data = rows(count)
+    for index in images:
+        data["img"][index]["bytes"] = data["img"][index]["bytes"][:40] + bytes([index])
+    return parquet(folder, train=data, test=rows(4))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_images_are_skipped_and_listed_once(cache, tmp_path, streaming, workers):
+    split = load_splits(damaged(tmp_path / "d"), streaming=streaming, validation_size=0).train
+    orders = []
+    for limit in (3, 9):
+        corrupt = CorruptImages(limit)
+        loader = train_loader(split, TRAIN, batch_size=2, seed=1, num_workers=workers, corrupt=corrupt)
+        orders.append([])
+        for epoch in (0, 1):
+            (loader.dataset if streaming else loader.sampler).set_epoch(epoch)
+            orders[-1].append(collect(loader))
+        entries = corrupt.entries()
+        assert len(entries) == 3, "once, and not once an epoch"
+        assert all("cannot be decoded" in entry["error"] for entry in entries)
+        if not streaming:
+            assert sorted(entry["index"] for entry in entries) == [3, 4, 11]
+            images = [index for index, _, _ in orders[-1][0]]
+            assert not {3, 4, 11} & set(images)
+            assert images.count(5) == 3, "in place of the two before it"
+            assert len(images) == 20
+        again = CorruptImages(limit, entries)
+        assert again.entries() == entries
+        assert all(again.skip(entry) for entry in entries)
+    assert orders[0] == orders[1]
+    few = train_loader(split, TRAIN, batch_size=2, seed=1, num_workers=0, corrupt=CorruptImages(2))
+    with pytest.raises(ImageError, match="More than --skip-corrupt 2 images"):
+        collect(few)
+
+
+def test_a_stream_with_corrupt_images_goes_on_where_it_stood(cache, tmp_path):
+    split = load_splits(damaged(tmp_path / "d"), streaming=True, validation_size=0).train
+
+    def loader(known):
+        return train_loader(split, TRAIN, batch_size=2, seed=1, num_workers=0, corrupt=CorruptImages(5, known))
+
+    first = loader([])
+    expected = collect(first)
+    again = loader(first.dataset.corrupt.entries())
+    again.dataset.set_position(0, 7)
+    assert collect(again) == expected[14:]
+
+
+def test_long_entries_are_cut_and_images_without_bytes_are_told_apart():
+    corrupt = CorruptImages(3)
+    for number in range(3):
+        value = {"bytes": None, "path": f"/nowhere/{'x' * 900}{number}"}
+        assert read_image(value, "train", number, corrupt) is None
+    assert [entry["index"] for entry in corrupt.entries()] == [0, 1, 2]
+    assert read_image({"bytes": None, "path": f"/nowhere/{'x' * 900}1"}, "train", 9, corrupt) is None
+    with pytest.raises(ImageError, match="--skip-corrupt N"):
+        read_image(None, "train", 0, CorruptImages(0))
+    with pytest.raises(ImageError) as error:
+        read_image(None, "test", 0)
+    assert "--skip-corrupt" not in str(error.value)
+
+
+# --- many readers ---------------------------------------------------------------------------------------
+
+
+def test_sixty_four_workers_read_one_folder(cache, tmp_path):
+    split = load_splits(parquet(tmp_path / "d", train=rows(256), test=rows(2)), validation_size=0).train
+    loader = train_loader(split, EVAL, batch_size=2, seed=0, num_workers=64)
+    assert sorted(index for index, _, _ in collect(loader)) == list(range(256))
+
+
+def open_in_child(source, folder, results):
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = folder
+    results.put(identities(load_splits(source, validation_size=0).train))
+
+
+def test_eight_processes_open_a_new_dataset_at_once(tmp_path):
+    """As on a node whose processes share a cache: whoever is first prepares it, the others wait for it."""
+    source = parquet(tmp_path / "d", train=rows(40), test=rows(4))
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    children = [context.Process(target=open_in_child, args=(source, tmp_path / "c", results)) for _ in range(8)]
+    for child in children:
+        child.start()
+    assert [results.get() for _ in children] == [list(range(40))] * 8
+    for child in children:
+        child.join()
+
+
+def test_speed_of_the_data_alone(digits):
+    loader = train_loader(digits.train, TRAIN, batch_size=100, seed=3, num_workers=0)
+    assert loader_images_per_second(loader, seconds=0.1) > 50
+    with pytest.raises(ValueError, match="two batches"):
+        loader_images_per_second([{"label": torch.zeros(3)}], seconds=0.1)

@@ -9,13 +9,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "arrest_hub"
 LEVELS = [
     {"errors", "fields", "licenses", "config", "eval_config", "push_config", "recipe_files", "training_record"},
-    {"transforms", "images", "columns", "subsets", "on_demand", "sources", "splits", "labels", "data", "architectures",
-     "model_source", "image_processor", "heads", "backbones", "attacks", "autoattack", "results", "verdicts", "figures",
-     "training_figure", "sharding", "guards", "progress", "processes", "stopping"},
+    {"transforms", "images", "columns", "subsets", "seeding", "corrupt", "streams", "data_speed", "on_demand",
+     "sources", "splits", "labels", "data", "architectures", "model_source", "image_processor", "heads", "backbones",
+     "attacks", "autoattack", "results", "verdicts", "figures", "training_figure", "sharding", "guards", "progress",
+     "processes", "stopping"},
     {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",
      "hub_access", "hub_search", "hub", "pretrained"},
-    {"validation", "provenance", "run_folder", "prepare", "resume", "step", "loop", "finish", "train", "evaluator",
-     "attack_stages", "masking", "evidence", "eval_subjects", "eval_record", "eval_session", "evaluation"},
+    {"validation", "provenance", "run_folder", "prepare", "run", "checks", "resume", "step", "loop", "finish", "train",
+     "evaluator", "attack_stages", "masking", "evidence", "eval_subjects", "eval_record", "eval_session", "evaluation"},
     {"cli", "push_cli", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

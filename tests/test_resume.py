@@ -35,7 +35,8 @@ def run_config(folder, name, **changes):
 def outcome(run):
     """What two runs to the same end have in common: weights, log, and what is kept."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    lines = [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    timed = ("images_per_second", "data_wait")
+    lines = [{key: value for key, value in line.items() if key not in timed} for line in lines]
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     states = [load_file(path) for path in sorted(run.rglob("*.safetensors"))]
     return lines, names, [{name: tensor.tolist() for name, tensor in state.items()} for state in states]

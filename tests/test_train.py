@@ -27,7 +27,7 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def log_lines(run, drop=("images_per_second",)):
+def log_lines(run, drop=("images_per_second", "data_wait")):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in drop} for line in lines]
 
@@ -79,6 +79,8 @@ def test_a_run_from_a_model_folder_end_to_end(tmp_path, capsys):
     } == set(steps[0])  # fmt: skip
     assert all(math.isfinite(value) for line in steps for value in line.values() if isinstance(value, float))
     assert [line["step"] for line in lines if "validation_harmonic_mean" in line] == [4, 8]
+    waits = [line["data_wait"] for line in log_lines(tmp_path / "run", drop=()) if "loss" in line]
+    assert all(0 < wait < 1 for wait in waits), "the share of the time without work"
 
     out = capsys.readouterr().out
     for part in ("model ", "teacher ", "36 training", "12 validation", "48 test", "eps 8/255", "2 attack", "output"):

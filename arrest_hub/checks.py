@@ -1,0 +1,65 @@
+"""What the loop checks while a run goes on, over all of its processes: skipped images, finite numbers."""
+
+from __future__ import annotations
+
+import json
+
+from accelerate.utils import gather_object
+from torch import nn
+from tqdm import tqdm
+
+from arrest_hub.checkpoint import Progress
+from arrest_hub.corrupt import read_entries, too_many
+from arrest_hub.guards import not_finite_tensor
+from arrest_hub.processes import any_process, raise_together
+from arrest_hub.progress import Meter
+from arrest_hub.run import Run
+
+
+def report_corrupt(run: Run) -> None:
+    """Say which images were skipped since the last call, and list them. Every process must call it.
+
+    Raises ArrestError when all processes together found more than may be skipped.
+    """
+    if run.corrupt is None or not run.corrupt.limit:
+        return
+    found = {entry["key"]: entry for entry in gather_object(run.corrupt.entries())}
+    new = [entry for key, entry in found.items() if key not in run.corrupt_told]
+    run.corrupt_told |= set(found)
+    if new and run.accelerator.is_main_process:
+        listed = {entry["key"] for entry in read_entries(run.paths.corrupt)}
+        with run.paths.corrupt.open("a", encoding="utf-8") as file:
+            for entry in (entry for entry in new if entry["key"] not in listed):
+                file.write(json.dumps(entry) + "\n")
+                tqdm.write(f"skipped image {entry['path'] or entry['index']}: {entry['error']} ({run.paths.corrupt})")
+    excess = len(found) > run.config.skip_corrupt
+    raise_together(run.accelerator, too_many(list(found.values()), run.config.skip_corrupt) if excess else None)
+
+
+def stop_unless_finite(run: Run, meter: Meter, progress: Progress, student: nn.Module) -> None:
+    """Every process must call it. Raises ArrestError naming step, samples and term of what is NaN or infinite."""
+    accelerator = run.accelerator
+    problem = meter.first_not_finite()
+    if problem is None:
+        name = not_finite_tensor((*student.named_parameters(), *student.named_buffers()))
+        problem = None if name is None else f"the weights {name} are not finite after step {progress.place}"
+    if not any_process(accelerator, problem is not None):
+        return
+    where = f", on process {accelerator.process_index}" if accelerator.num_processes > 1 else ""
+    cure = "a smaller --lr, or --warmup-epochs or --clip-grad 1" + (
+        ", or --mixed-precision bf16" if run.config.mixed_precision == "fp16" else ""
+    )
+    raise_together(
+        accelerator,
+        None
+        if problem is None
+        else f"{problem} of the {progress.phase} phase{where}: training diverged. Checkpoints "
+        f"from before are untouched, and lead here again with --resume: start anew with {cure}.",
+    )
+
+
+def warn(run: Run, phase: str, progress: Progress, text: str) -> None:
+    """Say it above the bar, and keep it in log.jsonl."""
+    run.log.write({"phase": phase, "step": progress.step, "epoch": progress.epoch, "warning": text}, run.images_logged)
+    if run.accelerator.is_main_process:
+        tqdm.write(text)

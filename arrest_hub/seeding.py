@@ -1,0 +1,32 @@
+"""Random draws that are a function of what they are for: (seed, epoch, image), and of nothing drawn before."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def mix(*numbers: int) -> int:
+    """Numbers -> 63 well-mixed bits, the same on every machine."""
+    data = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+@contextmanager
+def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seed torch's default CPU generator, and only that, by the image; put it back afterwards.
+
+    torchvision's transforms draw from it. The global seeding of torch would reset the CUDA generators too.
+    """
+    generator = torch.default_generator
+    state = generator.get_state()
+    # the Mersenne twister takes 32 bits
+    generator.manual_seed(mix(seed, epoch, index) & 0xFFFFFFFF)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

@@ -1,0 +1,163 @@
+"""A split that is read as a stream, shared out over processes and their workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import IterableDataset as HFIterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
+
+from arrest_hub.corrupt import CorruptImages, read_image
+from arrest_hub.images import ImageError
+from arrest_hub.seeding import mix, seeded
+from arrest_hub.subsets import SHUFFLE_BUFFER, ImageSplit
+from arrest_hub.transforms import Transform
+
+
+class StreamingImages(IterableDataset[dict[str, Any]]):
+    """A streaming split as the same dicts as `ImageDataset`, each image read by exactly one reader.
+
+    A reader is one worker of one process. Readers share the shards (files) of the stream where it has enough
+    of them; otherwise every reader reads all of it and decodes its part. ``index`` counts the images of the
+    epoch in the order of this arrangement: it is unique, but the image it names depends on the number of
+    readers, and so does the order.
+
+    ``per_reader`` images make an epoch for each reader, so that all processes take the same number of steps;
+    a reader that runs out early starts over. None: one pass, whatever its length. What ``corrupt`` skips is not
+    counted.
+
+    An epoch can be taken up in its middle, with `set_position`, without decoding what came before: a reader then takes
+    the place of another, since the loader deals out batches of ``batch_size`` to its workers in turn and begins with
+    the first.
+
+    Leave ``num_processes`` at 1 for a loader given to ``accelerator.prepare``, which then splits the batches
+    (reading everything in the first process); otherwise give this process's place and skip ``prepare``.
+    """
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        transform: Transform,
+        seed: int = 0,
+        *,
+        shuffle: bool = True,
+        buffer_size: int = SHUFFLE_BUFFER,
+        per_reader: int | None = None,
+        num_workers: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+        batch_size: int = 1,
+        corrupt: CorruptImages | None = None,
+    ) -> None:
+        if not isinstance(split.dataset, HFIterableDataset):
+            raise TypeError(f"split {split.name!r} is not a stream; use ImageDataset")
+        self.split, self.transform, self.seed = split, transform, seed
+        self.shuffle, self.buffer_size, self.per_reader = shuffle, buffer_size, per_reader
+        self.num_workers, self.num_processes, self.process_index = num_workers, num_processes, process_index
+        self.batch_size, self.corrupt = batch_size, corrupt
+        # epoch, batches done; in shared memory: persistent workers hold a copy of this object and must see the new ones
+        self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of the next iteration."""
+        self.set_position(epoch, 0)
+
+    def set_position(self, epoch: int, batches: int) -> None:
+        """Have the next iteration begin after ``batches`` batches of ``epoch`` in this process.
+
+        Exact for one worker, or readers that yield ``per_reader`` images, whole batches, each.
+        """
+        self._position.copy_(torch.tensor([epoch, batches]))
+
+    def __len__(self) -> int:
+        """Images an epoch yields in this process. Raises TypeError when that is unknown."""
+        if self.per_reader is not None:
+            return self.per_reader * max(1, self.num_workers)
+        if self.split.num_examples is None or self.num_processes > 1:
+            raise TypeError(f"the length of the stream {self.split.name!r} is unknown")
+        return self.split.num_examples
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        workers, worker_id = (worker.num_workers, worker.id) if worker is not None else (1, 0)
+        epoch, done = self._position.tolist()
+        role = (worker_id + done) % workers  # whose turn the next batch is
+        start = self.batch_size * (done // workers + (role < done % workers))
+        readers = self.num_processes * workers
+        reader = self.process_index * workers + role
+        count, lap = 0, 0
+        while self.per_reader is None or count < self.per_reader:
+            before = count
+            for row in self._rows(reader, readers, epoch, lap):
+                if self.per_reader is not None and count >= self.per_reader:
+                    break
+                index = count * readers + reader
+                value = row[self.split.image_column]
+                if count < start:  # what was seen before a resumption is counted, and not decoded
+                    count += not (self.corrupt is not None and self.corrupt.knows(value))
+                    continue
+                image = read_image(value, self.split.name, index, self.corrupt)
+                if image is None:
+                    continue
+                label = self.split.encode(row[self.split.label_column], index)
+                with seeded(self.seed, epoch, index):
+                    pixels = self.transform(image)
+                yield {"pixels": pixels, "label": label, "index": index}
+                count += 1
+            if self.per_reader is None:
+                return
+            if count == before:
+                raise ImageError(
+                    f"split {self.split.name!r}: no images reach reader {reader} of {readers}. "
+                    "Use fewer workers or processes."
+                )
+            lap += 1
+
+    def _rows(self, reader: int, readers: int, epoch: int, lap: int) -> Iterator[dict[str, Any]]:
+        """The undecoded rows of one reader, through a shuffle buffer."""
+        stream, shards = self.split.dataset, self.split.dataset.num_shards
+        rng = np.random.default_rng(mix(self.seed, epoch, lap))  # the same in every reader
+        order = rng.permutation(shards) if self.shuffle else np.arange(shards)
+        apart = self.split.by_shard and self.shuffle and shards >= readers
+
+        def rows() -> Iterator[dict[str, Any]]:
+            if apart:
+                for shard in order[reader::readers]:
+                    part = stream.shard(shards, int(shard))
+                    yield from _iterate(part.skip(self.split.skip) if shard == 0 and self.split.skip else part)
+            elif self.split.by_shard and self.shuffle:
+                yield from every(
+                    row
+                    for shard in order
+                    for row in _iterate(stream.shard(shards, int(shard)).skip(self.split.skip if shard == 0 else 0))
+                )
+            else:
+                yield from every(_iterate(stream.skip(self.split.skip) if self.split.skip else stream))
+
+        def every(all_rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            return (row for i, row in enumerate(all_rows) if i % readers == reader)
+
+        if not self.shuffle:
+            yield from rows()
+            return
+        own = np.random.default_rng(mix(self.seed, epoch, lap, reader + 1))
+        buffer: list[dict[str, Any]] = []
+        for row in rows():
+            if len(buffer) < self.buffer_size:
+                buffer.append(row)
+                continue
+            i = int(own.integers(len(buffer)))
+            yield buffer[i]
+            buffer[i] = row
+        for i in own.permutation(len(buffer)):
+            yield buffer[i]
+
+
+def _iterate(stream: HFIterableDataset) -> Iterator[dict[str, Any]]:
+    # `iter(batch_size)` rather than `iter(stream)`: the latter splits the stream over torch's workers by its
+    # own rule, and this module has already done so
+    for batch in stream.iter(batch_size=32):
+        yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))

@@ -1,0 +1,74 @@
+"""--skip-corrupt in whole runs: the list, the limit over all processes, resumption."""
+
+import json
+
+import pytest
+from datasets import Dataset, Features, Image, load_dataset
+from test_resume import Killed, outcome
+from tiny import tiny_config
+
+from arrest_hub import loop
+from arrest_hub.errors import ArrestError
+from arrest_hub.train import finetune
+
+
+def damage(folder, images):
+    """Cut these training images short."""
+    path = folder / "data" / "train-00000-of-00001.parquet"
+    data = load_dataset("parquet", data_files=str(path), split="train").cast_column("img", Image(decode=False))
+    rows = data.to_list()
+    for index in images:
+        rows[index]["img"]["bytes"] = rows[index]["img"]["bytes"][:200]
+    features = Features(dict(data.features) | {"img": Image()})
+    Dataset.from_list(rows, features=features).to_parquet(str(path))
+
+
+@pytest.fixture
+def config(tmp_path):
+    tiny_config(tmp_path)
+    damage(tmp_path, [1, 7])
+
+    def make(name, **changes):
+        changes = {"validation_size": 0, "checkpoint_every": 1, "log_every": 1, "epochs": 2} | changes
+        return tiny_config(tmp_path, output_dir=str(tmp_path / name), **changes)
+
+    return make
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_skips_lists_and_resumes(config, streaming, tmp_path, monkeypatch, capsys):
+    changes = {"streaming": streaming, "skip_corrupt": 2}
+    finetune(config("whole", **changes))
+    entries = [json.loads(line) for line in (tmp_path / "whole" / "corrupt.jsonl").read_text().splitlines()]
+    assert len(entries) == 2
+    assert capsys.readouterr().out.count("skipped image") == 2
+    plain, count = loop.train_step, 0
+
+    def step(*arguments):
+        nonlocal count
+        if count == 8:
+            raise Killed
+        count += 1
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", step)
+        with pytest.raises(Killed):
+            finetune(config("cut", **changes))
+    finetune(config("cut", resume=True, **changes))
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    listed = (tmp_path / "cut" / "corrupt.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["key"] for line in listed) == sorted(entry["key"] for entry in entries)
+
+
+def test_more_than_allowed_ends_the_run(config, tmp_path):
+    with pytest.raises(ArrestError, match=r"skip up to N such images with --skip-corrupt N"):
+        finetune(config("none"))
+    with pytest.raises(ArrestError, match=r"More than --skip-corrupt 1 images cannot be read"):
+        finetune(config("one", skip_corrupt=1))
+
+
+def test_an_unreadable_image_is_not_left_out_of_a_figure(config, tmp_path):
+    damage(tmp_path, range(24))
+    with pytest.raises(ArrestError, match="cannot be decoded"):
+        finetune(config("validated", validation_size=20, skip_corrupt=48))
