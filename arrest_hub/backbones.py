@@ -74,6 +74,7 @@ class Backbone(nn.Module):
         self.source = source
         self.preprocessing = preprocessing
         self.label_names = None if label_names is None else list(label_names)
+        self.memory_format = torch.contiguous_format
         self.processor = processor  # the transformers image processor, written back by export
         self.body = native
         self._head_names = head_names(native, source)
@@ -96,7 +97,8 @@ class Backbone(nn.Module):
 
     def forward(self, pixels: Tensor) -> BackboneOutput:
         """Float images [B, 3, H, W] in [0, 1] -> logits and representation, in one pass."""
-        representation = _output_tensor(self.body(self.normalize(pixels))).flatten(1)
+        normalized = self.normalize(pixels).contiguous(memory_format=self.memory_format)
+        representation = _output_tensor(self.body(normalized)).flatten(1)
         return BackboneOutput(self.head(representation), representation)
 
     @contextmanager

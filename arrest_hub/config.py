@@ -121,6 +121,14 @@ class FinetuneConfig:
         above=0, high=0.999999, optional=True)
     mixed_precision: str = _field("no", "str", "training",
         "precision of training and attack", choices=("no", "bf16", "fp16"))
+    channels_last: bool = _field(False, "bool", "training",
+        "keep the channels innermost in memory: faster convolutions in half precision and on CPUs")
+    compile: bool = _field(False, "bool", "training",
+        "torch.compile the networks: minutes at the start, faster steps")
+    grad_checkpointing: bool = _field(False, "bool", "training",
+        "compute activations again in the backward pass instead of keeping them: less memory, slower steps")
+    sync_bn: bool = _field(False, "bool", "training",
+        "BatchNorm over the whole batch of all GPUs instead of each one's own")
     seed: int = _field(0, "int", "training", "seed of everything random", low=0, high=2 ** 31 - 1)
 
     recipe: str | None = _field(None, "str", "run",

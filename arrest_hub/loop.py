@@ -340,5 +340,5 @@ def count_validation(
         total=split.num_examples,
         nested=True,
         after_batch=after_batch,
-        static_shapes=is_sharded(run.accelerator),
+        static_shapes=config.compile or is_sharded(run.accelerator),
     )

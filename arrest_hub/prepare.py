@@ -26,10 +26,11 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import ImageSplit, Splits, load_splits
 from arrest_hub.errors import ConfigError, did_you_mean
+from arrest_hub.fields import flag
 from arrest_hub.labels import match_labels
 from arrest_hub.processes import main_first
 from arrest_hub.run_folder import RunPaths
-from arrest_hub.sharding import set_up_sharding, wants_sharding
+from arrest_hub.sharding import is_sharded, set_up_sharding, wants_sharding
 
 
 def optimizer_problem(name: str) -> str | None:
@@ -46,6 +47,16 @@ def environment_problems(config: FinetuneConfig) -> list[str]:
         problems.append("--mixed-precision fp16 needs a GPU and this machine offers none: give no or bf16.")
     if config.mixed_precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         problems.append("--mixed-precision bf16: this GPU has no bfloat16 arithmetic. Give fp16 or no.")
+    if config.sync_bn and not cuda:
+        problems.append(
+            "--sync-bn needs GPUs: PyTorch has no synchronised BatchNorm for CPUs. Leave it out; running statistics "
+            "are the mean over the processes without it too."
+        )
+    if config.compile and wants_sharding():
+        problems.append(
+            "--compile with FSDP: the gathering of the weights would be compiled in, which is not tested here. Give "
+            "one of them."
+        )
     available = {
         "tensorboard": is_tensorboard_available,
         "wandb": is_wandb_available,
@@ -259,6 +270,9 @@ def describe_run(
         method += f", beta {config.trades_beta:g}"
     length = _planned_length(config, splits, accelerator.num_processes)
     total = config.batch_size * accelerator.num_processes * config.grad_accum_steps
+    switches = ("channels_last", "compile", "grad_checkpointing", "sync_bn")
+    options = "".join(f", {flag(name)[2:]}" for name in switches if getattr(config, name))
+    options += ", sharded (FSDP2)" * is_sharded(accelerator)
     return [
         f"model       {source.model_id}{revision} ({source.library} {source.architecture}, {parameters / 1e6:.2f} M "
         f"parameters, {size[0]}x{size[1]} px, {weights})",
@@ -271,6 +285,6 @@ def describe_run(
         f"passes      per image and step: {', '.join(f'{count} {name}' for name, count in passes.items())}",
         f"training    {length}, batch {config.batch_size} x {plural(accelerator.num_processes, 'process')} x "
         f"{config.grad_accum_steps} accumulated = {total}, {config.optimizer}, lr {config.lr:g}, "
-        f"precision {config.mixed_precision}, {accelerator.device.type}",
+        f"precision {config.mixed_precision}{options}, {accelerator.device.type}",
         f"output      {paths.root}",
     ]

@@ -15,6 +15,9 @@ from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
 from arrest_hub.sharding import whole
 
+# keeps the gradients that an fp16 attack passes through the network away from underflow
+GRADIENT_SCALE = 128.0
+
 
 def make_optimizer(config: FinetuneConfig, student: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The configured optimizer, timm's, over ``student``; weight decay spares biases and normalisation."""

@@ -25,6 +25,12 @@ from arrest_hub.export import write_model_folder
 from arrest_hub.finish import RunDir, finish_run
 from arrest_hub.hub import check_push, run_push
 from arrest_hub.loop import Run, train_phase
+from arrest_hub.network_options import (
+    checkpoint_gradients,
+    keep_first_convolution_in_fp32,
+    synchronise_batchnorm,
+    use_channels_last,
+)
 from arrest_hub.prepare import (
     describe_run,
     environment_problems,
@@ -40,16 +46,14 @@ from arrest_hub.provenance import base_for_run
 from arrest_hub.push_config import PushConfig
 from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
 from arrest_hub.sharding import is_sharded
+from arrest_hub.step import GRADIENT_SCALE
 from arrest_hub.training_record import BaseModel
-
-# keeps the gradients that a half-precision attack passes through the network away from underflow
-FP16_GRADIENT_SCALE = 128.0
 
 
 def build_objective(config: FinetuneConfig, teacher: nn.Module | None, *, static_shapes: bool = False) -> Objective:
     """The configured method as an objective; the one place where configuration becomes maths."""
     numbers: dict[str, Any] = {"norm": config.norm, "eps": config.eps_value}
-    scale = FP16_GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
+    scale = GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
     steps: dict[str, Any] = {"step_size": config.step_size_value, "steps": config.attack_steps, "gradient_scale": scale}
     if config.method == "trades":
         return Trades(beta=config.trades_beta, **numbers, **steps)
@@ -90,6 +94,7 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
         main_only(accelerator, lambda: check_push(push_config, accelerator.print))
     splits = prepare_data(config, accelerator)
     backbone, head_note = prepare_student(config, splits, accelerator)
+    set_options(config, backbone)
     facts = main_only(accelerator, lambda: base_for_run(config, backbone.source))
     base, base_note = facts or (None, None)
     run = Run(
@@ -124,16 +129,25 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
 
     run.corrupt = CorruptImages(config.skip_corrupt, read_entries(paths.corrupt))
     if config.standard_epochs:
+        if config.compile:
+            backbone.compile()
         backbone = standard_phase(run, backbone)
     teacher = (
         copy.deepcopy(backbone).eval().requires_grad_(False).to(accelerator.device) if config.needs_teacher else None
     )
     student = _initial_student(run, backbone)
+    for network in (student, teacher):
+        if network is not None:
+            set_options(config, network)
     if not is_sharded(accelerator):  # otherwise a part of it is moved, by the one that shards it
         student.to(accelerator.device)
     set_seed(config.seed)
     ema = ModelEmaV3(student, decay=config.ema_decay) if config.ema_decay else None
-    objective = build_objective(config, teacher, static_shapes=is_sharded(accelerator))
+    if config.compile:
+        for network in (student, teacher):
+            if network is not None:
+                network.compile()
+    objective = build_objective(config, teacher, static_shapes=config.compile or is_sharded(accelerator))
     progress = train_phase(
         run, "robust", student, objective, epochs=config.epochs, lr=config.lr, max_steps=config.max_steps, ema=ema
     )
@@ -145,6 +159,22 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
     if config.push_to_hub and accelerator.is_main_process:  # the others need not wait for it
         finished.pushed = run_push(push_after(config), print)
     return finished
+
+
+def set_options(config: FinetuneConfig, network: Backbone) -> None:
+    """Switch on in a network what the configuration asks for; again has no effect.
+
+    Raises:
+        BackboneError: the network does not offer it.
+    """
+    if config.channels_last:
+        use_channels_last(network)
+    if config.grad_checkpointing:
+        checkpoint_gradients(network)
+    if config.sync_bn:
+        synchronise_batchnorm(network)
+    if config.mixed_precision == "fp16":
+        keep_first_convolution_in_fp32(network)
 
 
 def push_after(config: FinetuneConfig) -> PushConfig:

@@ -11,6 +11,7 @@ LEVELS = [
     {"errors", "fields", "licenses", "config", "eval_config", "push_config", "recipe_files", "training_record"},
     {"transforms", "images", "columns", "subsets", "seeding", "corrupt", "streams", "data_speed", "on_demand",
      "sources", "splits", "labels", "data", "architectures", "model_source", "image_processor", "heads", "backbones",
+     "network_options",
      "attacks", "autoattack", "results", "verdicts", "figures", "training_figure", "sharding", "guards", "progress",
      "processes", "stopping"},
     {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",

@@ -1,0 +1,62 @@
+"""What can be switched on in a network without changing what it computes: layout, memory for time, compilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+
+from arrest_hub.backbones import Backbone
+from arrest_hub.errors import BackboneError
+
+
+def use_channels_last(network: Backbone) -> None:
+    """Keep images and convolutions' weights with the channels innermost, as tensor cores and CPUs like them best."""
+    network.to(memory_format=torch.channels_last)
+    network.memory_format = torch.channels_last
+
+
+def checkpoint_gradients(network: Backbone) -> None:
+    """Keep no activations within a block and compute them again in the backward pass: less memory, a third more time.
+
+    transformers' networks do so in training mode alone, and so not in the attack.
+    Raises BackboneError where the network does not offer it.
+    """
+    body: Any = network.body
+    try:
+        if network.source.library == "timm":
+            body.set_grad_checkpointing(True)
+        else:
+            body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except (AssertionError, AttributeError, NotImplementedError, ValueError) as error:
+        raise BackboneError(
+            f"--grad-checkpointing: {network.source.library} offers none for {network.source.architecture}. Leave it "
+            "out; a smaller --batch-size with --grad-accum-steps needs less memory too."
+        ) from error
+
+
+def synchronise_batchnorm(network: Backbone) -> None:
+    """Have BatchNorm normalise by the whole batch of all processes; names and values of the weights stay."""
+    convert_sync_batchnorm(network)
+
+
+class InFp32(nn.Module):
+    """Mixed into a layer's class: the layer computes in fp32, also under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's own, with its input as float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())  # type: ignore[misc]
+
+
+def keep_first_convolution_in_fp32(network: Backbone) -> None:
+    """For fp16: the gradient with respect to the pixels is a sum of many small terms, and loses its sign where they
+    are rounded to fp16 just before (scripts/benchmarks/gradient_signs.py)."""
+    for module in network.body.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+            if not isinstance(module, InFp32):
+                kind = type(module)
+                module.__class__ = type(f"{kind.__name__}InFp32", (InFp32, kind), {})
+            return

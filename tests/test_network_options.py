@@ -1,0 +1,248 @@
+"""Options that change how a network is computed and not what: against the same network without them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from steady_main import steady_ball, steady_pgd
+from test_backbones import timm_backbone, transformers_folder
+from test_train import log_lines, same_weights, vit_folder
+from tiny import tiny_backbone, tiny_config
+from torch import nn
+from torch._dynamo.utils import counters
+
+from arrest_hub import loop, train
+from arrest_hub.attacks import frozen_eval, margin, pgd, random_in_ball
+from arrest_hub.backbones import Backbone, load_backbone
+from arrest_hub.errors import BackboneError, ConfigError
+from arrest_hub.network_options import (
+    InFp32,
+    checkpoint_gradients,
+    keep_first_convolution_in_fp32,
+    synchronise_batchnorm,
+    use_channels_last,
+)
+from arrest_hub.step import GRADIENT_SCALE
+from arrest_hub.train import finetune
+
+NETWORKS = ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "hf-vit", "hf-convnext", "hf-resnet"]
+
+
+def network(name, folder):
+    torch.manual_seed(0)
+    return load_backbone(transformers_folder(name[3:], folder)) if name.startswith("hf-") else timm_backbone(name)
+
+
+def gradients(model, pixels, labels, *, training):
+    """Logits, and the gradients with respect to pixels (as in the attack) or parameters (as in training)."""
+    torch.manual_seed(1)
+    if training:
+        model.train().zero_grad()
+        output = model(pixels)
+        F.cross_entropy(output.logits, labels).backward()
+        return [output.logits, *(p.grad for p in model.parameters() if p.grad is not None)]
+    pixels = pixels.clone().requires_grad_(True)
+    with frozen_eval(model):
+        logits = model(pixels).logits
+        return [logits, torch.autograd.grad(margin(logits, labels).sum(), pixels)[0]]
+
+
+@pytest.mark.parametrize("option", [use_channels_last, checkpoint_gradients, keep_first_convolution_in_fp32])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_same_logits_and_gradients(name, option, tmp_path):
+    plain = network(name, tmp_path / "source")
+    changed = copy.deepcopy(plain)
+    if option is checkpoint_gradients and name in ("hf-convnext", "hf-resnet"):
+        with pytest.raises(BackboneError, match="--grad-checkpointing: transformers offers none"):
+            option(changed)
+        return
+    for _ in range(2):  # again has no effect
+        option(changed)
+    pixels, labels = torch.rand(4, 3, *plain.preprocessing.size), torch.arange(4) % plain.num_classes
+    exact = option is checkpoint_gradients
+    for training in (False, True):
+        pairs = [gradients(model, pixels, labels, training=training) for model in (plain, changed)]
+        for expected, found in zip(*pairs, strict=True):
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(found, expected, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5 * scale)
+    names = [name for name, _ in plain.named_parameters()]
+    assert names == [name for name, _ in changed.named_parameters()]
+
+
+def test_fewer_activations_are_kept():
+    plain = load_backbone(
+        "vit_tiny_patch16_224", num_classes=3, image_size=32, model_args={"depth": 4, "embed_dim": 48}
+    )
+    changed = copy.deepcopy(plain)
+    checkpoint_gradients(changed)
+    kept = []
+    for model in (plain, changed):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            model.train()(torch.rand(2, 3, 32, 32))
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 2
+
+
+def test_no_checkpointing_is_one_clear_error(tmp_path):
+    class Without(nn.Module):
+        def set_grad_checkpointing(self, enable=True):
+            assert not enable, "gradient checkpointing not supported"
+
+    backbone = tiny_backbone()
+    backbone.body = Without()
+    with pytest.raises(BackboneError, match="--grad-checkpointing: timm offers none for resnet18_cifar"):
+        checkpoint_gradients(backbone)
+
+
+def test_synchronised_batchnorm_is_for_gpus_and_keeps_the_weights(tmp_path):
+    with pytest.raises(ConfigError, match="--sync-bn needs GPUs"):
+        finetune(tiny_config(tmp_path, sync_bn=True))
+    plain = tiny_backbone()
+    changed = copy.deepcopy(plain)
+    synchronise_batchnorm(changed)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in changed.modules())
+    assert not any(type(module) is nn.BatchNorm2d for module in changed.modules())
+    assert changed.state_dict().keys() == plain.state_dict().keys()
+    pixels = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(changed.eval()(pixels).logits, plain.eval()(pixels).logits)
+
+
+# --- half precision -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_ball_holds_exactly_under_autocast(dtype, norm):
+    model, pixels = tiny_backbone().eval(), torch.rand(4, 3, 8, 8)
+    use_channels_last(model)
+    eps = 8 / 255 if norm == "linf" else 0.5
+    with torch.autocast("cpu", dtype=dtype), frozen_eval(model):
+        found = pgd(
+            lambda x: model(x).logits, pixels, torch.arange(4) % 3, norm=norm, eps=eps, step_size=eps / 2, steps=4,
+            generator=torch.Generator().manual_seed(0),
+        ).adversarial  # fmt: skip
+        noisy = random_in_ball(pixels, eps=eps, norm=norm)
+    for perturbed in (found, noisy):
+        assert perturbed.dtype == torch.float32
+        delta = (perturbed - pixels).flatten(1)
+        size = delta.abs().amax() if norm == "linf" else delta.norm(dim=1).amax()
+        assert eps / 3 < size <= eps * (1 + 1e-6)
+        assert perturbed.min() >= 0
+        assert perturbed.max() <= 1
+
+
+def confident_network():
+    """Right and sure of it: cross-entropy far below what fp16 can tell from zero."""
+    from tiny import pretrained_state
+
+    model = tiny_backbone()
+    model.load_state_dict(pretrained_state(3))
+    with torch.no_grad():
+        for layer in model.head.classifiers:
+            layer.weight.mul_(8)
+            layer.bias.mul_(8)
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(60) % 3
+    pixels = ((60 + 70 * labels.view(-1, 1, 1, 1) + 25 * torch.randn(60, 3, 8, 8, generator=generator)) / 255).clamp(
+        0, 1
+    )
+    with torch.no_grad():
+        entropy = F.cross_entropy(model.eval()(pixels).logits, labels, reduction="none")
+    assert entropy.median() < 1e-3
+    return model, pixels, labels
+
+
+def test_signs_in_fp16_are_those_of_fp32():
+    model, pixels, labels = confident_network()
+
+    def signs(loss, scale=1.0, dtype=None):
+        x = pixels.clone().requires_grad_(True)
+        with frozen_eval(model), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            total = loss(model(x).logits).sum() * scale
+            return torch.autograd.grad(total, x)[0].sign()
+
+    def ours(logits):
+        return margin(logits, labels)
+
+    def entropy(logits):
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+
+    true = signs(ours)
+    kept = true != 0
+    before = (signs(ours, GRADIENT_SCALE, torch.float16) == true)[kept].float().mean()
+    keep_first_convolution_in_fp32(model)
+    found = (signs(ours, GRADIENT_SCALE, torch.float16) == true)[kept].float().mean()
+    assert found >= 0.99
+    assert found > before
+    assert (signs(entropy, 1.0, torch.float16) == true)[kept].float().mean() < 0.9
+
+
+def test_a_layer_in_fp32_copies_with_its_network():
+    model = tiny_backbone()
+    keep_first_convolution_in_fp32(model)
+    twin = copy.deepcopy(model)
+    assert isinstance(twin.body.conv1, InFp32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.body.conv1(torch.rand(1, 3, 8, 8).bfloat16()).dtype == torch.float32
+    with torch.no_grad():
+        twin.body.conv1.weight.zero_()
+    assert model.body.conv1(torch.rand(1, 3, 8, 8)).abs().max() > 0
+
+
+# --- whole runs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["arrest", "trades"])
+def test_checkpointing_changes_nothing_in_a_run(method, tmp_path):
+    changes = {"method": method, "max_steps": 3, "model": vit_folder(tmp_path / "vit")}
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "plain"), **changes))
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "changed"), grad_checkpointing=True, **changes))
+    assert same_weights(tmp_path / "plain", tmp_path / "changed")
+
+
+@pytest.mark.parametrize("method", ["arrest", "at", "trades"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_options_combine(method, precision, tmp_path):
+    """With one another, averaging, accumulation and resumption."""
+    changes = {"method": method, "mixed_precision": precision, "channels_last": True, "grad_checkpointing": True,
+               "ema_decay": 0.9, "grad_accum_steps": 2, "clip_grad": 1.0, "checkpoint_every": 1}  # fmt: skip
+    finetune(tiny_config(tmp_path, max_steps=1, output_dir=str(tmp_path / "half"), **changes))
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "whole"), **changes))
+    assert len([line for line in log_lines(tmp_path / "whole") if "loss" in line]) == 2
+    again = load_backbone(str(tmp_path / "whole" / "export"))
+    assert all(value.isfinite().all() for value in again.state_dict().values())
+
+
+@pytest.mark.parametrize("method", ["arrest", "at"])
+def test_compiled_training_gives_the_same_and_settles(method, tmp_path, monkeypatch):
+    """What the first epoch compiled serves all later ones, though the number of images that are replayed changes."""
+    changes = {"model": vit_folder(tmp_path / "vit"), "epochs": 3, "lr": 0.02, "replay_threshold": 0.02, "log_every": 1,
+               "validation_size": 4, "limit_eval": 8, "method": method}  # fmt: skip
+    monkeypatch.setattr(train, "pgd", steady_pgd)
+    monkeypatch.setattr(train, "random_in_ball", steady_ball)
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "plain"), **changes))
+    # traced and differentiated as by the default backend, without the minute that its C++ takes
+    monkeypatch.setattr(Backbone, "compile", lambda self: nn.Module.compile(self, backend="aot_eager"))
+    validate, graphs = loop._validate, []
+
+    def counted(*args):
+        result = validate(*args)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return result
+
+    monkeypatch.setattr(loop, "_validate", counted)
+    torch._dynamo.reset()
+    counters.clear()
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "compiled"), compile=True, **changes))
+    assert 0 < graphs[0] == graphs[-1]
+    if method == "arrest":
+        rates = [line["replay_rate"] for line in log_lines(tmp_path / "compiled") if "replay_rate" in line]
+        assert len(set(rates)) > 1
+    plain, compiled = (
+        load_file(tmp_path / name / "checkpoints/last/model.safetensors") for name in ("plain", "compiled")
+    )
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=0, atol=1e-5)
