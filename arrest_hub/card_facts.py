@@ -32,8 +32,8 @@ FIGURES = {
 """The pictures that a card shows, and what is on them."""
 
 # not part of what was trained: the reader's machine, not the writer's, or how it was published
-NOT_EXPORTED = ("output_dir", "resume", "overwrite", "num_workers", "ddp_timeout", "log_with", "figures", "push_to_hub",
-                "private", "license", "license_name", "license_link")  # fmt: skip
+NOT_EXPORTED = ("output_dir", "resume", "overwrite", "dry_run", "num_workers", "ddp_timeout", "log_with", "figures",
+                "push_to_hub", "private", "license", "license_name", "license_link")  # fmt: skip
 
 # what no card can do without of a training_config.yaml
 _TOLD = {"method", "norm", "eps", "standard_epochs"}

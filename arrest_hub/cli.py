@@ -284,10 +284,10 @@ def finetune_command(argv: Sequence[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from torch import distributed
 
-    from arrest_hub.train import finetune
+    from arrest_hub.train import dry_run, finetune
 
     try:
-        finetune(config, notes=notes)
+        (dry_run if config.dry_run else finetune)(config, notes=notes)
     finally:
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()

@@ -24,9 +24,9 @@ GROUPS = ("model", "data", "method", "threat model", "training", "run", "hub")
 MODEL_KEYS = ("model", "model_args", "image_size", "standard_epochs", "standard_lr")
 # What may differ between a run and its resumption without changing the result; the batch may at the end of an epoch.
 RESUME_MAY_DIFFER = (
-    "batch_size", "grad_accum_steps", "output_dir", "resume", "overwrite", "num_workers", "ddp_timeout", "log_every",
-    "skip_corrupt", "log_with", "keep_checkpoints", "figures", "push_to_hub", "private", "license", "license_name",
-    "license_link",
+    "batch_size", "grad_accum_steps", "output_dir", "resume", "overwrite", "dry_run", "num_workers", "ddp_timeout",
+    "log_every", "skip_corrupt", "log_with", "keep_checkpoints", "figures", "push_to_hub", "private", "license",
+    "license_name", "license_link",
 )  # fmt: skip
 
 
@@ -104,7 +104,8 @@ class FinetuneConfig:
         "epochs of clean finetuning first: makes the teacher, puts on a new head where the classes differ", low=0)
     standard_lr: float | None = _field(None, "float", "training",
         "learning rate of the clean finetuning; default: --lr", above=0, optional=True)
-    batch_size: int = _field(128, "int", "training", "images a step in each process", low=2)
+    batch_size: Any = _field(128, "int", "training",
+        "images a step in each process; auto: as many as fit in memory", low=2, word="auto")
     grad_accum_steps: int = _field(1, "int", "training", "batches whose gradients make one step", low=1)
     optimizer: str = _field("sgd", "str", "training", "any of timm's optimizers (sgd is Nesterov)")
     lr: float = _field(0.01, "float", "training", "peak learning rate", above=0)
@@ -135,6 +136,8 @@ class FinetuneConfig:
         "bundled recipe or YAML file; default: the one for the dataset", optional=True)
     output_dir: str = _field("", "str", "run", "run folder; default: runs/<model>-<dataset>-<method>")
     resume: bool = _field(False, "bool", "run", "continue from the newest whole checkpoint in --output-dir")
+    dry_run: bool = _field(False, "bool", "run",
+        "say what the run will take (memory, hours, batch), from a few steps, and write nothing")
     overwrite: bool = _field(False, "bool", "run", "delete an earlier run in --output-dir")
     eval_every: int = _field(1, "int", "run", "epochs between evaluations on the validation images; 0: never", low=0)
     export_weights: str = _field("best", "str", "run",
@@ -313,7 +316,8 @@ def resume_config(saved: FinetuneConfig, flags: Mapping[str, Any]) -> FinetuneCo
             problems.append(str(error))
             continue
         if key in RESUME_MAY_DIFFER:
-            changes[key] = new
+            if new != "auto":  # the batch that the run began with
+                changes[key] = new
         elif new != old:
             problems.append(
                 f"{flag(key)} is {new} but the run to resume has {old}: leave the flag out to continue it, "

@@ -29,11 +29,13 @@ def config_field(
     high: float | None = None,
     above: float | None = None,
     optional: bool = False,
+    word: str | None = None,
 ) -> Any:
-    """A config field. ``low``/``high`` are inclusive bounds, ``above`` an exclusive lower one."""
+    """A config field. ``low``/``high`` are inclusive bounds, ``above`` an exclusive lower one; ``word`` is the one word
+    that a number may be instead."""
     metadata = {
         "kind": kind, "group": group, "help": help, "choices": tuple(choices),
-        "low": low, "high": high, "above": above, "optional": optional,
+        "low": low, "high": high, "above": above, "optional": optional, "word": word,
     }  # fmt: skip
     if kind == "mapping":
         return dataclasses.field(default_factory=dict, metadata=metadata)
@@ -78,6 +80,8 @@ def convert(field: dataclasses.Field[Any], value: Any) -> Any:
             return None
         if value is None:
             raise ValueError(f"{name} has no value; give {_wanted(field)}.")
+    if meta["word"] is not None and value == meta["word"]:
+        return value
     wrong = ValueError(f"{name} {value!r} is not {_wanted(field)}.")
     if kind == "bool":
         if not isinstance(value, bool):
@@ -138,6 +142,7 @@ def _wanted(field: dataclasses.Field[Any]) -> str:
     bounds = [f"{word} {meta[key]:g}" for key, word in (("above", "above"), ("low", "at least"), ("high", "at most"))
               if meta[key] is not None]  # fmt: skip
     text += (" " + " and ".join(bounds)) if bounds else ""
+    text += f", or {meta['word']}" if meta["word"] else ""
     return text + (", or none" if meta["optional"] else "")
 
 

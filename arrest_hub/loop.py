@@ -31,7 +31,7 @@ from arrest_hub.resume import batch_layout, resume_point
 from arrest_hub.run import Run
 from arrest_hub.run_folder import record_batches
 from arrest_hub.sharding import WholeCopy, choose_blocks, is_sharded
-from arrest_hub.step import make_optimizer, make_scheduler, train_step
+from arrest_hub.step import average_statistics, make_optimizer, make_scheduler, train_step
 from arrest_hub.stopping import watch_for_termination
 from arrest_hub.transforms import eval_transform, train_transform
 from arrest_hub.validation import Counts, PgdSettings, count_correct
@@ -63,7 +63,7 @@ def train_phase(
         accelerator.print(note)
     # the order of a stream depends on how many processes read it
     workers = run.num_workers if saved is None else saved.layout.get("workers", run.num_workers)
-    loader = _training_batches(run, student, workers)
+    loader = training_batches(run, student, workers)
     batches_per_epoch = _batches_per_epoch(run, loader)
     steps_per_epoch = batches_per_epoch // config.grad_accum_steps if batches_per_epoch else None
     if steps_per_epoch is not None:
@@ -135,6 +135,7 @@ def train_phase(
                     parts = train_step(
                         accelerator, model, student, objective, optimizer, batch, generator, config.clip_grad
                     )
+                    average_statistics(accelerator, student)
                     meter.add(parts, progress.place + 1, batch["index"])
                     if "clean_correct" in parts:
                         clean += torch.stack(
@@ -193,7 +194,7 @@ def train_phase(
     return progress
 
 
-def _training_batches(run: Run, student: Backbone, workers: int) -> Any:
+def training_batches(run: Run, student: Backbone, workers: int) -> Any:
     """The loader of the training images, this process's share."""
     config, accelerator = run.config, run.accelerator
     loader = train_loader(

@@ -150,8 +150,9 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:
         streaming=config.streaming,
     )
     splits = main_first(accelerator, load)
-    size, batch = splits.train.num_examples, config.batch_size * accelerator.num_processes
-    if size is not None and batch > size:
+    size = splits.train.num_examples
+    chosen = config.batch_size != "auto"  # otherwise it is at most what there is
+    if size is not None and chosen and config.batch_size * accelerator.num_processes > size:
         each = f" on each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
         raise ConfigError(
             f"--batch-size {config.batch_size}{each} is larger than the training split of {size} images: "
@@ -228,14 +229,20 @@ def plural(count: int, noun: str) -> str:
 
 def _planned_length(config: FinetuneConfig, splits: Splits, processes: int) -> str:
     """``50 steps (10 epochs)``: what ends first, of --max-steps and --epochs."""
-    size = splits.train.num_examples
-    if size is None:
-        return plural(config.max_steps or 0, "step")
-    batches = size // config.batch_size // processes
-    steps = config.epochs * (batches // config.grad_accum_steps)
-    if config.max_steps is not None and config.max_steps < steps:
-        return f"{plural(config.max_steps, 'step')} (--max-steps)"
-    return f"{plural(steps, 'step')} ({plural(config.epochs, 'epoch')})"
+    steps = planned_steps(config, splits.train.num_examples, processes)
+    if splits.train.num_examples is None:
+        return plural(steps, "step")
+    return f"{plural(steps, 'step')} " + (
+        "(--max-steps)" if steps == config.max_steps else f"({plural(config.epochs, 'epoch')})"
+    )
+
+
+def planned_steps(config: FinetuneConfig, num_examples: int | None, processes: int) -> int:
+    """Optimizer steps of the robust phase; ``num_examples`` is None for a stream of unknown length."""
+    if num_examples is None:
+        return config.max_steps or 0
+    steps = config.epochs * (num_examples // config.batch_size // processes // config.grad_accum_steps)
+    return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def describe_run(

@@ -64,7 +64,6 @@ def train_step(
         with accelerator.autocast():
             parts = objective(model, student, to_pixels(batch["pixels"]), batch["label"], generator)
         accelerator.backward(parts["loss"])
-        average_statistics(accelerator, student)
         if accelerator.sync_gradients and clip_grad is not None:
             parts["grad_norm"] = whole(accelerator.clip_grad_norm_(model.parameters(), clip_grad))
         optimizer.step()

@@ -21,6 +21,7 @@ from arrest_hub.checkpoint import readable_progress
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.corrupt import CorruptImages, read_entries
 from arrest_hub.errors import ConfigError
+from arrest_hub.estimate import choose_batch_size
 from arrest_hub.export import write_model_folder
 from arrest_hub.finish import RunDir, finish_run
 from arrest_hub.hub import check_push, run_push
@@ -31,6 +32,7 @@ from arrest_hub.network_options import (
     synchronise_batchnorm,
     use_channels_last,
 )
+from arrest_hub.plan import describe_plan
 from arrest_hub.prepare import (
     describe_run,
     environment_problems,
@@ -80,6 +82,30 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
         ArrestError: (ConfigError, BackboneError, DataError, HubError) for anything wrong with the input, before the
             first step and with nothing overwritten.
     """
+    run, backbone, base = _prepare(config, notes)
+    with hold_run_folder(run.config, run.paths, run.accelerator):
+        return _train(run, backbone, base)
+
+
+def dry_run(config: FinetuneConfig, notes: Sequence[str] = ()) -> list[str]:
+    """Do what comes before the training of `finetune`, and a few steps; print, and return, what the rest will take.
+
+    Writes nothing. Raises as `finetune` does.
+    """
+    run, backbone, _ = _prepare(dataclasses.replace(config, push_to_hub=None, private=False), notes)
+    lines = describe_plan(run, backbone, partial(_objective, run))
+    for line in lines:
+        run.accelerator.print(line)
+    return lines
+
+
+def _objective(run: Run, teacher: nn.Module | None) -> Objective:
+    """The objective of the robust phase."""
+    return build_objective(run.config, teacher, static_shapes=run.config.compile or is_sharded(run.accelerator))
+
+
+def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbone, BaseModel | None]:
+    """Everything before the run folder is written: checks, data, network, and what is about to happen, printed."""
     config = dataclasses.replace(config).validate()
     paths = RunPaths(Path(config.output_dir))
     problems = environment_problems(config) + output_dir_problems(config, paths)
@@ -107,6 +133,11 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
         model_revision=backbone.source.revision,
     )
     _check_revisions(run)
+    if config.batch_size == "auto":
+        config.batch_size = choose_batch_size(
+            config, accelerator, backbone, partial(_objective, run), splits.train.num_examples
+        )
+        accelerator.print(f"--batch-size auto: {config.batch_size}")
     passes = build_objective(config, backbone).passes
     for line in describe_run(config, paths, accelerator, splits, backbone, head_note, passes):
         accelerator.print(line)
@@ -114,8 +145,7 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
         accelerator.print(f"note        {base_note}")
     if config.resume and not paths.has_work:
         accelerator.print(f"resume      there is no checkpoint in {paths.root} yet: starting from the beginning")
-    with hold_run_folder(config, paths, accelerator):
-        return _train(run, backbone, base)
+    return run, backbone, base
 
 
 def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
@@ -147,7 +177,7 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
         for network in (student, teacher):
             if network is not None:
                 network.compile()
-    objective = build_objective(config, teacher, static_shapes=config.compile or is_sharded(accelerator))
+    objective = _objective(run, teacher)
     progress = train_phase(
         run, "robust", student, objective, epochs=config.epochs, lr=config.lr, max_steps=config.max_steps, ema=ema
     )

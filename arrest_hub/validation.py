@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
 
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.checkpoint import derive_seed
@@ -43,7 +42,7 @@ class PgdSettings(NamedTuple):
 
 def count_correct(
     model: nn.Module,
-    loader: DataLoader,
+    loader: Iterable[dict[str, Any]],
     accelerator: Accelerator,
     settings: PgdSettings | None,
     *,

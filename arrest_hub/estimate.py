@@ -1,0 +1,232 @@
+"""What a run will take, from a few of its steps on this machine: memory, hours, the batch that fits."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from arrest_hub.arrest import Objective
+from arrest_hub.backbones import Backbone
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.errors import ConfigError
+from arrest_hub.processes import any_process
+from arrest_hub.sharding import choose_blocks, is_sharded
+from arrest_hub.step import make_optimizer, train_step
+from arrest_hub.validation import PgdSettings, count_correct
+
+MARGIN = 0.9
+"""Of the memory: what is left over is for fragments and for other images."""
+CPU_MARGIN = 0.5
+MOST = {"cuda": 1024, "cpu": 128}
+"""Images of a batch that is chosen: a larger one changes how a network learns more than it saves time."""
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of training steps of one batch in each process: seconds of each, and the peak of memory in bytes (None: not
+    measured here)."""
+
+    seconds: list[float]
+    peak: int | None
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step."""
+        return statistics.median(self.seconds)
+
+
+def measure_steps(
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    network: Backbone,
+    build_objective: Callable[[Backbone | None], Objective],
+    batch_size: int,
+    *,
+    steps: int,
+    lr: float,
+) -> Cost:
+    """Train a copy of ``network`` for a step to warm up and ``steps`` more, on random images, as a run would.
+
+    ``build_objective`` makes the objective for a teacher. Neither the network nor any random state is changed. Without
+    the exchange of gradients between processes, which are thus free to run out of memory apart, unless the network is
+    sharded. Raises what the device raises when its memory is exhausted.
+    """
+    device = accelerator.device
+    accumulated, accelerator.gradient_accumulation_steps = accelerator.gradient_accumulation_steps, 1
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            student = copy.deepcopy(network)
+            teacher = copy.deepcopy(network).eval().requires_grad_(False).to(device) if config.needs_teacher else None
+            objective = build_objective(teacher)
+            optimizer = make_optimizer(config, student, lr)
+            model: torch.nn.Module = student
+            if is_sharded(accelerator):
+                choose_blocks(accelerator, student)
+                model, optimizer = accelerator.prepare(student, optimizer)
+            else:
+                student.to(device)
+            if config.compile:
+                for part in (student, teacher):
+                    if part is not None:
+                        part.compile()
+            ema = copy.deepcopy(student) if config.ema_decay else None
+            batch = random_batch(network, batch_size, device)
+            generator = torch.Generator(device=device).manual_seed(0)
+            seconds = []
+            reset_peak_memory(device)
+            model.train()
+            for _ in range(1 + steps):
+                _wait_for(device)
+                started = time.perf_counter()
+                train_step(accelerator, model, student, objective, optimizer, batch, generator, config.clip_grad)
+                _wait_for(device)
+                seconds.append(time.perf_counter() - started)
+            del ema
+            return Cost(seconds[1:] or seconds, peak_memory(device))
+    finally:
+        accelerator.gradient_accumulation_steps = accumulated
+        accelerator.step = 0
+        if is_sharded(accelerator):
+            accelerator.free_memory()
+
+
+def measure_evaluation(
+    accelerator: Accelerator, network: Backbone, batch_size: int, settings: PgdSettings | None
+) -> float:
+    """Seconds an image takes to be evaluated, clean and under PGD, on one process."""
+    student = copy.deepcopy(network).to(accelerator.device)
+    batch = random_batch(network, batch_size, accelerator.device)
+    with torch.no_grad():
+        batch["label"] = student.eval()(batch["pixels"] / 255).logits.argmax(dim=1)  # all right, and so all attacked
+    started = time.perf_counter()
+    count_correct(
+        student, [batch], accelerator, settings, seed=0, description="estimate", total=batch_size, nested=True
+    )
+    return (time.perf_counter() - started) / batch_size
+
+
+def random_batch(network: Backbone, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random images of the network's size, random labels, as a loader yields them; from a generator of their own."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (batch_size, 3, *network.preprocessing.size), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, network.num_classes, (batch_size,), generator=generator)
+    return {
+        "pixels": pixels.to(device), "label": labels.to(device), "index": torch.arange(batch_size, device=device),
+    }  # fmt: skip
+
+
+def largest_batch(peak_of: Callable[[int], int | None], limit: float, cap: int) -> int:
+    """The largest batch, a multiple of eight where it is larger than that and at most ``cap``, whose peak of memory
+    stays below ``limit`` bytes.
+
+    ``peak_of`` runs a step of a batch: its peak in bytes, None when memory ran out. Two small batches give a line, the
+    line a guess, and a step of that size confirms it.
+
+    Raises:
+        ConfigError: not even two images fit.
+    """
+    small = min(8, cap)
+    while (low := peak_of(small)) is None or low > limit:
+        small //= 2
+        if small < 2:
+            raise ConfigError(
+                "--batch-size auto: not even two images fit into memory. Try --grad-checkpointing, --mixed-precision "
+                "bf16, a smaller model or --image-size, or FSDP."
+            )
+    larger = min(2 * small, cap)
+    if larger == small or (high := peak_of(larger)) is None or high > limit:
+        return small
+    each = (high - low) / (larger - small)
+    guess = cap if each <= 0 else min(cap, small + int((limit - low) / each))
+    while (guess := guess // 8 * 8) > larger:
+        peak = peak_of(guess)
+        if peak is not None and peak <= limit:
+            return guess
+        guess = int(0.8 * guess)
+    return larger
+
+
+def choose_batch_size(
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    network: Backbone,
+    build_objective: Callable[[Backbone | None], Objective],
+    num_examples: int | None,
+) -> int:
+    """What --batch-size auto takes: the largest batch that fits in every process.
+
+    Raises:
+        ConfigError: see `largest_batch`, or the network is sharded.
+    """
+    if is_sharded(accelerator):
+        raise ConfigError(
+            "--batch-size auto: with FSDP a process that ran out of memory would stop all. Give a number."
+        )
+    device = accelerator.device
+    cap = MOST.get(device.type, MOST["cuda"])
+    if num_examples is not None:
+        cap = min(cap, num_examples // accelerator.num_processes)
+    buckets = sum(p.numel() * p.element_size() for p in network.parameters()) if accelerator.num_processes > 1 else 0
+
+    def peak_of(batch_size: int) -> int | None:
+        try:
+            peak = measure_steps(config, accelerator, network, build_objective, batch_size, steps=0, lr=config.lr).peak
+        except OUT_OF_MEMORY:
+            peak = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        full = peak is None and device.type != "cpu"
+        return None if any_process(accelerator, full) else _largest(accelerator, (peak or 0) + buckets)
+
+    limit = (MARGIN if device.type == "cuda" else CPU_MARGIN) * memory_limit(device)
+    return largest_batch(peak_of, -_largest(accelerator, -int(limit)), max(2, cap))
+
+
+def _largest(accelerator: Accelerator, value: int) -> int:
+    """The largest of the processes' values."""
+    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that this process could have: of the device, or of the machine shared by its processes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 8 << 30)
+    return free + (_status("VmRSS") or 0)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to look for the peak anew."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (marks := Path("/proc/self/clear_refs")).exists():
+        marks.write_text("5")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at the peak since `reset_peak_memory`: allocated on the GPU, or resident in the process; None where neither
+    can be told."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int | None:
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,179 @@
+"""--dry-run and --batch-size auto: what is said before a run is what the run then takes."""
+
+import json
+import re
+import time
+
+import pytest
+import torch
+from test_train import files, log_lines, same_weights, vit_folder
+from tiny import NAMES, tiny_backbone, tiny_config
+
+from arrest_hub import estimate, train
+from arrest_hub.cli import parse_finetune
+from arrest_hub.config import FinetuneConfig, load_config, resume_config
+from arrest_hub.errors import ConfigError
+from arrest_hub.estimate import largest_batch, measure_steps
+from arrest_hub.prepare import new_accelerator
+from arrest_hub.train import dry_run, finetune
+
+
+def said(lines, subject):
+    (line,) = [line for line in lines if line.startswith(subject)]
+    return line
+
+
+# --- the batch that fits --------------------------------------------------------------------------------
+
+
+def line(fixed, each, breaks=None):
+    """Peaks that grow with the batch, and the batches that were tried; out of memory from ``breaks`` on."""
+    tried = []
+
+    def peak_of(batch):
+        tried.append(batch)
+        return None if breaks is not None and batch >= breaks else fixed + each * batch
+
+    return peak_of, tried
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "breaks", "limit", "cap", "expected", "tries"),
+    [
+        (100, 10, None, 1100, 1024, 96, 3),  # 100 would fit; a multiple of eight
+        (100, 10, None, 1e9, 256, 256, 3),  # the cap
+        (100, 10, None, 1e9, 5, 5, 1),
+        (100, 10, 60, 1100, 1024, 56, 5),  # memory ends sooner than the line says: 96, 76, 60, 48...
+        (100, 0, None, 1100, 64, 64, 3),
+        (100, 10, 16, 1e9, 1024, 8, 2),
+        (100, 10, 4, 1e9, 1024, 2, None),
+        (100, 100, None, 1000, 1024, 8, 2),
+    ],
+)
+def test_the_largest_batch(fixed, each, breaks, limit, cap, expected, tries):
+    peak_of, tried = line(fixed, each, breaks)
+    found = largest_batch(peak_of, limit, cap)
+    assert found <= expected
+    assert found >= expected - 8
+    assert breaks is None or found < breaks
+    assert fixed + each * found <= limit
+    if tries is not None:
+        assert len(tried) <= tries
+
+
+def test_not_even_two_images():
+    with pytest.raises(ConfigError, match=r"not even two images.*--grad-checkpointing"):
+        largest_batch(line(100, 10, 2)[0], 1e9, 1024)
+    with pytest.raises(ConfigError, match="not even two"):
+        largest_batch(line(100, 10)[0], 50, 1024)
+
+
+def test_auto_is_a_number_from_then_on(tmp_path, monkeypatch, capsys):
+    """The run is that with the number given, bit for bit, and so is what goes on from it."""
+    monkeypatch.setattr(estimate, "memory_limit", lambda device: int(1e12))
+    changes = {"max_steps": 1, "log_every": 1}
+    finetune(tiny_config(tmp_path, batch_size="auto", output_dir=str(tmp_path / "auto"), **changes))
+    assert "--batch-size auto: 32" in capsys.readouterr().out, "of 36 images, a multiple of eight"
+    assert load_config(tmp_path / "auto" / "config.yaml").batch_size == 32
+    finetune(tiny_config(tmp_path, batch_size=32, output_dir=str(tmp_path / "given"), **changes))
+    assert same_weights(tmp_path / "auto", tmp_path / "given")
+    assert log_lines(tmp_path / "auto") == log_lines(tmp_path / "given")
+    saved = load_config(tmp_path / "auto" / "config.yaml")
+    assert resume_config(saved, {"batch_size": "auto"}).batch_size == 32
+
+
+def test_the_smallest_of_all_processes(tmp_path, monkeypatch):
+    """What does not fit in one process is not tried in the others again."""
+    config, accelerator, network = tiny_config(tmp_path).validate(), new_accelerator(), tiny_backbone()
+
+    def costly(config, accelerator, network, build, batch_size, *, steps, lr):
+        if batch_size > 20:
+            raise torch.OutOfMemoryError
+        return estimate.Cost([1.0], batch_size)
+
+    monkeypatch.setattr(estimate, "measure_steps", costly)
+    monkeypatch.setattr(estimate, "any_process", lambda accelerator, flag: True)
+    with pytest.raises(ConfigError, match="not even two"):
+        estimate.choose_batch_size(config, accelerator, network, None, 1000)
+
+
+@pytest.mark.parametrize("word", ["auto", "Auto", "many", "1", "2.5"])
+def test_what_a_batch_size_may_be(word):
+    flags = ["--model", "resnet18_cifar", "--dataset", "digits", "--batch-size", word]
+    if word == "auto":
+        assert parse_finetune(flags)[0].batch_size == "auto"
+        return
+    with pytest.raises(ConfigError, match=r"--batch-size .* at least 2, or auto"):
+        parse_finetune(flags)
+
+
+def test_auto_comes_from_a_recipe_too(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: resnet18_cifar\ndataset: digits\nbatch_size: auto\n")
+    assert parse_finetune(["--recipe", str(tmp_path / "mine.yaml")])[0].batch_size == "auto"
+    assert FinetuneConfig(model="x", dataset="y", batch_size="auto").validate().batch_size == "auto"
+
+
+# --- the plan -------------------------------------------------------------------------------------------
+
+
+def test_measuring_leaves_no_trace(tmp_path):
+    config, network = tiny_config(tmp_path, ema_decay=0.9).validate(), tiny_backbone(len(NAMES))
+    accelerator = new_accelerator(gradient_accumulation_steps=3)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    cost = measure_steps(
+        config, accelerator, network, lambda teacher: train.build_objective(config, teacher), 4, steps=2, lr=0.1
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert (accelerator.gradient_accumulation_steps, accelerator.step) == (3, 0)
+    assert len(cost.seconds) == 2
+    assert 0 < cost.median < 5
+    assert cost.peak is None or cost.peak > 1e6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": "trades", "grad_accum_steps": 2}, {"streaming": True, "max_steps": 5, "eval_every": 0},
+     {"model": "resnet18_cifar", "model_args": {"channels": [4, 4, 8, 8]}, "image_size": 8, "standard_epochs": 2}],
+    ids=["arrest", "trades", "streaming", "standard"],
+)  # fmt: skip
+def test_a_plan_is_said_and_nothing_is_written(changes, tmp_path, capsys):
+    config = tiny_config(tmp_path, dry_run=True, push_to_hub="me/x", **changes)
+    before = files(tmp_path)
+    lines = dry_run(config)
+    assert files(tmp_path) == before
+    out = capsys.readouterr().out
+    assert all(text in out for text in lines)
+    for subject in ("estimate", "memory", "data", "training", "in all", "disk", "batch"):
+        assert said(lines, subject)
+    assert ("clean phase" in "\n".join(lines)) == ("standard_epochs" in changes)
+    assert ("validation" in "\n".join(lines)) == ("eval_every" not in changes)
+    steps = {"streaming": 5}.get(next(iter(changes), ""), 4 if "grad_accum_steps" in changes else 8)
+    assert f"({steps} steps)" in said(lines, "training")
+
+
+def test_a_bad_configuration_fails_as_the_run_would(tmp_path):
+    with pytest.raises(ConfigError, match="--batch-size 4096 is larger than the training split"):
+        dry_run(tiny_config(tmp_path, batch_size=4096, dry_run=True))
+
+
+def test_the_time_that_is_said_is_the_time_it_takes(tmp_path):
+    """Within a factor of three: this is a machine that does other things, too."""
+    changes = {
+        "model": vit_folder(tmp_path / "vit"),
+        "attack_steps": 10,
+        "batch_size": 18,
+        "epochs": 30,
+        "eval_every": 0,
+    }
+    lines = dry_run(tiny_config(tmp_path, dry_run=True, **changes))
+    predicted = float(re.search(r"images: ([\d.e-]+) s", said(lines, "estimate"))[1])
+    started = time.perf_counter()
+    finetune(tiny_config(tmp_path, log_every=20, checkpoint_every=1000, limit_eval=3, **changes))
+    lines = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    real = 18 / lines[-1]["images_per_second"]
+    assert real < time.perf_counter() - started
+    assert predicted / 3 < real < 3 * predicted
