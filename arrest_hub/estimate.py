@@ -26,6 +26,8 @@ MARGIN = 0.9
 CPU_MARGIN = 0.5
 MOST = {"cuda": 1024, "cpu": 128}
 """Images of a batch that is chosen: a larger one changes how a network learns more than it saves time."""
+NO_LEARNING = 1e-12
+"""The learning rate of a copy that is only timed, so that it stays the network that it is."""
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -51,7 +53,6 @@ def measure_steps(
     batch_size: int,
     *,
     steps: int,
-    lr: float,
 ) -> Cost:
     """Train a copy of ``network`` for a step to warm up and ``steps`` more, on random images, as a run would.
 
@@ -67,7 +68,7 @@ def measure_steps(
             student = copy.deepcopy(network)
             teacher = copy.deepcopy(network).eval().requires_grad_(False).to(device) if config.needs_teacher else None
             objective = build_objective(teacher)
-            optimizer = make_optimizer(config, student, lr)
+            optimizer = make_optimizer(config, student, NO_LEARNING)
             model: torch.nn.Module = student
             if is_sharded(accelerator):
                 choose_blocks(accelerator, student)
@@ -179,7 +180,7 @@ def choose_batch_size(
 
     def peak_of(batch_size: int) -> int | None:
         try:
-            peak = measure_steps(config, accelerator, network, build_objective, batch_size, steps=0, lr=config.lr).peak
+            peak = measure_steps(config, accelerator, network, build_objective, batch_size, steps=0).peak
         except OUT_OF_MEMORY:
             peak = None
         if device.type == "cuda":

@@ -29,7 +29,7 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[Backbo
     """
     config, accelerator, splits = run.config, run.accelerator, run.splits
     processes, device = accelerator.num_processes, accelerator.device
-    cost = measure_steps(config, accelerator, network, build_objective, config.batch_size, steps=STEPS, lr=config.lr)
+    cost = measure_steps(config, accelerator, network, build_objective, config.batch_size, steps=STEPS)
     loader = training_batches(run, network, run.num_workers)
     try:
         data = loader_images_per_second(loader, seconds=DATA_SECONDS) * processes
@@ -45,7 +45,6 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[Backbo
     if config.standard_epochs and splits.train.num_examples:
         standard = measure_steps(
             config, accelerator, network, lambda teacher: StandardObjective(), config.batch_size, steps=STEPS,
-            lr=config.standard_lr or config.lr,
         )  # fmt: skip
         of_clean = config.standard_epochs * (splits.train.num_examples // images) * standard.median
         parts["clean phase"] = (of_clean, plural(config.standard_epochs, "epoch"))

@@ -93,7 +93,7 @@ def dry_run(config: FinetuneConfig, notes: Sequence[str] = ()) -> list[str]:
     Writes nothing. Raises as `finetune` does.
     """
     run, backbone, _ = _prepare(dataclasses.replace(config, push_to_hub=None, private=False), notes)
-    lines = describe_plan(run, backbone, partial(_objective, run))
+    lines = describe_plan(run, backbone, partial(_costly_objective, run))
     for line in lines:
         run.accelerator.print(line)
     return lines
@@ -102,6 +102,11 @@ def dry_run(config: FinetuneConfig, notes: Sequence[str] = ()) -> list[str]:
 def _objective(run: Run, teacher: nn.Module | None) -> Objective:
     """The objective of the robust phase."""
     return build_objective(run.config, teacher, static_shapes=run.config.compile or is_sharded(run.accelerator))
+
+
+def _costly_objective(run: Run, teacher: nn.Module | None) -> Objective:
+    """The same, attacking every image, as at the start of a run: noisy replay spares some of them later."""
+    return build_objective(run.config, teacher, static_shapes=True)
 
 
 def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbone, BaseModel | None]:
@@ -135,7 +140,7 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
     _check_revisions(run)
     if config.batch_size == "auto":
         config.batch_size = choose_batch_size(
-            config, accelerator, backbone, partial(_objective, run), splits.train.num_examples
+            config, accelerator, backbone, partial(_costly_objective, run), splits.train.num_examples
         )
         accelerator.print(f"--batch-size auto: {config.batch_size}")
     passes = build_objective(config, backbone).passes

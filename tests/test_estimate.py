@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 
 import pytest
 import torch
@@ -86,7 +85,7 @@ def test_the_smallest_of_all_processes(tmp_path, monkeypatch):
     """What does not fit in one process is not tried in the others again."""
     config, accelerator, network = tiny_config(tmp_path).validate(), new_accelerator(), tiny_backbone()
 
-    def costly(config, accelerator, network, build, batch_size, *, steps, lr):
+    def costly(config, accelerator, network, build, batch_size, *, steps):
         if batch_size > 20:
             raise torch.OutOfMemoryError
         return estimate.Cost([1.0], batch_size)
@@ -123,7 +122,7 @@ def test_measuring_leaves_no_trace(tmp_path):
     torch.manual_seed(7)
     state = torch.get_rng_state()
     cost = measure_steps(
-        config, accelerator, network, lambda teacher: train.build_objective(config, teacher), 4, steps=2, lr=0.1
+        config, accelerator, network, lambda teacher: train.build_objective(config, teacher), 4, steps=2
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
@@ -164,16 +163,14 @@ def test_the_time_that_is_said_is_the_time_it_takes(tmp_path):
     """Within a factor of three: this is a machine that does other things, too."""
     changes = {
         "model": vit_folder(tmp_path / "vit"),
-        "attack_steps": 10,
+        "attack_steps": 100,
         "batch_size": 18,
-        "epochs": 30,
         "eval_every": 0,
+        "lr": 1e-6,
     }
     lines = dry_run(tiny_config(tmp_path, dry_run=True, **changes))
     predicted = float(re.search(r"images: ([\d.e-]+) s", said(lines, "estimate"))[1])
-    started = time.perf_counter()
-    finetune(tiny_config(tmp_path, log_every=20, checkpoint_every=1000, limit_eval=3, **changes))
+    finetune(tiny_config(tmp_path, epochs=8, log_every=8, checkpoint_every=1000, limit_eval=3, **changes))
     lines = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    real = 18 / lines[-1]["images_per_second"]
-    assert real < time.perf_counter() - started
+    real = 18 / next(line["images_per_second"] for line in lines if "images_per_second" in line)
     assert predicted / 3 < real < 3 * predicted
