@@ -129,7 +129,8 @@ class ArrestObjective:
                 replayed = drift > self.replay_threshold
                 parts |= {"drift": drift, "replayed": replayed.float()}
                 parts["clean_correct"] = (clean.logits.argmax(dim=1) == labels).float()
-            inputs, parts["zero_gradients"] = self._inputs(student, pixels, labels, replayed, generator)
+            inputs, zero_gradients = self._inputs(student, pixels, labels, replayed, generator)
+            parts["zero_gradient_share"] = zero_gradients / self.passes["attack"]
 
         output = model(inputs)
         cross_entropy = F.cross_entropy(output.logits.float(), labels, reduction="none")

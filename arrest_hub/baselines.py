@@ -35,7 +35,7 @@ class AdversarialTraining:
         with frozen_eval(student):
             adversarial, zero_gradients = self.attack(lambda x: student(x).logits, pixels, labels, generator=generator)
         parts = classification_parts(model(adversarial).logits, labels, "adversarial_correct")
-        return parts | {"zero_gradients": zero_gradients}
+        return parts | {"zero_gradient_share": zero_gradients / self.passes["attack"]}
 
 
 class Trades:
@@ -79,7 +79,7 @@ class Trades:
         parts = classification_parts(clean, labels, "clean_correct")
         parts["loss"] = parts["loss"] + self.beta * distance.mean()
         parts["adversarial_correct"] = (robust.detach().argmax(dim=1) == labels).float()
-        return parts | {"distance": distance.detach(), "zero_gradients": zero_gradients}
+        return parts | {"distance": distance.detach(), "zero_gradient_share": zero_gradients / self.passes["attack"]}
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

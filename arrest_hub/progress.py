@@ -20,7 +20,6 @@ from arrest_hub.guards import first_not_finite
 T = TypeVar("T")
 
 QUANTILES = {"drift": (0.5, 0.9)}
-COUNTS = ("zero_gradients",)
 FRACTIONAL = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 # per-sample parts of an objective -> the names they are logged under
 LOG_NAMES = {
@@ -50,7 +49,7 @@ class Meter:
         return first_not_finite(self.values, self.steps, self.indices)
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means (sums for counts, plus quantiles where asked) over every sample since the last call, all processes.
+        """Means (plus quantiles where asked) over every sample since the last call, all processes.
 
         Every process must call it with the same names.
         """
@@ -63,10 +62,7 @@ class Meter:
                     result[f"{name}_p{100 * quantile:.0f}"] = float(torch.quantile(gathered, quantile))
                 result[f"{name}_max"] = float(gathered.max())
             total = accelerator.reduce(torch.stack([values.sum(), values.new_tensor(float(len(values)))]), "sum")
-            if name in COUNTS:
-                result[name] = float(total[0])
-            else:
-                result[LOG_NAMES.get(name, name)] = float(total[0] / total[1])
+            result[LOG_NAMES.get(name, name)] = float(total[0] / total[1])
         for collected in (self.values, self.steps, self.indices):
             collected.clear()
         return result

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from tiny import TinyClassifier
 
 from arrest_hub.arrest import ArrestObjective, angular_distance
-from arrest_hub.attacks import pgd, random_in_ball
+from arrest_hub.attacks import AttackResult, pgd, random_in_ball
+from arrest_hub.baselines import AdversarialTraining
 
 EPS, STEP, STEPS = 0.05, 0.02, 3
 
@@ -223,3 +224,14 @@ def test_static_shapes_give_the_same():
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, msg=name)
+
+
+def test_the_share_of_attack_steps_without_a_gradient():
+    def attack(logits_fn, x, y, *, generator=None):
+        return AttackResult(x, torch.tensor([0.0, 1.0, 4.0]))
+
+    net, batch = TinyClassifier(), (torch.rand(3, 3, 8, 8), torch.arange(3))
+    ours = ArrestObjective(None, attack, None, rgkd_weight=0.0, replay_threshold=None, attack_steps=4)
+    for objective in (ours, AdversarialTraining(attack, attack_steps=4)):
+        parts = objective(net, net, *batch, torch.Generator())
+        assert parts["zero_gradient_share"].tolist() == [0, 0.25, 1]

@@ -274,7 +274,7 @@ def arrest_log(lines, every=10):
         step = {"phase": "robust", "step": every * i, "epoch": i // 3}
         values = {"adversarial_accuracy": 0.5 * i / lines, "clean_accuracy": 0.9, "cross_entropy": 2 / i}
         values |= {"distance": 0.1, "drift_p50": 0.2 / i, "drift_p90": 0.3 / i, "drift_max": 0.9, "drift": 0.8}
-        values |= {"loss": 2 / i + 1, "replay_rate": 0.25 / i, "zero_gradients": 0.0, "lr": 0.1, "grad_norm": None}
+        values |= {"loss": 2 / i + 1, "replay_rate": 0.25 / i, "zero_gradient_share": 0.0, "lr": 0.1, "grad_norm": None}
         log.append(step | values)
         if i % 3 == 0:
             values = {"validation_clean_accuracy": 0.8, "n": 50, "validation_robust_accuracy": 0.4 * i / lines}

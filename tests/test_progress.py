@@ -19,7 +19,7 @@ def test_meter_averages_over_samples_not_batches(accelerator):
     for step, values in enumerate(drift):
         parts = {
             "drift": torch.from_numpy(values), "replayed": torch.from_numpy((values > 0.5).astype("f4")),
-            "zero_gradients": torch.ones(len(values)), "loss": torch.tensor(2.0, requires_grad=True),
+            "zero_gradient_share": torch.full((len(values),), 0.5), "loss": torch.tensor(2.0, requires_grad=True),
         }  # fmt: skip
         meter.add(parts, step, torch.arange(len(values)))
     assert meter.first_not_finite() is None
@@ -30,7 +30,7 @@ def test_meter_averages_over_samples_not_batches(accelerator):
     assert result["drift_p90"] == pytest.approx(np.quantile(together, 0.9), rel=1e-6)
     assert result["drift_max"] == pytest.approx(together.max())
     assert result["replay_rate"] == pytest.approx((together > 0.5).mean())
-    assert result["zero_gradients"] == 12
+    assert result["zero_gradient_share"] == 0.5
     assert result["loss"] == 2
     assert not meter.values
     assert not meter.steps

@@ -75,7 +75,7 @@ def test_a_run_from_a_model_folder_end_to_end(tmp_path, capsys):
     assert [line["step"] for line in steps] == [2, 4, 6, 8]
     assert {
         "phase", "step", "epoch", "loss", "cross_entropy", "distance", "drift", "drift_p50", "drift_p90", "drift_max",
-        "replay_rate", "clean_accuracy", "adversarial_accuracy", "zero_gradients", "lr",
+        "replay_rate", "clean_accuracy", "adversarial_accuracy", "zero_gradient_share", "lr",
     } == set(steps[0])  # fmt: skip
     assert all(math.isfinite(value) for line in steps for value in line.values() if isinstance(value, float))
     assert [line["step"] for line in lines if "validation_harmonic_mean" in line] == [4, 8]
