@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, PartialState
 from torch import nn
 
 from arrest_hub.autoattack import part_problem
@@ -117,9 +116,8 @@ def run_evaluation(
         problems += robustbench_problems(config.dataset, config.norm, config.attack_names)
     if problems:
         raise ConfigError(problems)
-    # a stage may keep one process waiting for another for long; the usual limit is ten minutes
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
-    accelerator = new_accelerator(mixed_precision="no", kwargs_handlers=[patience])
+    # a stage may keep one process waiting for another for long
+    accelerator = new_accelerator(timeout=2 * 86400, mixed_precision="no")
     say = accelerator.print
     warning = launcher_warning(accelerator, "eval")
     for note in (*notes, *([warning] if warning else [])):
