@@ -45,8 +45,8 @@ def set_up_sharding(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
-            f"the launcher asks for {kind.value}, through which no gradient with respect to the pixels can be had. For "
-            f"a network that does not fit: {LAUNCH}; for one that does: --multi_gpu."
+            f"the launcher asks for {kind.value}; the attack's gradients with respect to the pixels are tested with "
+            f"FSDP 2 alone. For a network that does not fit: {LAUNCH}; for one that does: --multi_gpu."
         )
     if not wants_sharding() or accelerator.num_processes == 1:
         return
@@ -58,8 +58,8 @@ def set_up_sharding(accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ConfigError(
-            f"the launcher asks for FSDP {plugin.fsdp_version}, under which parameters cannot be frozen for the "
-            f"attack. Give --fsdp_version 2, or {LAUNCH}."
+            f"the launcher asks for FSDP {plugin.fsdp_version}; the attack's gradients with respect to the pixels are "
+            f"tested with FSDP 2 alone. Give --fsdp_version 2, or {LAUNCH}."
         )
     # autocast does as it does without sharding; the policy would round the pixels before they are normalised
     plugin.mixed_precision_policy = None
