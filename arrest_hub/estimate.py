@@ -33,11 +33,12 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 @dataclass(frozen=True)
 class Cost:
-    """Of training steps of one batch in each process: seconds of each, and the peak of memory in bytes (None: not
-    measured here)."""
+    """Of training steps of one batch in each process: seconds of each, the peak of memory in bytes (None: not measured
+    here), and the bytes of the optimizer's state."""
 
     seconds: list[float]
     peak: int | None
+    optimizer_state: int = 0
 
     @property
     def median(self) -> float:
@@ -92,7 +93,9 @@ def measure_steps(
                 _wait_for(device)
                 seconds.append(time.perf_counter() - started)
             del ema
-            return Cost(seconds[1:] or seconds, peak_memory(device))
+            values = [value for state in optimizer.state.values() for value in state.values()]
+            kept = sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+            return Cost(seconds[1:] or seconds, peak_memory(device), kept)
     finally:
         accelerator.gradient_accumulation_steps = accumulated
         accelerator.step = 0

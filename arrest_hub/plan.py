@@ -9,7 +9,7 @@ from arrest_hub.backbones import Backbone
 from arrest_hub.baselines import StandardObjective
 from arrest_hub.data_speed import loader_images_per_second
 from arrest_hub.errors import ConfigError
-from arrest_hub.estimate import choose_batch_size, measure_evaluation, measure_steps, memory_limit
+from arrest_hub.estimate import Cost, choose_batch_size, measure_evaluation, measure_steps, memory_limit
 from arrest_hub.loop import training_batches
 from arrest_hub.prepare import planned_steps, plural
 from arrest_hub.run import Run
@@ -66,17 +66,17 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[Backbo
             )
             parts["evaluation"] = (networks * count * each / processes, what)
 
-    state = sum(parameter.numel() * 4 for parameter in network.parameters())
+    weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+    checkpoint = weights * (2 if config.ema_decay else 1) + cost.optimizer_state
     lines = [
         f"estimate    from {plural(STEPS, 'step')} of {config.batch_size} random images"
         f"{f' on each of {processes} processes' if processes > 1 else ''}: {cost.median:.3g} s "
         f"({min(cost.seconds):.3g} to {max(cost.seconds):.3g}), {training:,.0f} images/s",
-        "memory      " + _memory(cost.peak, memory_limit(device), device.type),
+        "memory      " + _memory(cost, memory_limit(device), device.type),
         "data        " + _data(data, training, run.num_workers),
         *(f"{name:<12}{_duration(seconds)} ({what})" for name, (seconds, what) in parts.items()),
         f"in all      {_duration(sum(seconds for seconds, _ in parts.values()))}",
-        f"disk        about {_bytes(3 * state)} a checkpoint with momentum, {config.keep_checkpoints} kept; "
-        f"{_bytes(state)} the weights",
+        f"disk        {_bytes(checkpoint)} a checkpoint, {config.keep_checkpoints} kept; {_bytes(weights)} the weights",
     ]
     try:
         best = choose_batch_size(config, accelerator, network, build_objective, splits.train.num_examples)
@@ -86,11 +86,12 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[Backbo
     return [*lines, "nothing was written (--dry-run)"]
 
 
-def _memory(peak: int | None, limit: int, device: str) -> str:
-    if peak is None:
-        return "not measured on this system"
+def _memory(cost: Cost, limit: int, device: str) -> str:
+    state = f"{_bytes(cost.optimizer_state)} of optimizer state"
+    if cost.peak is None:
+        return f"not measured on this system; {state}"
     where = "on each GPU" if device == "cuda" else "in each process"
-    return f"{_bytes(peak)} {where} at the peak of a step; {_bytes(limit)} can be had"
+    return f"{_bytes(cost.peak)} {where} at the peak of a step, with {state}; {_bytes(limit)} can be had"
 
 
 def _data(data: float | None, training: float, workers: int) -> str:

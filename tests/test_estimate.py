@@ -9,7 +9,7 @@ from test_train import files, log_lines, same_weights, vit_folder
 from tiny import NAMES, tiny_backbone, tiny_config
 
 from arrest_hub import estimate, train
-from arrest_hub.cli import parse_finetune
+from arrest_hub.cli import finetune_command, parse_finetune, run_cli
 from arrest_hub.config import FinetuneConfig, load_config, resume_config
 from arrest_hub.errors import ConfigError
 from arrest_hub.estimate import largest_batch, measure_steps
@@ -131,6 +131,8 @@ def test_measuring_leaves_no_trace(tmp_path):
     assert len(cost.seconds) == 2
     assert 0 < cost.median < 5
     assert cost.peak is None or cost.peak > 1e6
+    momentum = sum(4 * parameter.numel() for parameter in network.parameters())
+    assert cost.optimizer_state == momentum
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,11 @@ def test_a_plan_is_said_and_nothing_is_written(changes, tmp_path, capsys):
     assert ("validation" in "\n".join(lines)) == ("eval_every" not in changes)
     steps = {"streaming": 5}.get(next(iter(changes), ""), 4 if "grad_accum_steps" in changes else 8)
     assert f"({steps} steps)" in said(lines, "training")
+    if not changes:  # the checkpoint is as large as was said, but for headers
+        finetune(tiny_config(tmp_path))
+        sizes = [path.stat().st_size for path in (tmp_path / "run" / "checkpoints" / "step-000008").iterdir()]
+        claimed = float(re.search(r"([\d.]+) MB a checkpoint", said(lines, "disk"))[1])
+        assert claimed - 0.1 < sum(sizes) / 1e6 < claimed + 0.15
 
 
 def test_a_bad_configuration_fails_as_the_run_would(tmp_path):
@@ -174,3 +181,20 @@ def test_the_time_that_is_said_is_the_time_it_takes(tmp_path):
     lines = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     real = 18 / next(line["images_per_second"] for line in lines if "images_per_second" in line)
     assert predicted / 3 < real < 3 * predicted
+
+
+def test_the_flag(tmp_path, capsys):
+    config = tiny_config(tmp_path)
+    words = [
+        "--model",
+        config.model,
+        "--dataset",
+        config.dataset,
+        "--output-dir",
+        config.output_dir,
+        "--batch-size",
+        "8",
+    ]
+    assert run_cli(finetune_command, [*words, "--num-workers", "0", "--attack-steps", "1", "--dry-run"]) == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
