@@ -76,6 +76,7 @@ def test_a_step_of_two_processes():
     found = json.loads(launch(file="two_processes.py").stdout.splitlines()[-1])
     calls = found["collectives"]
     assert calls["attack"] == 0
+    assert (calls["is wrapped"], calls["wrapped"]) == (1, 2), "one pass a step"
     assert 0 < calls["step"] == calls["long step"] <= 4, "the gradients' sum and the buffers' broadcast"
     assert found["replay"]["difference"] <= 1e-6 < 1e-3 < found["replay"]["moved"]
     assert found["replay"]["replay rate"] == 0.5

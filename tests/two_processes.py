@@ -73,7 +73,10 @@ def collectives(accelerator: Accelerator) -> dict[str, int]:
 
     for _ in range(2):  # DistributedDataParallel arranges its buckets anew after the first
         step(1)
-    return {"attack": count(attack), "step": step(1), "long step": step(7)}
+    wrapped = []
+    model.register_forward_pre_hook(lambda *_: wrapped.append(1))
+    found = {"attack": count(attack), "step": step(1), "long step": step(7)}
+    return found | {"wrapped": len(wrapped), "is wrapped": int(model is not net)}
 
 
 def one_rank_replays_all(accelerator: Accelerator) -> dict[str, float]:
