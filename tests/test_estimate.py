@@ -185,16 +185,8 @@ def test_the_time_that_is_said_is_the_time_it_takes(tmp_path):
 
 def test_the_flag(tmp_path, capsys):
     config = tiny_config(tmp_path)
-    words = [
-        "--model",
-        config.model,
-        "--dataset",
-        config.dataset,
-        "--output-dir",
-        config.output_dir,
-        "--batch-size",
-        "8",
-    ]
-    assert run_cli(finetune_command, [*words, "--num-workers", "0", "--attack-steps", "1", "--dry-run"]) == 0
+    words = ["--model", config.model, "--dataset", config.dataset, "--output-dir", config.output_dir]
+    words += ["--batch-size", "8", "--num-workers", "0", "--attack-steps", "1", "--dry-run"]
+    assert run_cli(finetune_command, words) == 0
     assert "nothing was written" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
