@@ -35,9 +35,10 @@ EMA = "ema.safetensors"
 class Progress:
     """Where a run stands. ``batch`` counts the batches of ``epoch`` that are already trained on; ``seconds`` is the
     time of this phase so far, over every resumption. ``to_validate``: the validation that belongs to ``step`` is yet
-    to come. ``layout`` is how the batches are dealt out: what it says must be the same for a run to go on in the
-    middle of an epoch. ``offset`` is added to ``step`` for the place in the learning rate schedule: not zero once a
-    run went on with other global batches, and so with other steps per epoch."""
+    to come. ``first_accuracy``: the clean accuracy of the first line of the log. ``layout`` is how the batches are
+    dealt out: what it says must be the same for a run to go on in the middle of an epoch. ``offset`` is added to
+    ``step`` for the place in the learning rate schedule: not zero once a run went on with other global batches, and so
+    with other steps per epoch."""
 
     phase: str
     step: int = 0
@@ -45,6 +46,7 @@ class Progress:
     batch: int = 0
     offset: int = 0
     to_validate: bool = False
+    first_accuracy: float | None = None
     best_score: float | None = None
     best_step: int | None = None
     model_revision: str | None = None

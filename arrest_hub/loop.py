@@ -96,8 +96,6 @@ def train_phase(
     meter, waiting = Meter(), WaitTimer()
     images = config.batch_size * accelerator.num_processes
     logged_at, logged_images = time.perf_counter(), 0
-    first_accuracy: torch.Tensor | None = None  # of the very first batch
-    beginning = dataclasses.replace(progress) if checkpoint is None else None
     model.train()
     done, total = (steps * config.grad_accum_steps * images for steps in (progress.place, total_steps))
 
@@ -140,8 +138,6 @@ def train_phase(
                     meter.add(parts, progress.place + 1, batch["index"])
                     if (hits := parts.get("clean_correct")) is not None:
                         clean += torch.stack([hits.sum(), torch.ones_like(hits).sum()])
-                        if first_accuracy is None and progress == beginning:
-                            first_accuracy = hits.mean()
                     progress.batch += 1
                     logged_images += images
                     bar.update(images)
@@ -161,6 +157,8 @@ def train_phase(
                         values["data_wait"], waiting.seconds = waiting.seconds / seconds, 0.0
                         run.images_logged += logged_images
                         _log(run, phase, progress, values, bar)
+                        if progress.first_accuracy is None:
+                            progress.first_accuracy = values.get("clean_accuracy")
                         logged_at, logged_images = time.perf_counter(), 0
                     if finished:
                         break
@@ -186,8 +184,9 @@ def train_phase(
                 model.train()
                 logged_at, waiting.seconds = time.perf_counter(), 0.0
             if at_chance(correct, seen, student.num_classes):
-                first = None if first_accuracy is None else float(first_accuracy)
-                warn(run, phase, progress, collapse_warning(correct / seen, first, student.num_classes))
+                warn(
+                    run, phase, progress, collapse_warning(correct / seen, progress.first_accuracy, student.num_classes)
+                )
             finished = progress.place >= total_steps
             if finished or not config.checkpoint_every or progress.step % config.checkpoint_every == 0:
                 save()

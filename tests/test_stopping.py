@@ -3,8 +3,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
-import pytest
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from arrest_hub import stopping
@@ -52,8 +52,10 @@ def test_a_loader_that_is_asked_from_outside_ends_later(monkeypatch):
     batches._workers_status[0] = False
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", f"import os; os.kill({int(pid)}, 15)"], check=True)
-    with pytest.raises(RuntimeError, match="exited unexpectedly with exit code 1"):  # torch's handler
+    with suppress(RuntimeError):  # torch's handler tells it, sometimes while it is waited for
         worker.join(5)
+    worker.join(5)
+    assert worker.exitcode == 1
     assert time.monotonic() - began >= 0.5
 
 
