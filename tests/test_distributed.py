@@ -154,11 +154,8 @@ def test_two_processes_stop_at_sigterm_and_one_goes_on(two, tmp_path, capsys):
     assert read_progress(list_checkpoints(checkpoints, "robust")[-1]).place == 18
 
 
-def test_resume_on_two_processes_and_bad_input(two):
+def test_a_folder_with_a_run_is_refused_on_two_processes(two):
     _, arguments, _ = two
-    again = launch(*arguments, "--resume")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "resuming from" in again.stdout
     refused = launch(*arguments)
     assert refused.returncode != 0
     assert refused.stderr.count("error: --output-dir") == 1

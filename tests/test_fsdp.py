@@ -22,6 +22,7 @@ from arrest_hub.results import read_results
 from arrest_hub.sharding import block_names, set_up_sharding
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
 
 
 def launch(config, folder, *flags, **values):

@@ -35,6 +35,7 @@ print(peak() - imported)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a program's own peak")
 def test_peak_memory_of_a_large_model(tmp_path):
     from tiny import tiny_config

@@ -262,6 +262,7 @@ def train_in_child(values):
     finetune(dataclasses.replace(tiny_config(Path(values.pop("folder"))), **values))
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path, whole):
     """SIGKILL, every other time as soon as a checkpoint is being written; what the run then makes is the same."""
     _, expected = whole
