@@ -121,6 +121,7 @@ def test_two_processes_train_as_one_does(two, tmp_path, monkeypatch):
         torch.testing.assert_close(trained[0][name], trained[1][name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_sigterm_and_one_goes_on(two, tmp_path, capsys):
     folder, arguments, _ = two
     arguments = [*arguments, "--checkpoint-every", "1", "--keep-checkpoints", "20"]

@@ -64,6 +64,7 @@ def test_two_processes_equal_one(one, tmp_path, launcher):
     same(folder / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_one_process_begins_and_two_go_on(one, tmp_path):
     """The journal of a killed run (here: its first lines) is taken up by another number of processes."""
     folder, arguments = one

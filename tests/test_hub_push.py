@@ -798,6 +798,7 @@ def test_a_damaged_file_is_refused(hub, published, tmp_path, name, how):
     assert "loaded" in again.out, again
 
 
+@pytest.mark.slow
 def test_offline_and_by_revision(hub, published, tmp_path):
     home, repo = tmp_path / "home", hub.repos["models", "me/timm-robust"]
     commit = repo.refs["main"]
