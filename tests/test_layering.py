@@ -11,7 +11,7 @@ LEVELS = [
     {"errors", "fields", "licenses", "config", "eval_config", "push_config", "recipe_files", "training_record"},
     {"transforms", "images", "columns", "subsets", "seeding", "corrupt", "streams", "data_speed", "on_demand",
      "sources", "splits", "labels", "data", "architectures", "model_source", "image_processor", "heads", "backbones",
-     "network_options",
+     "network_options", "folding",
      "attacks", "autoattack", "results", "verdicts", "figures", "training_figure", "sharding", "guards", "progress",
      "processes", "stopping"},
     {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",
@@ -22,7 +22,7 @@ LEVELS = [
     {"cli", "push_cli", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-MATHS = ("attacks", "autoattack", "arrest", "baselines", "attack_stages", "masking")
+MATHS = ("folding", "attacks", "autoattack", "arrest", "baselines", "attack_stages", "masking")
 NO_TORCH = ("errors", "fields", "config", "eval_config", "recipe_files", "results", "verdicts", "figures",
             "training_figure", "comparison", "robustbench", "licenses", "training_record", "push_config",
             "card_facts", "hub_access", "hub_search", "hub", "cli", "push_cli", "model_card", "__main__")  # fmt: skip
