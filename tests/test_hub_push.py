@@ -419,6 +419,7 @@ def test_weights_in_several_files(hub, published, tmp_path):
     assert {path for path in hub.files("me/shards") if path.startswith("model")} == {"model.safetensors"}
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_publishes(hub, tmp_path):
     def launch(home: Path, **options: Any) -> Outcome:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, "arrest-finetune"]
