@@ -27,7 +27,9 @@ class FoldedNetwork(nn.Module):
 
     Args:
         network: images -> logits, or a tuple that begins with them. It is not changed.
-        images: [B, 3, H, W] in [0, 1], of a size that the network takes; two are enough.
+        images: [B, 3, H, W] in [0, 1], of a size that the network takes, on its device; two are enough.
+
+    Raises what the network raises for these images.
     """
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
@@ -115,7 +117,8 @@ def _folded(network: nn.Module, pairs: dict[str, str]) -> nn.Module:
 
 
 def _copy_weights(source: nn.Module, folded: nn.Module, pairs: dict[str, str]) -> None:
-    own = dict(folded.named_parameters()) | dict(folded.named_buffers())
+    # all names of a shared weight: folding it for one convolution then shows in the other, and is refused
+    own = dict(folded.named_parameters(remove_duplicate=False)) | dict(folded.named_buffers(remove_duplicate=False))
     for name, tensor in (*source.named_parameters(), *source.named_buffers()):
         if name in own and name.rpartition(".")[0] not in pairs:
             own[name].copy_(tensor)

@@ -82,3 +82,25 @@ def test_a_convolution_with_a_second_reader_is_left_alone() -> None:
     twin = FoldedNetwork(network, images)
     assert twin.pairs == {}
     torch.testing.assert_close(twin(images), network(images))
+
+
+class TiedWeights(nn.Module):
+    """Two convolutions with one weight, each before a BatchNorm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.conv2, self.norm2 = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.conv2.weight = self.conv1.weight
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.norm2(self.conv2(self.norm1(self.conv1(images)))).mean(dim=(2, 3))
+
+
+def test_convolutions_with_a_common_weight_are_left_alone() -> None:
+    torch.manual_seed(0)
+    network = randomised(TiedWeights())
+    images = torch.rand(2, 3, 8, 8)
+    twin = FoldedNetwork(network, images)
+    assert twin.pairs == {}
+    torch.testing.assert_close(twin(images), network(images))
