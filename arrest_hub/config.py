@@ -122,8 +122,10 @@ class FinetuneConfig:
         above=0, high=0.999999, optional=True)
     mixed_precision: str = _field("no", "str", "training",
         "precision of training and attack", choices=("no", "bf16", "fp16"))
-    channels_last: bool = _field(False, "bool", "training",
-        "keep the channels innermost in memory: faster convolutions in half precision and on CPUs")
+    channels_last: bool = _field(True, "bool", "training",
+        "keep the channels innermost in memory: faster convolutions, the same to rounding")
+    fold_batchnorm: bool = _field(True, "bool", "training",
+        "fold BatchNorm into the convolutions for all passes but the trained one: faster, the same to rounding")
     compile: bool = _field(False, "bool", "training",
         "torch.compile the networks: minutes at the start, faster steps")
     grad_checkpointing: bool = _field(False, "bool", "training",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from arrest_hub.arrest import Objective
 from arrest_hub.backbones import Backbone
@@ -18,7 +19,7 @@ from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError
 from arrest_hub.processes import any_process
 from arrest_hub.sharding import choose_blocks, is_sharded
-from arrest_hub.step import make_optimizer, train_step
+from arrest_hub.step import attacked_network, for_eval_passes, make_optimizer, make_teacher, train_step
 from arrest_hub.validation import PgdSettings, count_correct
 
 MARGIN = 0.9
@@ -50,7 +51,7 @@ def measure_steps(
     config: FinetuneConfig,
     accelerator: Accelerator,
     network: Backbone,
-    build_objective: Callable[[Backbone | None], Objective],
+    build_objective: Callable[[nn.Module | None], Objective],
     batch_size: int,
     *,
     steps: int,
@@ -67,19 +68,17 @@ def measure_steps(
     try:
         with torch.random.fork_rng(devices=devices):
             student = copy.deepcopy(network)
-            teacher = copy.deepcopy(network).eval().requires_grad_(False).to(device) if config.needs_teacher else None
-            objective = build_objective(teacher)
+            objective = build_objective(make_teacher(config, network, device))
             optimizer = make_optimizer(config, student, NO_LEARNING)
-            model: torch.nn.Module = student
+            model: nn.Module = student
             if is_sharded(accelerator):
                 choose_blocks(accelerator, student)
                 model, optimizer = accelerator.prepare(student, optimizer)
             else:
                 student.to(device)
             if config.compile:
-                for part in (student, teacher):
-                    if part is not None:
-                        part.compile()
+                student.compile()
+            attacked = attacked_network(config, accelerator, student, objective)
             ema = copy.deepcopy(student) if config.ema_decay else None
             batch = random_batch(network, batch_size, device)
             generator = torch.Generator(device=device).manual_seed(0)
@@ -89,7 +88,7 @@ def measure_steps(
             for _ in range(1 + steps):
                 _wait_for(device)
                 started = time.perf_counter()
-                train_step(accelerator, model, student, objective, optimizer, batch, generator, config.clip_grad)
+                train_step(accelerator, model, attacked, objective, optimizer, batch, generator, config.clip_grad)
                 _wait_for(device)
                 seconds.append(time.perf_counter() - started)
             del ema
@@ -104,10 +103,16 @@ def measure_steps(
 
 
 def measure_evaluation(
-    accelerator: Accelerator, network: Backbone, batch_size: int, settings: PgdSettings | None
+    accelerator: Accelerator,
+    network: Backbone,
+    batch_size: int,
+    settings: PgdSettings | None,
+    training: FinetuneConfig | None = None,
 ) -> float:
-    """Seconds an image takes to be evaluated, clean and under PGD, on one process."""
-    student = copy.deepcopy(network).to(accelerator.device)
+    """Seconds an image takes to be evaluated, clean and under PGD, on one process: as the final evaluation does it, or,
+    given ``training``, a validation of that training."""
+    copied = copy.deepcopy(network).to(accelerator.device)
+    student = copied if training is None else for_eval_passes(training, copied)
     batch = random_batch(network, batch_size, accelerator.device)
     with torch.no_grad():
         batch["label"] = student.eval()(batch["pixels"] / 255).logits.argmax(dim=1)  # all right, and so all attacked
@@ -163,7 +168,7 @@ def choose_batch_size(
     config: FinetuneConfig,
     accelerator: Accelerator,
     network: Backbone,
-    build_objective: Callable[[Backbone | None], Objective],
+    build_objective: Callable[[nn.Module | None], Objective],
     num_examples: int | None,
 ) -> int:
     """What --batch-size auto takes: the largest batch that fits in every process.

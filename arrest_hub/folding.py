@@ -11,43 +11,95 @@ from collections import Counter
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 TOLERANCE = 1e-3
 """Largest difference of the logits, relative to the largest of them, that is still rounding; a wrong pair gives 1."""
 
 
-class FoldedNetwork(nn.Module):
-    """A copy of ``network`` for eval mode, without gradients to its parameters, its BatchNorm folded where it can be.
-
-    Follows the network's weights only when `refresh` is called. ``pairs`` names the convolutions and the BatchNorm
-    layers folded into them; a pair whose folding would change what the network computes is left as it is.
+def foldable(network: nn.Module, images: Tensor) -> dict[str, str]:
+    """Convolution -> the BatchNorm that can be folded into it, by name: where that leaves all logits as they are.
 
     Args:
         network: images -> logits, or a tuple that begins with them. It is not changed.
-        images: [B, 3, H, W] in [0, 1], of a size that the network takes, on its device; two are enough.
+        images: [B, 3, H, W] in [0, 1] on the CPU, of a size that the network takes; two are enough.
 
     Raises what the network raises for these images.
     """
+    if not any(_folds(module) for module in network.modules()):
+        return {}
+    plain = copy.deepcopy(network).cpu().eval().requires_grad_(False)  # the CPU rounds least
+    pairs = _pairs(plain, images)
+    if pairs and not _same_logits(plain, pairs, images):
+        pairs = {conv: norm for conv, norm in pairs.items() if _same_logits(plain, {conv: norm}, images)}
+    return pairs
 
-    def __init__(self, network: nn.Module, images: Tensor) -> None:
+
+class FoldedNetwork(nn.Module):
+    """A network as it is in eval mode, without gradients to its parameters, its BatchNorm folded.
+
+    Made where the network is, and not to be moved. Shares the network's tensors, but for what is folded, which
+    follows when `refresh` is called.
+
+    Args:
+        network: images -> anything. It is not changed.
+        pairs: what `foldable` found, at least one.
+        dtype: of the folded weights and biases: autocast's own, where passes run under autocast, so that they are
+            rounded once and not in every pass. Default: the network's.
+    """
+
+    def __init__(self, network: nn.Module, pairs: dict[str, str], dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        plain = copy.deepcopy(network).eval().requires_grad_(False)
-        self.pairs = _pairs(plain, images)
-        if self.pairs and not _same_logits(plain, self.pairs, images):
-            self.pairs = {c: n for c, n in self.pairs.items() if _same_logits(plain, {c: n}, images)}
-        self.network = _folded(plain, self.pairs)
+        shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+        shared |= {id(buffer): buffer for buffer in network.buffers()}
+        self.network = copy.deepcopy(network, shared)
+        self._convs: list[Any] = [network.get_submodule(name) for name in pairs]
+        self._norms: list[Any] = [network.get_submodule(name) for name in pairs.values()]
+        self._own: list[Any] = []
+        with torch.no_grad():
+            first = self._convs[0].weight
+            channels = [conv.out_channels for conv in self._convs]
+            self._biases = torch.zeros(sum(channels), device=first.device, dtype=dtype or first.dtype)
+            eps = [norm.eps for norm in self._norms]
+            self._eps = torch.tensor(eps).repeat_interleave(torch.tensor(channels)).to(first)
+            for conv_name, norm_name, bias in zip(pairs, pairs.values(), self._biases.split(channels), strict=True):
+                own: Any = self.network.get_submodule(conv_name)
+                own.weight = nn.Parameter(torch.empty_like(own.weight, dtype=dtype), requires_grad=False)
+                own.bias = nn.Parameter(bias, requires_grad=False)
+                self._own.append(own)
+                norm: Any = self.network.get_submodule(norm_name)
+                left = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()
+                self.network.set_submodule(norm_name, left)
+        self.eval()
+        self.refresh()
 
     @torch.no_grad()
-    def refresh(self, network: nn.Module) -> None:
-        """Take over the weights and running statistics that ``network`` has now."""
-        _copy_weights(network, self.network, self.pairs)
+    def refresh(self) -> None:
+        """Take over the weights and running statistics that the network has now."""
+        weight, bias, mean, variance = (
+            torch.cat([getattr(norm, name) for norm in self._norms])
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight * torch.rsqrt(variance + self._eps)
+        shift = bias - mean * scale
+        channels = [conv.out_channels for conv in self._convs]
+        for conv, own, factor, offset in zip(
+            self._convs, self._own, scale.split(channels), shift.split(channels), strict=True
+        ):
+            torch.mul(conv.weight, factor.view(-1, 1, 1, 1), out=own.weight)
+            if conv.bias is not None:
+                offset.add_(conv.bias * factor)
+        self._biases.copy_(shift)
 
     def forward(self, images: Tensor) -> Any:
         """What the network gives in eval mode."""
         return self.network(images)
+
+
+def _folds(module: nn.Module) -> bool:
+    return type(module) in NORMS and bool(module.track_running_stats) and bool(module.affine)
 
 
 def _pairs(network: nn.Module, images: Tensor) -> dict[str, str]:
@@ -71,7 +123,7 @@ def _pairs(network: nn.Module, images: Tensor) -> dict[str, str]:
     for name, module in network.named_modules():
         if type(module) is nn.Conv2d:
             hooks.append(module.register_forward_hook(lambda _m, _i, output, name=name: after(name, output)))
-        elif type(module) in (nn.BatchNorm2d, BatchNormAct2d) and module.track_running_stats and module.affine:
+        elif _folds(module):
             hooks.append(module.register_forward_pre_hook(lambda _m, inputs, name=name: before(name, inputs[0])))
     try:
         with torch.no_grad():
@@ -87,49 +139,18 @@ def _same_logits(network: nn.Module, pairs: dict[str, str], images: Tensor) -> b
     that is near the identity would hide a convolution whose output has another reader too."""
     plain = copy.deepcopy(network)
     generator = torch.Generator().manual_seed(0)
-    for name in pairs.values():
-        norm: Any = plain.get_submodule(name)
-        for tensor, low, high in (
-            (norm.running_mean, -0.2, 0.2),
-            (norm.running_var, 0.5, 2.0),
-            (norm.weight, 0.5, 1.5),
-            (norm.bias, -0.2, 0.2),
-        ):
-            tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
-    folded = _folded(plain, pairs)
     with torch.no_grad():
-        expected, got = _logits(plain(images)), _logits(folded(images))
+        for name in pairs.values():
+            norm: Any = plain.get_submodule(name)
+            for tensor, low, high in (
+                (norm.running_mean, -0.2, 0.2),
+                (norm.running_var, 0.5, 2.0),
+                (norm.weight, 0.5, 1.5),
+                (norm.bias, -0.2, 0.2),
+            ):
+                tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
+        expected, got = _logits(plain(images)), _logits(FoldedNetwork(plain, pairs)(images))
     return bool((expected - got).abs().max() <= TOLERANCE * expected.abs().max())
-
-
-def _folded(network: nn.Module, pairs: dict[str, str]) -> nn.Module:
-    folded = copy.deepcopy(network)
-    for conv_name, norm_name in pairs.items():
-        conv: Any = folded.get_submodule(conv_name)
-        norm: Any = folded.get_submodule(norm_name)
-        if conv.bias is None:
-            conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), requires_grad=False)
-        left = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-        folded.set_submodule(norm_name, left.eval())
-    with torch.no_grad():
-        _copy_weights(network, folded, pairs)
-    return folded
-
-
-def _copy_weights(source: nn.Module, folded: nn.Module, pairs: dict[str, str]) -> None:
-    # all names of a shared weight: folding it for one convolution then shows in the other, and is refused
-    own = dict(folded.named_parameters(remove_duplicate=False)) | dict(folded.named_buffers(remove_duplicate=False))
-    for name, tensor in (*source.named_parameters(), *source.named_buffers()):
-        if name in own and name.rpartition(".")[0] not in pairs:
-            own[name].copy_(tensor)
-    for conv_name, norm_name in pairs.items():
-        conv: Any = source.get_submodule(conv_name)
-        norm: Any = source.get_submodule(norm_name)
-        weight, bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        own[f"{conv_name}.weight"].copy_(weight)
-        own[f"{conv_name}.bias"].copy_(bias)
 
 
 def _logits(output: Any) -> Tensor:

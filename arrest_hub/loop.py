@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
+from torch import nn
 from tqdm import tqdm
 
 from arrest_hub.arrest import Objective
@@ -31,7 +32,15 @@ from arrest_hub.resume import batch_layout, resume_point
 from arrest_hub.run import Run
 from arrest_hub.run_folder import record_batches
 from arrest_hub.sharding import WholeCopy, choose_blocks, is_sharded
-from arrest_hub.step import average_statistics, make_optimizer, make_scheduler, train_step
+from arrest_hub.step import (
+    attacked_network,
+    average_statistics,
+    for_eval_passes,
+    make_optimizer,
+    make_scheduler,
+    refresh,
+    train_step,
+)
 from arrest_hub.stopping import watch_for_termination
 from arrest_hub.transforms import eval_transform, train_transform
 from arrest_hub.validation import Counts, PgdSettings, count_correct
@@ -92,6 +101,8 @@ def train_phase(
     began = time.perf_counter() - progress.seconds
     scheduler.step_update(progress.place)
 
+    attacked = attacked_network(config, accelerator, student, objective)
+    validated = attacked if ema is None else for_eval_passes(config, ema.module)
     generator = torch.Generator(device=accelerator.device)
     meter, waiting = Meter(), WaitTimer()
     images = config.batch_size * accelerator.num_processes
@@ -132,7 +143,7 @@ def train_phase(
                     generator.manual_seed(derive_seed("attack", *seed_parts))
                     torch.manual_seed(derive_seed("dropout", *seed_parts))
                     parts = train_step(
-                        accelerator, model, student, objective, optimizer, batch, generator, config.clip_grad
+                        accelerator, model, attacked, objective, optimizer, batch, generator, config.clip_grad
                     )
                     average_statistics(accelerator, student)
                     meter.add(parts, progress.place + 1, batch["index"])
@@ -177,7 +188,8 @@ def train_phase(
                 progress.to_validate = bool(due and run.splits.validation is not None)
             correct, seen = map(int, accelerator.reduce(clean, "sum").tolist())
             if progress.to_validate:
-                counts = _validate(run, phase, student, ema, progress, stop_if_asked)
+                weights = student if ema is None else ema.module
+                counts = _validate(run, phase, weights, validated, progress, stop_if_asked)
                 progress.to_validate = False
                 if not seen:  # not every method looks at the clean images
                     correct, seen = counts.clean, counts.n
@@ -278,18 +290,19 @@ def _log(run: Run, phase: str, progress: Progress, values: dict[str, float], bar
 def _validate(
     run: Run,
     phase: str,
-    student: Backbone,
-    ema: ModelEmaV3 | None,
+    model: Backbone,
+    validated: nn.Module,
     progress: Progress,
     after_batch: Callable[[], None],
 ) -> Counts:
     """Clean accuracy, and in the robust phase PGD accuracy, on the validation images; keeps the best weights.
 
-    The test split plays no part in the choice.
+    The test split plays no part in the choice. ``validated``: ``model``, or what `for_eval_passes` made of it.
     """
     assert run.splits.validation is not None
-    model = ema.module if ema is not None else student
-    counts = count_validation(run, run.splits.validation, model, phase == "robust", after_batch)
+    refresh(validated)
+    transform = eval_transform(model.preprocessing)
+    counts = count_validation(run, run.splits.validation, transform, validated, phase == "robust", after_batch)
     values: dict[str, Any] = {"validation_clean_accuracy": counts.clean / counts.n, "n": counts.n}
     if phase == "robust":
         score = harmonic_mean(counts.clean / counts.n, counts.robust / counts.n)
@@ -320,19 +333,22 @@ def _write_weights(model: Backbone | None, folder: Path) -> None:
 
 
 def count_validation(
-    run: Run, split: ImageSplit, model: Backbone, attack: bool, after_batch: Callable[[], None]
+    run: Run,
+    split: ImageSplit,
+    transform: Callable[[Any], Any],
+    network: nn.Module,
+    attack: bool,
+    after_batch: Callable[[], None],
 ) -> Counts:
     """Counts on the validation images in the training's own precision, with the training's attack."""
     config = run.config
     if run.validation_loader is None:  # once a run: its worker processes outlive an evaluation
         run.validation_loader = run.accelerator.prepare(
-            eval_loader(
-                split, eval_transform(model.preprocessing), batch_size=config.batch_size, num_workers=run.num_workers
-            )
+            eval_loader(split, transform, batch_size=config.batch_size, num_workers=run.num_workers)
         )
     settings = PgdSettings(config.norm, config.eps_value, config.step_size_value, config.attack_steps)
     return count_correct(
-        model,
+        network,
         run.validation_loader,
         run.accelerator,
         settings if attack else None,

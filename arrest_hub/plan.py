@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from arrest_hub.arrest import Objective
 from arrest_hub.backbones import Backbone
 from arrest_hub.baselines import StandardObjective
@@ -22,7 +24,7 @@ EVALUATED = 16
 """Images of the batch by which an evaluation is timed."""
 
 
-def describe_plan(run: Run, network: Backbone, build_objective: Callable[[Backbone | None], Objective]) -> list[str]:
+def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Module | None], Objective]) -> list[str]:
     """Run a few steps and say what the whole will take, a line a subject. Writes nothing. Every process must call it.
 
     Raises what the device raises when a step does not fit in its memory.
@@ -52,7 +54,7 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[Backbo
     settings = PgdSettings(config.norm, config.eps_value, config.step_size_value, config.attack_steps)
     if not is_sharded(accelerator):  # the network evaluated would have to be gathered first
         if splits.validation is not None and config.eval_every:
-            each = measure_evaluation(accelerator, network, evaluated, settings)
+            each = measure_evaluation(accelerator, network, evaluated, settings, config)
             times = max(1, config.epochs // config.eval_every)
             count = splits.validation.num_examples or 0
             parts["validation"] = (times * count * each / processes, f"{times} x {plural(count, 'image')}")

@@ -277,7 +277,7 @@ def describe_run(
         method += f", beta {config.trades_beta:g}"
     length = _planned_length(config, splits, accelerator.num_processes)
     total = config.batch_size * accelerator.num_processes * config.grad_accum_steps
-    switches = ("channels_last", "compile", "grad_checkpointing", "sync_bn")
+    switches = ("channels_last", "fold_batchnorm", "compile", "grad_checkpointing", "sync_bn")
     options = "".join(f", {flag(name)[2:]}" for name in switches if getattr(config, name))
     options += ", sharded (FSDP2)" * is_sharded(accelerator)
     return [

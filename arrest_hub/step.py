@@ -1,6 +1,8 @@
-"""One training step, and the optimizer and schedule it takes."""
+"""One training step: the network it attacks, the optimizer and schedule it takes."""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from accelerate import Accelerator
@@ -11,10 +13,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from arrest_hub.arrest import Objective
+from arrest_hub.backbones import Backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
-from arrest_hub.sharding import whole
+from arrest_hub.folding import FoldedNetwork, foldable
+from arrest_hub.sharding import is_sharded, whole
 
+AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # keeps the gradients that an fp16 attack passes through the network away from underflow
 GRADIENT_SCALE = 128.0
 
@@ -46,10 +51,52 @@ def make_scheduler(
     return scheduler
 
 
+def for_eval_passes(config: FinetuneConfig, network: Backbone) -> nn.Module:
+    """What is attacked, and compared with the teacher, in place of ``network``: the same to rounding in eval mode.
+
+    A `FoldedNetwork` to be refreshed when the weights have changed, or the network itself where nothing can be folded.
+    """
+    if not config.fold_batchnorm:
+        return network
+    generator = torch.Generator().manual_seed(0)
+    pairs = foldable(network, torch.rand(2, 3, *network.preprocessing.size, generator=generator))
+    if not pairs:
+        return network
+    folded = FoldedNetwork(network, pairs, AUTOCAST[config.mixed_precision])
+    if config.compile:
+        folded.compile()
+    return folded
+
+
+def attacked_network(
+    config: FinetuneConfig, accelerator: Accelerator, student: Backbone, objective: Objective
+) -> nn.Module:
+    """What training attacks in place of the student: see `for_eval_passes`; a network that is sharded, itself."""
+    if is_sharded(accelerator) or "attack" not in objective.passes:
+        return student
+    return for_eval_passes(config, student)
+
+
+def make_teacher(config: FinetuneConfig, network: Backbone, device: torch.device) -> nn.Module | None:
+    """A frozen copy of ``network`` on the device; None where the method needs no teacher."""
+    if not config.needs_teacher:
+        return None
+    teacher = copy.deepcopy(network).eval().requires_grad_(False).to(device)
+    if config.compile:
+        teacher.compile()
+    return for_eval_passes(config, teacher)
+
+
+def refresh(network: nn.Module) -> None:
+    """Have what `for_eval_passes` made follow the weights."""
+    if isinstance(network, FoldedNetwork):
+        network.refresh()
+
+
 def train_step(
     accelerator: Accelerator,
     model: nn.Module,
-    student: nn.Module,
+    attacked: nn.Module,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, torch.Tensor],
@@ -58,11 +105,13 @@ def train_step(
 ) -> dict[str, torch.Tensor]:
     """One batch: attack, training pass, backward pass, and (with the last batch of a step) the update of the weights.
 
-    ``batch``: "pixels" (uint8 [B, 3, H, W]) and "label" ([B]), on the device. Returns the objective's parts.
+    ``attacked``: the student, or what `for_eval_passes` made of it. ``batch``: "pixels" (uint8 [B, 3, H, W]) and
+    "label" ([B]), on the device. Returns the objective's parts.
     """
+    refresh(attacked)
     with accelerator.accumulate(model):
         with accelerator.autocast():
-            parts = objective(model, student, to_pixels(batch["pixels"]), batch["label"], generator)
+            parts = objective(model, attacked, to_pixels(batch["pixels"]), batch["label"], generator)
         accelerator.backward(parts["loss"])
         if accelerator.sync_gradients and clip_grad is not None:
             parts["grad_norm"] = whole(accelerator.clip_grad_norm_(model.parameters(), clip_grad))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -48,7 +47,7 @@ from arrest_hub.provenance import base_for_run
 from arrest_hub.push_config import PushConfig
 from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
 from arrest_hub.sharding import is_sharded
-from arrest_hub.step import GRADIENT_SCALE
+from arrest_hub.step import GRADIENT_SCALE, make_teacher
 from arrest_hub.training_record import BaseModel
 
 
@@ -167,21 +166,16 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
         if config.compile:
             backbone.compile()
         backbone = standard_phase(run, backbone)
-    teacher = (
-        copy.deepcopy(backbone).eval().requires_grad_(False).to(accelerator.device) if config.needs_teacher else None
-    )
+    set_options(config, backbone)
+    teacher = make_teacher(config, backbone, accelerator.device)
     student = _initial_student(run, backbone)
-    for network in (student, teacher):
-        if network is not None:
-            set_options(config, network)
+    set_options(config, student)
     if not is_sharded(accelerator):  # otherwise a part of it is moved, by the one that shards it
         student.to(accelerator.device)
     set_seed(config.seed)
     ema = ModelEmaV3(student, decay=config.ema_decay) if config.ema_decay else None
     if config.compile:
-        for network in (student, teacher):
-            if network is not None:
-                network.compile()
+        student.compile()
     objective = _objective(run, teacher)
     progress = train_phase(
         run, "robust", student, objective, epochs=config.epochs, lr=config.lr, max_steps=config.max_steps, ema=ema

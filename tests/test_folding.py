@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 import arrest_hub.architectures  # noqa: F401  registers the networks below
-from arrest_hub.folding import FoldedNetwork
+from arrest_hub.folding import FoldedNetwork, foldable
 
 
 def randomised(network: nn.Module) -> nn.Module:
@@ -42,26 +44,77 @@ def test_same_logits_and_gradients(name: str, args: dict, size: int, folded: int
     torch.manual_seed(0)
     network = randomised(timm.create_model(name, num_classes=5, **args)).double()
     images = torch.rand(2, 3, size, size, dtype=torch.float64)
-    twin = FoldedNetwork(network, images)
-    assert len(twin.pairs) == folded
+    pairs = foldable(network, images)
+    assert len(pairs) == folded
+    twin = FoldedNetwork(network, pairs) if pairs else network
     for expected, got in zip(pixel_gradient(network, images), pixel_gradient(twin, images), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_refresh_follows_the_weights() -> None:
+class WithBias(nn.Module):
+    """A convolution with a bias of its own before the BatchNorm, and one that is not followed by any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-2)
+        self.other = nn.Conv2d(4, 5, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.other(self.norm(self.conv(images)).relu()).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("build", [partial(timm.create_model, "resnet18_cifar", channels=[8, 8, 16, 16]), WithBias])
+def test_refresh_follows_the_weights(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    network = randomised(timm.create_model("resnet18_cifar", channels=[8, 8, 16, 16]))
+    network = randomised(build())
     images = torch.rand(4, 3, 16, 16)
-    twin = FoldedNetwork(network, images)
-    before = copy.deepcopy(network)
+    twin = FoldedNetwork(network, foldable(network, images))
+    before = network(images)
     with torch.no_grad():
+        torch.testing.assert_close(twin(images), before)
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.is_floating_point():
                 tensor.mul_(1.1)
-        torch.testing.assert_close(twin(images), before(images))
-        twin.refresh(network)
+        twin.refresh()
         torch.testing.assert_close(twin(images), network(images))
-        assert not torch.allclose(twin(images), before(images))
+        assert not torch.allclose(twin(images), before)
+    assert not any(parameter.requires_grad for parameter in twin.parameters())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_training_the_network_is_not_disturbed_and_costs_no_second_copy_of_what_is_not_folded() -> None:
+    torch.manual_seed(0)
+    network = randomised(WithBias())
+    images = torch.rand(4, 3, 16, 16)
+    twin = FoldedNetwork(network, foldable(network, images))
+    network.train()
+    network(images).sum().backward()
+    assert not twin.training
+    assert not any(module.training for module in twin.modules())
+    assert twin.network.other.weight.data_ptr() == network.other.weight.data_ptr()
+    assert twin.network.other.weight.grad is None
+
+
+def test_in_the_precision_of_autocast_the_passes_are_those_of_weights_rounded_in_every_pass() -> None:
+    torch.manual_seed(0)
+    network = randomised(timm.create_model("resnet18_cifar", channels=[8, 8, 16, 16]))
+    images = torch.rand(4, 3, 16, 16)
+    pairs = foldable(network, images)
+    once, always = FoldedNetwork(network, pairs, torch.bfloat16), FoldedNetwork(network, pairs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for expected, got in zip(pixel_gradient(always, images), pixel_gradient(once, images), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_synchronised_batchnorm_is_folded_too() -> None:
+    torch.manual_seed(0)
+    network = randomised(timm.create_model("efficientnet_lite0", num_classes=5))
+    images = torch.rand(2, 3, 32, 32)
+    plain = network(images)
+    network = convert_sync_batchnorm(network).eval()
+    pairs = foldable(network, images)
+    assert len(pairs) == 49
+    torch.testing.assert_close(FoldedNetwork(network, pairs)(images), plain)
 
 
 class TwoReaders(nn.Module):
@@ -79,9 +132,7 @@ class TwoReaders(nn.Module):
 def test_a_convolution_with_a_second_reader_is_left_alone() -> None:
     network = TwoReaders().eval()  # its fresh BatchNorm is the identity, nearly
     images = torch.rand(2, 3, 8, 8)
-    twin = FoldedNetwork(network, images)
-    assert twin.pairs == {}
-    torch.testing.assert_close(twin(images), network(images))
+    assert foldable(network, images) == {}
 
 
 class TiedWeights(nn.Module):
@@ -97,10 +148,11 @@ class TiedWeights(nn.Module):
         return self.norm2(self.conv2(self.norm1(self.conv1(images)))).mean(dim=(2, 3))
 
 
-def test_convolutions_with_a_common_weight_are_left_alone() -> None:
+def test_a_common_weight_is_folded_for_each_convolution() -> None:
     torch.manual_seed(0)
     network = randomised(TiedWeights())
     images = torch.rand(2, 3, 8, 8)
-    twin = FoldedNetwork(network, images)
-    assert twin.pairs == {}
+    pairs = foldable(network, images)
+    assert len(pairs) == 2
+    twin = FoldedNetwork(network, pairs)
     torch.testing.assert_close(twin(images), network(images))

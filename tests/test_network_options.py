@@ -9,14 +9,15 @@ from safetensors.torch import load_file
 from steady_main import steady_ball, steady_pgd
 from test_backbones import timm_backbone, transformers_folder
 from test_train import log_lines, same_weights, vit_folder
-from tiny import tiny_backbone, tiny_config
+from tiny import tiny_backbone, tiny_config, write_model
 from torch import nn
 from torch._dynamo.utils import counters
 
-from arrest_hub import loop, train
+from arrest_hub import loop, step, train
 from arrest_hub.attacks import frozen_eval, margin, pgd, random_in_ball
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.errors import BackboneError, ConfigError
+from arrest_hub.folding import FoldedNetwork
 from arrest_hub.network_options import (
     InFp32,
     checkpoint_gradients,
@@ -216,16 +217,46 @@ def test_options_combine(method, precision, tmp_path):
     assert all(value.isfinite().all() for value in again.state_dict().values())
 
 
-@pytest.mark.parametrize("method", ["arrest", "at"])
-def test_compiled_training_gives_the_same_and_settles(method, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["arrest", "at", "trades"])
+def test_folding_and_layout_change_nothing_in_a_run(method, tmp_path, monkeypatch):
+    """Validation of averaged weights included."""
+    changes = {"method": method, "ema_decay": 0.5, "log_every": 1}
+    made = []
+
+    class Counted(FoldedNetwork):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(step, "FoldedNetwork", Counted)
+    slow = {"fold_batchnorm": False, "channels_last": False}
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "slow"), **slow, **changes))
+    assert not made
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "fast"), **changes))
+    assert len(made) == 2 + (method == "arrest")  # the student, its average and the teacher
+    slow, fast = (log_lines(tmp_path / name) for name in ("slow", "fast"))
+    assert len(slow) == len(fast) == 10
+    for one, other in zip(slow, fast, strict=True):
+        assert one.keys() == other.keys()
+        same = one.keys() - {"phase", "images_per_second", "data_wait"}
+        assert {key: one[key] for key in same} == pytest.approx({key: other[key] for key in same}, rel=1e-3, abs=1e-4)
+    one, other = (load_file(tmp_path / name / "checkpoints/last/model.safetensors") for name in ("slow", "fast"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "kind"), [("arrest", "vit"), ("at", "vit"), ("arrest", "resnet")])
+def test_compiled_training_gives_the_same_and_settles(method, kind, tmp_path, monkeypatch):
     """What the first epoch compiled serves all later ones, though the number of images that are replayed changes."""
-    changes = {"model": vit_folder(tmp_path / "vit"), "epochs": 3, "lr": 0.02, "replay_threshold": 0.02, "log_every": 1,
+    model = vit_folder(tmp_path / "vit") if kind == "vit" else str(write_model(tmp_path / "resnet"))
+    changes = {"model": model, "epochs": 3, "lr": 0.02, "replay_threshold": 0.02, "log_every": 1,
                "validation_size": 4, "limit_eval": 8, "method": method}  # fmt: skip
     monkeypatch.setattr(train, "pgd", steady_pgd)
     monkeypatch.setattr(train, "random_in_ball", steady_ball)
     finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "plain"), **changes))
     # traced and differentiated as by the default backend, without the minute that its C++ takes
-    monkeypatch.setattr(Backbone, "compile", lambda self: nn.Module.compile(self, backend="aot_eager"))
+    for network in (Backbone, FoldedNetwork):
+        monkeypatch.setattr(network, "compile", lambda self: nn.Module.compile(self, backend="aot_eager"))
     validate, graphs = loop._validate, []
 
     def counted(*args):

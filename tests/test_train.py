@@ -500,9 +500,9 @@ def test_a_stream_of_unknown_length_drops_half_a_step(tmp_path, monkeypatch):
     seen = []
     steps = loop.train_step
 
-    def step(accelerator, model, student, *rest):
-        seen.append(sum(p.grad is not None and bool(p.grad.any()) for p in student.parameters()))
-        return steps(accelerator, model, student, *rest)
+    def step(accelerator, model, *rest):
+        seen.append(sum(p.grad is not None and bool(p.grad.any()) for p in model.parameters()))
+        return steps(accelerator, model, *rest)
 
     monkeypatch.setattr(loop, "train_step", step)
     finetune(tiny_config(tmp_path, streaming=True, max_steps=2, grad_accum_steps=3, log_every=1))
