@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -16,6 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arrest_hub.attacks import AttackResult, frozen_eval
+
+Clock = Callable[[str], AbstractContextManager[None]]
+"""Around a part of a step, which it times: ``with clock("attack"):``."""
+
+
+def untimed(name: str) -> AbstractContextManager[None]:
+    """A clock that times nothing."""
+    return nullcontext()
 
 
 class Attack(Protocol):
@@ -41,12 +50,15 @@ class Objective(Protocol):
     """What the training loop minimises.
 
     ``model`` is the student as wrapped for distributed training: called once, for the pass that is trained.
-    ``student`` is the same network unwrapped, for everything else. Returns "loss" (a scalar with a graph) and
-    named parts, each a detached [B] tensor with a value per sample. Both return `BackboneOutput`.
+    ``student`` is the same network unwrapped, or a copy that is faster in eval mode, for everything else. Returns
+    "loss" (a scalar with a graph) and named parts, each a detached [B] tensor with a value per sample. Both return
+    `BackboneOutput`.
     """
 
     passes: dict[str, int]
     """Passes through a network per image, by name."""
+    clock: Clock
+    """Is told when the passes other than "training" begin and end, by name."""
 
     def __call__(
         self, model: nn.Module, student: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator
@@ -104,6 +116,7 @@ class ArrestObjective:
         self.rgkd_weight = rgkd_weight
         self.replay_threshold = replay_threshold
         self.static_shapes = static_shapes
+        self.clock: Clock = untimed
         self.passes = {"attack": attack_steps, "training": 1}
         if self.use_teacher:
             self.passes["teacher"] = 1
@@ -118,18 +131,19 @@ class ArrestObjective:
         replayed: Tensor | None = None
         with frozen_eval(student):
             if self.teacher is not None and self.use_teacher:
-                with torch.no_grad():
+                with self.clock("teacher"), torch.no_grad():
                     target = self.teacher(pixels).representation
             if self.replay_threshold is not None:
                 assert target is not None
                 # the decision needs the clean image alone, so it is made first and saves the attack
-                with torch.no_grad():
+                with self.clock("drift"), torch.no_grad():
                     clean = student(pixels)
                     drift = angular_distance(clean.representation, target)
                 replayed = drift > self.replay_threshold
                 parts |= {"drift": drift, "replayed": replayed.float()}
                 parts["clean_correct"] = (clean.logits.argmax(dim=1) == labels).float()
-            inputs, zero_gradients = self._inputs(student, pixels, labels, replayed, generator)
+            with self.clock("attack"):
+                inputs, zero_gradients = self._inputs(student, pixels, labels, replayed, generator)
             parts["zero_gradient_share"] = zero_gradients / self.passes["attack"]
 
         output = model(inputs)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arrest_hub.arrest import Attack
+from arrest_hub.arrest import Attack, Clock, untimed
 from arrest_hub.attacks import frozen_eval, pgd
 
 
@@ -15,6 +15,7 @@ class StandardObjective:
 
     def __init__(self) -> None:
         self.passes = {"training": 1}
+        self.clock: Clock = untimed
 
     def __call__(
         self, model: nn.Module, student: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator
@@ -28,11 +29,12 @@ class AdversarialTraining:
     def __init__(self, attack: Attack, *, attack_steps: int) -> None:
         self.attack = attack
         self.passes = {"attack": attack_steps, "training": 1}
+        self.clock: Clock = untimed
 
     def __call__(
         self, model: nn.Module, student: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        with frozen_eval(student):
+        with frozen_eval(student), self.clock("attack"):
             adversarial, zero_gradients = self.attack(lambda x: student(x).logits, pixels, labels, generator=generator)
         parts = classification_parts(model(adversarial).logits, labels, "adversarial_correct")
         return parts | {"zero_gradient_share": zero_gradients / self.passes["attack"]}
@@ -54,26 +56,28 @@ class Trades:
         self.eps, self.step_size, self.steps, self.norm = eps, step_size, steps, norm
         self.gradient_scale = gradient_scale
         self.passes = {"attack": steps, "clean": 1, "training": 2}
+        self.clock: Clock = untimed
 
     def __call__(
         self, model: nn.Module, student: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         with frozen_eval(student):
-            with torch.no_grad():
+            with self.clock("clean"), torch.no_grad():
                 clean_log_probs = student(pixels).logits.float().log_softmax(dim=1)
             start = pixels + 0.001 * torch.empty_like(pixels).normal_(generator=generator)
-            adversarial, zero_gradients = pgd(
-                lambda x: student(x).logits,
-                pixels,
-                labels,
-                eps=self.eps,
-                step_size=self.step_size,
-                steps=self.steps,
-                norm=self.norm,
-                start=start.clamp(0.0, 1.0),
-                loss_fn=lambda logits: divergence(clean_log_probs, logits.float().log_softmax(dim=1)),
-                gradient_scale=self.gradient_scale,
-            )
+            with self.clock("attack"):
+                adversarial, zero_gradients = pgd(
+                    lambda x: student(x).logits,
+                    pixels,
+                    labels,
+                    eps=self.eps,
+                    step_size=self.step_size,
+                    steps=self.steps,
+                    norm=self.norm,
+                    start=start.clamp(0.0, 1.0),
+                    loss_fn=lambda logits: divergence(clean_log_probs, logits.float().log_softmax(dim=1)),
+                    gradient_scale=self.gradient_scale,
+                )
         clean, robust = model(torch.cat([pixels, adversarial])).logits.float().chunk(2)
         distance = divergence(clean.log_softmax(dim=1), robust.log_softmax(dim=1))
         parts = classification_parts(clean, labels, "clean_correct")

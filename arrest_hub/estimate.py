@@ -47,6 +47,50 @@ class Cost:
         return statistics.median(self.seconds)
 
 
+class Rehearsal:
+    """What a run would train, on random images: a copy of ``network`` on the device, and all that its steps take.
+
+    ``build_objective`` makes the objective for a teacher. Without the exchange of gradients between processes, unless
+    the network is sharded. Its learning rate is next to nothing, so that it stays the network that it is.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        accelerator: Accelerator,
+        network: Backbone,
+        build_objective: Callable[[nn.Module | None], Objective],
+        batch_size: int,
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        device = accelerator.device
+        self.student = copy.deepcopy(network)
+        self.teacher = make_teacher(config, network, device)
+        self.objective = build_objective(self.teacher)
+        self.optimizer = make_optimizer(config, self.student, NO_LEARNING)
+        self.model: nn.Module = self.student
+        if is_sharded(accelerator):
+            choose_blocks(accelerator, self.student)
+            self.model, self.optimizer = accelerator.prepare(self.student, self.optimizer)
+        else:
+            self.student.to(device)
+        if config.compile:
+            self.student.compile()
+        self.attacked = attacked_network(config, accelerator, self.student, self.objective)
+        self.ema = copy.deepcopy(self.student) if config.ema_decay else None
+        self.batch = random_batch(network, batch_size, device)
+        self.generator = torch.Generator(device=device).manual_seed(0)
+        self.model.train()
+
+    def step(self) -> None:
+        """One step, and wait until the device has done it."""
+        train_step(
+            self.accelerator, self.model, self.attacked, self.objective, self.optimizer, self.batch, self.generator,
+            self.config.clip_grad,
+        )  # fmt: skip
+        wait_for(self.accelerator.device)
+
+
 def measure_steps(
     config: FinetuneConfig,
     accelerator: Accelerator,
@@ -58,41 +102,23 @@ def measure_steps(
 ) -> Cost:
     """Train a copy of ``network`` for a step to warm up and ``steps`` more, on random images, as a run would.
 
-    ``build_objective`` makes the objective for a teacher. Neither the network nor any random state is changed. Without
-    the exchange of gradients between processes, which are thus free to run out of memory apart, unless the network is
-    sharded. Raises what the device raises when its memory is exhausted.
+    See `Rehearsal`. Neither the network nor any random state is changed. Processes exchange no gradients and are thus
+    free to run out of memory apart, unless the network is sharded. Raises what the device raises when its memory is
+    exhausted.
     """
     device = accelerator.device
     accumulated, accelerator.gradient_accumulation_steps = accelerator.gradient_accumulation_steps, 1
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            student = copy.deepcopy(network)
-            objective = build_objective(make_teacher(config, network, device))
-            optimizer = make_optimizer(config, student, NO_LEARNING)
-            model: nn.Module = student
-            if is_sharded(accelerator):
-                choose_blocks(accelerator, student)
-                model, optimizer = accelerator.prepare(student, optimizer)
-            else:
-                student.to(device)
-            if config.compile:
-                student.compile()
-            attacked = attacked_network(config, accelerator, student, objective)
-            ema = copy.deepcopy(student) if config.ema_decay else None
-            batch = random_batch(network, batch_size, device)
-            generator = torch.Generator(device=device).manual_seed(0)
+            rehearsal = Rehearsal(config, accelerator, network, build_objective, batch_size)
             seconds = []
             reset_peak_memory(device)
-            model.train()
             for _ in range(1 + steps):
-                _wait_for(device)
                 started = time.perf_counter()
-                train_step(accelerator, model, attacked, objective, optimizer, batch, generator, config.clip_grad)
-                _wait_for(device)
+                rehearsal.step()
                 seconds.append(time.perf_counter() - started)
-            del ema
-            values = [value for state in optimizer.state.values() for value in state.values()]
+            values = [value for state in rehearsal.optimizer.state.values() for value in state.values()]
             kept = sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
             return Cost(seconds[1:] or seconds, peak_memory(device), kept)
     finally:
@@ -236,6 +262,7 @@ def _status(name: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was told to."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

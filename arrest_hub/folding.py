@@ -30,6 +30,7 @@ def foldable(network: nn.Module, images: Tensor) -> dict[str, str]:
     """
     if not any(_folds(module) for module in network.modules()):
         return {}
+    _forget(network)
     plain = copy.deepcopy(network).cpu().eval().requires_grad_(False)  # the CPU rounds least
     pairs = _pairs(plain, images)
     if pairs and not _same_logits(plain, pairs, images):
@@ -52,6 +53,7 @@ class FoldedNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, pairs: dict[str, str], dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        _forget(network)
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
         shared |= {id(buffer): buffer for buffer in network.buffers()}
         self.network = copy.deepcopy(network, shared)
@@ -92,10 +94,17 @@ class FoldedNetwork(nn.Module):
             if conv.bias is not None:
                 offset.add_(conv.bias * factor)
         self._biases.copy_(shift)
+        _forget(self.network)
 
     def forward(self, images: Tensor) -> Any:
         """What the network gives in eval mode."""
         return self.network(images)
+
+
+def _forget(network: nn.Module) -> None:
+    """Some networks (LeViT) keep what they computed from their weights in eval mode until they change their mode."""
+    mode = network.training
+    network.train(not mode).train(mode)
 
 
 def _folds(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from arrest_hub.errors import ArrestError, ConfigError, DataError, Terminated
 from arrest_hub.export import write_model_folder
 from arrest_hub.guards import at_chance, collapse_warning
 from arrest_hub.processes import any_process, main_only
-from arrest_hub.progress import Meter, WaitTimer, progress_bar
+from arrest_hub.progress import Meter, progress_bar
 from arrest_hub.results import harmonic_mean
 from arrest_hub.resume import batch_layout, resume_point
 from arrest_hub.run import Run
@@ -42,6 +42,7 @@ from arrest_hub.step import (
     train_step,
 )
 from arrest_hub.stopping import watch_for_termination
+from arrest_hub.throughput import Pace, Utilisation
 from arrest_hub.transforms import eval_transform, train_transform
 from arrest_hub.validation import Counts, PgdSettings, count_correct
 
@@ -82,6 +83,8 @@ def train_phase(
         total_steps = max_steps
     optimizer = make_optimizer(config, student, lr)
     scheduler = make_scheduler(config, optimizer, total_steps, steps_per_epoch)
+    size, device, precision = student.preprocessing.size, accelerator.device, config.mixed_precision
+    utilisation = Utilisation(student, size, objective.passes, device, precision, accelerator.num_processes)
     if is_sharded(accelerator):
         run.twin = WholeCopy(accelerator, student)
         choose_blocks(accelerator, student)
@@ -104,9 +107,10 @@ def train_phase(
     attacked = attacked_network(config, accelerator, student, objective)
     validated = attacked if ema is None else for_eval_passes(config, ema.module)
     generator = torch.Generator(device=accelerator.device)
-    meter, waiting = Meter(), WaitTimer()
+    meter, pace = Meter(), Pace(accelerator.device, utilisation)
+    objective.clock = pace.stopwatch
+    attacks_all = config.compile or is_sharded(accelerator)
     images = config.batch_size * accelerator.num_processes
-    logged_at, logged_images = time.perf_counter(), 0
     model.train()
     done, total = (steps * config.grad_accum_steps * images for steps in (progress.place, total_steps))
 
@@ -138,19 +142,20 @@ def train_phase(
         while progress.to_validate or progress.place < total_steps:
             clean = torch.zeros(2, device=accelerator.device)  # correct, seen
             if not progress.to_validate:
-                for batch in waiting.over(_epoch_batches(accelerator, loader, progress, batches_per_epoch)):
+                for batch in pace.waiting.over(_epoch_batches(accelerator, loader, progress, batches_per_epoch)):
                     seed_parts = (config.seed, phase, progress.epoch, progress.batch, accelerator.process_index)
                     generator.manual_seed(derive_seed("attack", *seed_parts))
                     torch.manual_seed(derive_seed("dropout", *seed_parts))
-                    parts = train_step(
-                        accelerator, model, attacked, objective, optimizer, batch, generator, config.clip_grad
-                    )
+                    with pace.stopwatch("step"):
+                        parts = train_step(
+                            accelerator, model, attacked, objective, optimizer, batch, generator, config.clip_grad
+                        )
                     average_statistics(accelerator, student)
                     meter.add(parts, progress.place + 1, batch["index"])
                     if (hits := parts.get("clean_correct")) is not None:
                         clean += torch.stack([hits.sum(), torch.ones_like(hits).sum()])
                     progress.batch += 1
-                    logged_images += images
+                    pace.add(images)
                     bar.update(images)
                     if not accelerator.sync_gradients:
                         continue
@@ -163,14 +168,12 @@ def train_phase(
                         report_corrupt(run)
                         stop_unless_finite(run, meter, progress, student)
                         values = meter.reduce(accelerator)
-                        seconds = time.perf_counter() - logged_at
-                        values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": logged_images / seconds}
-                        values["data_wait"], waiting.seconds = waiting.seconds / seconds, 0.0
-                        run.images_logged += logged_images
+                        run.images_logged += pace.images
+                        values["lr"] = optimizer.param_groups[0]["lr"]
+                        values |= pace.read(1.0 if attacks_all else 1.0 - values.get("replay_rate", 0.0))
                         _log(run, phase, progress, values, bar)
                         if progress.first_accuracy is None:
                             progress.first_accuracy = values.get("clean_accuracy")
-                        logged_at, logged_images = time.perf_counter(), 0
                     if finished:
                         break
                     # at the end of an epoch it is written below, when the epoch's validation is part of it
@@ -189,12 +192,12 @@ def train_phase(
             correct, seen = map(int, accelerator.reduce(clean, "sum").tolist())
             if progress.to_validate:
                 weights = student if ema is None else ema.module
-                counts = _validate(run, phase, weights, validated, progress, stop_if_asked)
+                with pace.paused():
+                    counts = _validate(run, phase, weights, validated, progress, stop_if_asked)
                 progress.to_validate = False
                 if not seen:  # not every method looks at the clean images
                     correct, seen = counts.clean, counts.n
                 model.train()
-                logged_at, waiting.seconds = time.perf_counter(), 0.0
             if at_chance(correct, seen, student.num_classes):
                 warn(
                     run, phase, progress, collapse_warning(correct / seen, progress.first_accuracy, student.num_classes)
@@ -284,7 +287,12 @@ def _log(run: Run, phase: str, progress: Progress, values: dict[str, float], bar
         for name in ("loss", "clean_accuracy", "adversarial_accuracy", "replay_rate")
         if name in values
     }
-    bar.set_postfix({name.split("_")[0]: f"{value:.3g}" for name, value in shown.items()})
+    shares = {"attack": "attack_share", "training": "training_share", "teacher": "teacher_share", "data": "data_wait"}
+    bar.set_postfix(
+        {name.split("_")[0]: f"{value:.3g}" for name, value in shown.items()}
+        | {name: f"{100 * values[key]:.0f} %" for name, key in shares.items() if key in values}
+        | ({"MFU": f"{100 * values['mfu']:.0f} %"} if "mfu" in values else {})
+    )
 
 
 def _validate(

@@ -106,6 +106,23 @@ def test_in_the_precision_of_autocast_the_passes_are_those_of_weights_rounded_in
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+def test_what_a_network_keeps_from_its_weights_in_eval_mode_follows_them() -> None:
+    torch.manual_seed(0)
+    network = randomised(timm.create_model("efficientvit_m0", num_classes=5))
+    images = torch.rand(2, 3, 224, 224)
+    network(images)
+    twin = FoldedNetwork(network, foldable(network, images))
+    twin(images)
+    biases = [parameter for name, parameter in network.named_parameters() if "attention_biases" in name]
+    assert biases
+    with torch.no_grad():
+        for bias in biases:
+            bias.normal_()
+    network.train().eval()
+    twin.refresh()
+    torch.testing.assert_close(twin(images), network(images))
+
+
 def test_synchronised_batchnorm_is_folded_too() -> None:
     torch.manual_seed(0)
     network = randomised(timm.create_model("efficientnet_lite0", num_classes=5))

@@ -23,6 +23,7 @@ from arrest_hub import loop, run_folder
 from arrest_hub.checkpoint import list_checkpoints, read_progress
 from arrest_hub.config import load_config
 from arrest_hub.errors import ArrestError, ConfigError, Terminated
+from arrest_hub.throughput import TIMED
 from arrest_hub.train import finetune
 
 CHANGES = {"checkpoint_every": 1, "keep_checkpoints": 3, "log_every": 1, "ema_decay": 0.9, "epochs": 3}
@@ -35,8 +36,7 @@ def run_config(folder, name, **changes):
 def outcome(run):
     """What two runs to the same end have in common: weights, log, and what is kept."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    timed = ("images_per_second", "data_wait")
-    lines = [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    lines = [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     states = [load_file(path) for path in sorted(run.rglob("*.safetensors"))]
     return lines, names, [{name: tensor.tolist() for name, tensor in state.items()} for state in states]

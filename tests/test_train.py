@@ -20,6 +20,7 @@ from arrest_hub.config import load_config
 from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError
 from arrest_hub.export import write_model_folder
 from arrest_hub.results import read_results
+from arrest_hub.throughput import TIMED
 from arrest_hub.train import finetune
 
 
@@ -27,7 +28,7 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def log_lines(run, drop=("images_per_second", "data_wait")):
+def log_lines(run, drop=TIMED):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in drop} for line in lines]
 
