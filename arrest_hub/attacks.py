@@ -6,6 +6,7 @@ No parameter gradient is ever computed here: the gradient with respect to the pi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -98,7 +99,7 @@ def random_in_ball(pixels: Tensor, *, eps: float, norm: str, generator: torch.Ge
 def pgd(
     logits_fn: LogitsFn,
     pixels: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     *,
     eps: float,
     step_size: float,
@@ -106,31 +107,46 @@ def pgd(
     norm: str = "linf",
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
-    loss_fn: Callable[[Tensor], Tensor] | None = None,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = margin,
     gradient_scale: float = 1.0,
+    images_at_once: int | None = None,
 ) -> AttackResult:
     """Untargeted projected gradient descent (Madry et al. 2018, arXiv 1706.06083): ``steps`` forward passes,
     each with a backward pass to the pixels alone.
 
     Args:
         logits_fn: pixels [B, C, H, W] -> logits [B, K]; a model in `frozen_eval`.
-        pixels: clean images in [0, 1]. labels: [B], class indices.
+        pixels: clean images in [0, 1].
+        targets: B rows of what ``loss_fn`` takes beside the logits; for the default, the labels ([B], class indices).
         eps: radius of the ball. step_size: length of a step. Both on pixels in [0, 1].
         generator: of the random start, drawn uniformly from the ball unless ``start`` is given.
-        loss_fn: logits [B, K] -> [B], what is maximised. Default: `margin`, whose steps are cross-entropy's.
+        loss_fn: logits [B, K], targets -> [B], what is maximised. Default: `margin`, whose steps are cross-entropy's.
         gradient_scale: factor on the loss; the steps do not depend on it, but in fp16 it keeps small
             gradients from underflowing.
+        images_at_once: attack the batch in equal parts of at most this many, one after the other; None: all at once.
+            The same result, to rounding, since no sample depends on another; faster on a CPU whose cache holds the
+            activations of a part.
 
     Raises:
         ValueError: for an unknown norm.
     """
-    loss_fn = loss_fn or (lambda logits: margin(logits, labels))
     adversarial = random_in_ball(pixels, eps=eps, norm=norm, generator=generator) if start is None else start
+    if images_at_once is not None and images_at_once < len(pixels):
+        count = math.ceil(len(pixels) / images_at_once)
+        parts = zip(*(x.tensor_split(count) for x in (pixels, targets, adversarial)), strict=True)
+        found = [
+            pgd(
+                logits_fn, some, of_some, eps=eps, step_size=step_size, steps=steps, norm=norm, start=begin,
+                loss_fn=loss_fn, gradient_scale=gradient_scale,
+            )
+            for some, of_some, begin in parts
+        ]  # fmt: skip
+        return AttackResult(*map(torch.cat, zip(*found, strict=True)))
     zero_gradients = torch.zeros(len(pixels), device=pixels.device)
     for _ in range(steps):
         adversarial = adversarial.detach().requires_grad_(True)
         with torch.enable_grad():
-            loss = loss_fn(logits_fn(adversarial)).sum() * gradient_scale
+            loss = loss_fn(logits_fn(adversarial), targets).sum() * gradient_scale
         (gradient,) = torch.autograd.grad(loss, adversarial)
         if gradient_scale != 1.0:
             # a scaled half-precision gradient may overflow: only its direction matters

@@ -50,11 +50,19 @@ class Trades:
     """
 
     def __init__(
-        self, *, beta: float, eps: float, step_size: float, steps: int, norm: str, gradient_scale: float = 1.0
+        self,
+        *,
+        beta: float,
+        eps: float,
+        step_size: float,
+        steps: int,
+        norm: str,
+        gradient_scale: float = 1.0,
+        images_at_once: int | None = None,
     ) -> None:
         self.beta = beta
         self.eps, self.step_size, self.steps, self.norm = eps, step_size, steps, norm
-        self.gradient_scale = gradient_scale
+        self.gradient_scale, self.images_at_once = gradient_scale, images_at_once
         self.passes = {"attack": steps, "clean": 1, "training": 2}
         self.clock: Clock = untimed
 
@@ -69,14 +77,15 @@ class Trades:
                 adversarial, zero_gradients = pgd(
                     lambda x: student(x).logits,
                     pixels,
-                    labels,
+                    clean_log_probs,
                     eps=self.eps,
                     step_size=self.step_size,
                     steps=self.steps,
                     norm=self.norm,
                     start=start.clamp(0.0, 1.0),
-                    loss_fn=lambda logits: divergence(clean_log_probs, logits.float().log_softmax(dim=1)),
+                    loss_fn=lambda logits, clean: divergence(clean, logits.float().log_softmax(dim=1)),
                     gradient_scale=self.gradient_scale,
+                    images_at_once=self.images_at_once,
                 )
         clean, robust = model(torch.cat([pixels, adversarial])).logits.float().chunk(2)
         distance = divergence(clean.log_softmax(dim=1), robust.log_softmax(dim=1))

@@ -26,7 +26,7 @@ MODEL_KEYS = ("model", "model_args", "image_size", "standard_epochs", "standard_
 RESUME_MAY_DIFFER = (
     "batch_size", "grad_accum_steps", "output_dir", "resume", "overwrite", "dry_run", "num_workers", "ddp_timeout",
     "log_every", "skip_corrupt", "log_with", "keep_checkpoints", "figures", "push_to_hub", "private", "license",
-    "license_name", "license_link",
+    "license_name", "license_link", "images_at_once",
 )  # fmt: skip
 
 
@@ -126,6 +126,9 @@ class FinetuneConfig:
         "keep the channels innermost in memory: faster convolutions, the same to rounding")
     fold_batchnorm: bool = _field(True, "bool", "training",
         "fold BatchNorm into the convolutions for all passes but the trained one: faster, the same to rounding")
+    images_at_once: int | None = _field(None, "int", "training",
+        "attack this many images of a batch at a time, the same to rounding; default: on a CPU as many as suit its "
+        "cache, elsewhere all", low=1, optional=True)
     compile: bool = _field(False, "bool", "training",
         "torch.compile the networks: minutes at the start, faster steps")
     grad_checkpointing: bool = _field(False, "bool", "training",

@@ -354,7 +354,9 @@ def count_validation(
         run.validation_loader = run.accelerator.prepare(
             eval_loader(split, transform, batch_size=config.batch_size, num_workers=run.num_workers)
         )
-    settings = PgdSettings(config.norm, config.eps_value, config.step_size_value, config.attack_steps)
+    settings = PgdSettings(
+        config.norm, config.eps_value, config.step_size_value, config.attack_steps, config.images_at_once
+    )
     return count_correct(
         network,
         run.validation_loader,

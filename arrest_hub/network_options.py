@@ -11,11 +11,35 @@ from torch import Tensor, nn
 from arrest_hub.backbones import Backbone
 from arrest_hub.errors import BackboneError
 
+CACHED = 16 * 2**20
+"""Half of the last-level cache of a server's CPU (docs/performance.md has what other sizes give)."""
+
 
 def use_channels_last(network: Backbone) -> None:
     """Keep images and convolutions' weights with the channels innermost, as tensor cores and CPUs like them best."""
     network.to(memory_format=torch.channels_last)
     network.memory_format = torch.channels_last
+
+
+def images_for_the_cache(network: Backbone, mixed_precision: str) -> int:
+    """How many images a CPU attacks at a time: at least 8, and as many as keep the largest output of a layer below
+    `CACHED` bytes, so that the next layer finds it in the cache."""
+    largest = 0
+
+    def look(_module: nn.Module, _inputs: object, output: object) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel())
+
+    layers = [module for module in network.body.modules() if not list(module.children())]
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, 3, *network.preprocessing.size, device=network.mean.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(8, CACHED // (largest * (4 if mixed_precision == "no" else 2)))
 
 
 def checkpoint_gradients(network: Backbone) -> None:

@@ -51,7 +51,8 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
         of_clean = config.standard_epochs * (splits.train.num_examples // images) * standard.median
         parts["clean phase"] = (of_clean, plural(config.standard_epochs, "epoch"))
     evaluated = min(EVALUATED, config.batch_size)
-    settings = PgdSettings(config.norm, config.eps_value, config.step_size_value, config.attack_steps)
+    attack = config.norm, config.eps_value, config.step_size_value, config.attack_steps, config.images_at_once
+    settings = PgdSettings(*attack)
     if not is_sharded(accelerator):  # the network evaluated would have to be gathered first
         if splits.validation is not None and config.eval_every:
             each = measure_evaluation(accelerator, network, evaluated, settings, config)
@@ -59,7 +60,7 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
             count = splits.validation.num_examples or 0
             parts["validation"] = (times * count * each / processes, f"{times} x {plural(count, 'image')}")
         if splits.test.num_examples:
-            final = settings._replace(steps=config.eval_attack_steps)
+            final = settings._replace(steps=config.eval_attack_steps, images_at_once=None)
             each = measure_evaluation(accelerator, network, evaluated, final)
             networks = 2 if network.source.pretrained or config.standard_epochs else 1
             count = splits.test.num_examples

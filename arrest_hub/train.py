@@ -27,6 +27,7 @@ from arrest_hub.hub import check_push, run_push
 from arrest_hub.loop import Run, train_phase
 from arrest_hub.network_options import (
     checkpoint_gradients,
+    images_for_the_cache,
     keep_first_convolution_in_fp32,
     synchronise_batchnorm,
     use_channels_last,
@@ -56,6 +57,7 @@ def build_objective(config: FinetuneConfig, teacher: nn.Module | None, *, static
     numbers: dict[str, Any] = {"norm": config.norm, "eps": config.eps_value}
     scale = GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
     steps: dict[str, Any] = {"step_size": config.step_size_value, "steps": config.attack_steps, "gradient_scale": scale}
+    steps["images_at_once"] = config.images_at_once
     if config.method == "trades":
         return Trades(beta=config.trades_beta, **numbers, **steps)
     attack = partial(pgd, **numbers, **steps)
@@ -125,6 +127,8 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
     splits = prepare_data(config, accelerator)
     backbone, head_note = prepare_student(config, splits, accelerator)
     set_options(config, backbone)
+    if config.images_at_once is None and accelerator.device.type == "cpu":
+        config.images_at_once = images_for_the_cache(backbone, config.mixed_precision)
     facts = main_only(accelerator, lambda: base_for_run(config, backbone.source))
     base, base_note = facts or (None, None)
     run = Run(

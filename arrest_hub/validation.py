@@ -32,12 +32,13 @@ class Counts(NamedTuple):
 
 
 class PgdSettings(NamedTuple):
-    """PGD for an evaluation: radius and step length on pixels in [0, 1]."""
+    """PGD for an evaluation: radius and step length on pixels in [0, 1]; the rest see `attacks.pgd`."""
 
     norm: str
     eps: float
     step_size: float
     steps: int
+    images_at_once: int | None = None
 
 
 def count_correct(
@@ -87,6 +88,7 @@ def count_correct(
                         eps=settings.eps,
                         step_size=settings.step_size,
                         steps=settings.steps,
+                        images_at_once=settings.images_at_once,
                         generator=generator,
                     ).adversarial
                     with torch.no_grad():

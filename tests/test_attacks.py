@@ -76,6 +76,27 @@ def test_pgd_stays_in_the_ball_and_raises_the_loss(batch, norm, eps, step):
     assert not adversarial.requires_grad
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_parts_of_a_batch_give_what_the_batch_gives(batch, norm):
+    pixels, labels = batch
+    model, sizes = TinyClassifier().double(), []
+
+    def logits(x):
+        sizes.append(len(x))
+        return model(x).logits
+
+    numbers = {"eps": 0.1, "step_size": 0.05, "steps": 3, "norm": norm}
+    with frozen_eval(model):
+        whole, parts = (
+            pgd(logits, pixels.double(), labels, generator=torch.Generator().manual_seed(2), images_at_once=count,
+                **numbers)
+            for count in (None, 7)
+        )  # fmt: skip
+    assert sizes == [16] * 3 + [6] * 3 + [5] * 6  # sixteen in three equal parts
+    torch.testing.assert_close(parts.adversarial, whole.adversarial)
+    assert torch.equal(parts.zero_gradients, whole.zero_gradients)
+
+
 def test_pgd_equals_torchattacks_in_direction(batch):
     # torchattacks' own loss is the mean cross-entropy; from the same start the signs, so the results, are the same
     pixels, labels = batch

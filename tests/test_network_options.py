@@ -21,6 +21,7 @@ from arrest_hub.folding import FoldedNetwork
 from arrest_hub.network_options import (
     InFp32,
     checkpoint_gradients,
+    images_for_the_cache,
     keep_first_convolution_in_fp32,
     synchronise_batchnorm,
     use_channels_last,
@@ -70,6 +71,13 @@ def test_the_same_logits_and_gradients(name, option, tmp_path):
             torch.testing.assert_close(found, expected, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5 * scale)
     names = [name for name, _ in plain.named_parameters()]
     assert names == [name for name, _ in changed.named_parameters()]
+
+
+def test_images_at_a_time_go_by_the_largest_layer():
+    model = load_backbone("resnet18", image_size=32)  # its largest is the first: 64 channels of 16x16
+    assert images_for_the_cache(model, "no") == 2**24 // (64 * 16 * 16 * 4)
+    assert images_for_the_cache(model, "bf16") == 2 * images_for_the_cache(model, "no")
+    assert images_for_the_cache(load_backbone("resnet18", image_size=256), "no") == 8
 
 
 def test_fewer_activations_are_kept():

@@ -6,10 +6,9 @@
     python scripts/benchmarks/step.py --peers plain --repeats 3 --at-least 1.3
 
 Every repeat runs each once, in another order, so that a busy machine slows all alike; a figure is the median of the
-repeats' ratios, with the smallest and the largest. Ours is the step that arrest-finetune takes. The floor is the sum of
-what a step cannot do without, each measured alone in the same repeat: K attack passes (forward, gradient to the
-pixels), the trained pass, the teacher's, the drift's, the update of the weights. Random images; every image is attacked;
-no sample is replayed.
+repeats' ratios, with the smallest and the largest. Ours is the step that arrest-finetune takes. The floor is the sum
+of what a step cannot do without, each measured alone in the same repeat: K attack passes (forward, gradient to the
+pixels), the trained pass, the teacher's, the drift's, the update of the weights. Random images, all of them attacked.
 
 ``--options`` adds our step with options switched off, or on. ``--at-least R`` ends with exit code 1 if ours is not R
 times as fast as the plain loop. ``--output`` writes JSON, which figure.py draws.
@@ -18,7 +17,9 @@ times as fast as the plain loop. ``--output`` writes JSON, which figure.py draws
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import platform
 import statistics
 import sys
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from peers import PEERS, library_version
 
 from arrest_hub.arrest import angular_distance
@@ -38,6 +40,7 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
 from arrest_hub.estimate import Rehearsal, wait_for
+from arrest_hub.network_options import images_for_the_cache
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.step import refresh
 from arrest_hub.throughput import forward_flops, peak_flops, step_flops
@@ -47,7 +50,8 @@ from arrest_hub.validation import hardware_name, library_versions
 OPTIONS = {
     "ours, BatchNorm not folded": {"fold_batchnorm": False},
     "ours, not channels_last": {"channels_last": False},
-    "ours, neither": {"fold_batchnorm": False, "channels_last": False},
+    "ours, the batch attacked at once": {"images_at_once": None},
+    "ours, none of these": {"fold_batchnorm": False, "channels_last": False, "images_at_once": None},
     "ours, compiled": {"compile": True},
 }
 
@@ -71,10 +75,13 @@ class Floor:
 
     def attack_pass(self) -> None:
         """Forward, and the gradient to the pixels."""
-        pixels = self.pixels.detach().requires_grad_(True)
-        with self.ours.accelerator.autocast():
-            loss = margin(self.ours.attacked(pixels).logits, self.labels).sum()
-        torch.autograd.grad(loss, pixels)
+        pixels = self.pixels
+        count = math.ceil(len(pixels) / (self.ours.config.images_at_once or len(pixels)))
+        for some, labels in zip(pixels.tensor_split(count), self.labels.tensor_split(count), strict=True):
+            some = some.detach().requires_grad_(True)
+            with self.ours.accelerator.autocast():
+                loss = margin(self.ours.attacked(some).logits, labels).sum()
+            torch.autograd.grad(loss, some)
 
     def trained_pass(self) -> None:
         """Forward and backward through the student in training mode."""
@@ -110,18 +117,19 @@ class Floor:
         return seconds
 
 
-def build(config: FinetuneConfig, network: Backbone, accelerator: Any) -> Rehearsal:
+def build(config: FinetuneConfig, network: Backbone, accelerator: Accelerator) -> Rehearsal:
     """Our step."""
-    prepared = load_copy(network)
+    prepared = copy.deepcopy(network)
     set_options(config, prepared)
     return Rehearsal(config, accelerator, prepared, partial(build_objective, config), config.batch_size)
 
 
-def load_copy(network: Backbone) -> Backbone:
-    """Another with the same weights."""
-    import copy
-
-    return copy.deepcopy(network)
+def processor() -> str:
+    """The CPU's name, where the system says it."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -152,11 +160,13 @@ def main() -> None:
     device = accelerator.device
     torch.manual_seed(0)
     network = load_backbone(args.model, image_size=args.image_size)
+    if device.type == "cpu":
+        config.images_at_once = images_for_the_cache(network, config.mixed_precision)
     ours = build(config, network, accelerator)
     steps: dict[str, Callable[[], None]] = {"ours": ours.step}
     if args.options:
         for name, changes in OPTIONS.items():
-            if getattr(config, next(iter(changes))) != next(iter(changes.values())):
+            if any(getattr(config, key) != value for key, value in changes.items()):
                 changed = FinetuneConfig(**{**vars(config), **changes}).validate()
                 steps[name] = build(changed, network, accelerator).step
     versions = {}
@@ -169,8 +179,9 @@ def main() -> None:
         steps[PEERS[key].name] = PEERS[key](config, network, device).step
     floor = None if args.no_floor else Floor(ours)
     where = hardware_name(accelerator)
-    print(f"{args.model}, {network.preprocessing.size[0]} px, batch {config.batch_size}, PGD-{config.attack_steps}, "
-          f"precision {config.mixed_precision}, {args.repeats} repeats; {where}, torch {torch.__version__}", flush=True)  # fmt: skip
+    size = network.preprocessing.size[0]
+    print(f"{args.model}, {size} px, batch {config.batch_size}, PGD-{config.attack_steps}, {args.repeats} repeats")
+    print(f"precision {config.mixed_precision}; {where}, torch {torch.__version__}", flush=True)
 
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     parts: list[dict[str, float]] = []
@@ -188,9 +199,9 @@ def main() -> None:
             parts = []
 
     record: dict[str, Any] = {
-        "model": args.model, "image_size": network.preprocessing.size[0], "batch_size": config.batch_size,
-        "attack_steps": config.attack_steps, "mixed_precision": config.mixed_precision, "compile": config.compile,
-        "repeats": args.repeats, "hardware": where, "processor": platform.processor() or platform.machine(),
+        "model": args.model, "image_size": size, "batch_size": config.batch_size, "attack_steps": config.attack_steps,
+        "mixed_precision": config.mixed_precision, "compile": config.compile, "images_at_once": config.images_at_once,
+        "repeats": args.repeats, "hardware": where, "processor": processor(),
         "versions": {**library_versions(), **versions},
         "command": "python scripts/benchmarks/step.py " + " ".join(sys.argv[1:]), "rows": {},
     }  # fmt: skip
@@ -219,12 +230,10 @@ def main() -> None:
     if parts:
         sums = [sum(part.values()) for part in parts]
         overhead = spread([a / b for a, b in zip(seconds["ours"], sums, strict=True)])
-        record["floor"] = {"parts": parts, "overhead": overhead}
-        shares = ", ".join(f"{name} {100 * statistics.median(part[name] for part in parts) / statistics.median(sums):.1f} %"
-                           for name in parts[0])  # fmt: skip
-        print(
-            f"ours / floor: {overhead['median']:.3f} ({overhead['min']:.3f}-{overhead['max']:.3f}); of the floor: {shares}"
-        )
+        shares = {name: statistics.median(part[name] / sum(part.values()) for part in parts) for name in parts[0]}
+        record["floor"] = {"seconds": sums, "overhead": overhead, "shares": shares}
+        print(f"ours / floor: {overhead['median']:.3f} ({overhead['min']:.3f}-{overhead['max']:.3f})")
+        print("of the floor: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()))
     if args.output:
         args.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if args.at_least is not None:
