@@ -8,6 +8,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone
 from arrest_hub.errors import BackboneError
 
@@ -16,9 +17,24 @@ CACHED = 16 * 2**20
 
 
 def use_channels_last(network: Backbone) -> None:
-    """Keep images and convolutions' weights with the channels innermost, as tensor cores and CPUs like them best."""
+    """Keep images and convolutions' weights with the channels innermost, as tensor cores and CPUs like them best.
+
+    Raises:
+        BackboneError: the network assumes another layout.
+    """
+    if network.memory_format is torch.channels_last:
+        return
     network.to(memory_format=torch.channels_last)
     network.memory_format = torch.channels_last
+    pixels = torch.zeros(2, 3, *network.preprocessing.size, device=network.mean.device, requires_grad=True)
+    try:
+        with frozen_eval(network), torch.enable_grad():
+            torch.autograd.grad(network(pixels).logits.sum(), pixels)
+    except RuntimeError as error:
+        raise BackboneError(
+            f"--channels-last: {network.source.architecture} does not compute with the channels innermost in memory "
+            f"({str(error).splitlines()[0]}). Give --no-channels-last."
+        ) from error
 
 
 def images_for_the_cache(network: Backbone, mixed_precision: str) -> int:

@@ -17,6 +17,7 @@ from arrest_hub.backbones import Backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
 from arrest_hub.folding import FoldedNetwork, foldable
+from arrest_hub.network_options import images_for_the_cache
 from arrest_hub.sharding import is_sharded, whole
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +50,12 @@ def make_scheduler(
         decay_milestones=[round(total_steps * share) for share in (0.5, 0.75)],
     )
     return scheduler
+
+
+def choose_images_at_once(config: FinetuneConfig, network: Backbone, device: torch.device) -> None:
+    """Fill in how many images are attacked at a time, where that is left open: see `images_for_the_cache`."""
+    if config.images_at_once is None and device.type == "cpu":
+        config.images_at_once = images_for_the_cache(network, config.mixed_precision)
 
 
 def for_eval_passes(config: FinetuneConfig, network: Backbone) -> nn.Module:

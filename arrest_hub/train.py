@@ -27,7 +27,6 @@ from arrest_hub.hub import check_push, run_push
 from arrest_hub.loop import Run, train_phase
 from arrest_hub.network_options import (
     checkpoint_gradients,
-    images_for_the_cache,
     keep_first_convolution_in_fp32,
     synchronise_batchnorm,
     use_channels_last,
@@ -48,7 +47,7 @@ from arrest_hub.provenance import base_for_run
 from arrest_hub.push_config import PushConfig
 from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
 from arrest_hub.sharding import is_sharded
-from arrest_hub.step import GRADIENT_SCALE, make_teacher
+from arrest_hub.step import GRADIENT_SCALE, choose_images_at_once, make_teacher
 from arrest_hub.training_record import BaseModel
 
 
@@ -127,8 +126,7 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
     splits = prepare_data(config, accelerator)
     backbone, head_note = prepare_student(config, splits, accelerator)
     set_options(config, backbone)
-    if config.images_at_once is None and accelerator.device.type == "cpu":
-        config.images_at_once = images_for_the_cache(backbone, config.mixed_precision)
+    choose_images_at_once(config, backbone, accelerator.device)
     facts = main_only(accelerator, lambda: base_for_run(config, backbone.source))
     base, base_note = facts or (None, None)
     run = Run(

@@ -1,6 +1,7 @@
 """Options that change how a network is computed and not what: against the same network without them."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from arrest_hub import loop, step, train
-from arrest_hub.attacks import frozen_eval, margin, pgd, random_in_ball
+from arrest_hub.attacks import frozen_eval, margin, pgd, project, random_in_ball
 from arrest_hub.backbones import Backbone, load_backbone
+from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import BackboneError, ConfigError
 from arrest_hub.folding import FoldedNetwork
 from arrest_hub.network_options import (
@@ -73,6 +75,17 @@ def test_the_same_logits_and_gradients(name, option, tmp_path):
     assert names == [name for name, _ in changed.named_parameters()]
 
 
+def test_a_network_of_another_layout_is_one_clear_error():
+    class Flat(nn.Module):
+        def forward(self, x):
+            return x.view(len(x), -1)[:, : len(x)]
+
+    backbone = tiny_backbone()
+    backbone.body = Flat()
+    with pytest.raises(BackboneError, match=r"--channels-last: resnet18_cifar does not .*--no-channels-last"):
+        use_channels_last(backbone)
+
+
 def test_images_at_a_time_go_by_the_largest_layer():
     model = load_backbone("resnet18", image_size=32)  # its largest is the first: 64 channels of 16x16
     assert images_for_the_cache(model, "no") == 2**24 // (64 * 16 * 16 * 4)
@@ -117,6 +130,41 @@ def test_synchronised_batchnorm_is_for_gpus_and_keeps_the_weights(tmp_path):
     assert changed.state_dict().keys() == plain.state_dict().keys()
     pixels = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(changed.eval()(pixels).logits, plain.eval()(pixels).logits)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "hf-resnet"])
+def test_the_attack_finds_the_same_with_all_exact_options(name, tmp_path):
+    """In fp32: the signs of every step but for a pixel in a thousand, and all verdicts."""
+    plain = network(name, tmp_path / "source").eval()
+    for module in plain.modules():  # a fresh BatchNorm is the identity, which folding would not change
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.normal_(module.running_mean, 0.0, 0.1)
+    changed = copy.deepcopy(plain)
+    use_channels_last(changed)
+    fast = step.for_eval_passes(FinetuneConfig(), changed)
+    assert isinstance(fast, FoldedNetwork)
+    pixels = torch.rand(24, 3, *plain.preprocessing.size)
+    labels = plain(pixels).logits.argmax(dim=1)
+    eps, step_size = 64 / 255, 16 / 255
+    numbers = {"eps": eps, "step_size": step_size, "steps": 10}
+    point = random_in_ball(pixels, eps=eps, norm="linf")
+    start, ends = point, []
+    with frozen_eval(plain):
+        for _ in range(10):
+            gradients = []
+            for model in (plain, fast):
+                x = point.clone().requires_grad_(True)
+                gradients.append(torch.autograd.grad(margin(model(x).logits, labels).sum(), x)[0].sign())
+            assert (gradients[0] == gradients[1]).float().mean() > 0.999
+            point = project(point + step_size * gradients[0], pixels, eps=eps, norm="linf")
+        for model, at_once in ((plain, None), (fast, 7)):
+            attack = partial(pgd, **numbers, start=start, images_at_once=at_once)
+            ends.append(attack(lambda x, model=model: model(x).logits, pixels, labels).adversarial)
+        stands = [model(end).logits.argmax(dim=1) == labels for model, end in zip((plain, fast), ends, strict=True)]
+    assert torch.equal(*stands)
+    assert not stands[0].all()
+    assert ((ends[0] - ends[1]).abs() < 1e-6).float().mean() > 0.99
 
 
 # --- half precision -------------------------------------------------------------------------------------

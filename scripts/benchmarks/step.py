@@ -40,9 +40,8 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
 from arrest_hub.estimate import Rehearsal, wait_for
-from arrest_hub.network_options import images_for_the_cache
 from arrest_hub.prepare import new_accelerator
-from arrest_hub.step import refresh
+from arrest_hub.step import choose_images_at_once, refresh
 from arrest_hub.throughput import forward_flops, peak_flops, step_flops
 from arrest_hub.train import build_objective, set_options
 from arrest_hub.validation import hardware_name, library_versions
@@ -160,8 +159,7 @@ def main() -> None:
     device = accelerator.device
     torch.manual_seed(0)
     network = load_backbone(args.model, image_size=args.image_size)
-    if device.type == "cpu":
-        config.images_at_once = images_for_the_cache(network, config.mixed_precision)
+    choose_images_at_once(config, network, device)
     ours = build(config, network, accelerator)
     steps: dict[str, Callable[[], None]] = {"ours": ours.step}
     if args.options:

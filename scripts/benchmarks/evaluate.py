@@ -1,7 +1,7 @@
 """AutoAttack through arrest-eval against a direct call of pyautoattack: the same verdicts? at what cost?
 
-    python scripts/benchmarks/autoattack.py --model runs/mine/export --dataset cifar10 --limit-eval 200
-    python scripts/benchmarks/autoattack.py --model ... --dataset ... --tricks channels_last,tf32,bf16,compile
+    python scripts/benchmarks/evaluate.py --model runs/mine/export --dataset cifar10 --limit-eval 200
+    python scripts/benchmarks/evaluate.py --model ... --dataset ... --tricks channels_last,tf32,bf16,compile
 
 Both run in this process on the same images, batch size and seed, one after the other; the figure is the ratio of their
 times. ``--tricks`` runs arrest-eval again with each and says what share of the verdicts stays the same. Writes JSON.
