@@ -205,26 +205,22 @@ def main() -> None:
     }  # fmt: skip
     forward = forward_flops(network, torch.rand(1, 3, *network.preprocessing.size))
     record["gflop_per_image"] = step_flops(forward, ours.objective.passes) / 1e9
-    print(f"{'':<32}{'images/s':>10}{'x plain loop':>24}{'x torchattacks':>24}")
+    others = [name for name in ("plain loop", "torchattacks", "ours") if name in seconds]
+    print(f"{'':<34}{'images/s':>10}" + "".join(f"{'x ' + other:>22}" for other in others))
     for name, measured in seconds.items():
-        row: dict[str, Any] = {
-            "seconds": measured,
-            "images_per_second": config.batch_size / statistics.median(measured),
-        }
+        speed = config.batch_size / statistics.median(measured)
+        row: dict[str, Any] = {"seconds": measured, "images_per_second": speed}
         shown = ""
-        for other in ("plain loop", "torchattacks"):
-            if other in seconds:
-                row[f"times_{other}"] = spread([b / a for a, b in zip(measured, seconds[other], strict=True)])
-                ratio = row[f"times_{other}"]
-                shown += f"{ratio['median']:>11.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
-            else:
-                shown += f"{'not measured':>24}"
+        for other in others:
+            ratio = spread([b / a for a, b in zip(measured, seconds[other], strict=True)])
+            row[f"times_{other}"] = ratio
+            shown += f"{ratio['median']:>9.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
         peak = peak_flops(device, config.mixed_precision)
         if peak is not None:
             row["mfu"] = row["images_per_second"] * record["gflop_per_image"] * 1e9 / peak
             shown += f"   MFU {100 * row['mfu']:.1f} %"
         record["rows"][name] = row
-        print(f"{name:<32}{row['images_per_second']:>10.2f}{shown}")
+        print(f"{name:<34}{speed:>10.2f}{shown}")
     if parts:
         sums = [sum(part.values()) for part in parts]
         overhead = spread([a / b for a, b in zip(seconds["ours"], sums, strict=True)])
