@@ -140,7 +140,7 @@ def measure_evaluation(
     copied = copy.deepcopy(network).to(accelerator.device)
     student = copied if training is None else for_eval_passes(training, copied)
     batch = random_batch(network, batch_size, accelerator.device)
-    with torch.no_grad():
+    with torch.no_grad(), accelerator.autocast():
         batch["label"] = student.eval()(batch["pixels"] / 255).logits.argmax(dim=1)  # all right, and so all attacked
     started = time.perf_counter()
     count_correct(

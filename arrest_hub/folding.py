@@ -31,7 +31,9 @@ def foldable(network: nn.Module, images: Tensor) -> dict[str, str]:
     if not any(_folds(module) for module in network.modules()):
         return {}
     _forget(network)
-    plain = copy.deepcopy(network).cpu().eval().requires_grad_(False)  # the CPU rounds least
+    plain = copy.deepcopy(network)
+    plain.__dict__.pop("forward", None)  # Accelerate's, which computes in lower precision
+    plain = plain.cpu().eval().requires_grad_(False)  # the CPU rounds least
     pairs = _pairs(plain, images)
     if pairs and not _same_logits(plain, pairs, images):
         pairs = {conv: norm for conv, norm in pairs.items() if _same_logits(plain, {conv: norm}, images)}

@@ -355,7 +355,7 @@ def count_validation(
             eval_loader(split, transform, batch_size=config.batch_size, num_workers=run.num_workers)
         )
     settings = PgdSettings(
-        config.norm, config.eps_value, config.step_size_value, config.attack_steps, config.images_at_once
+        config.norm, config.eps_value, config.step_size_value, config.attack_steps, run.images_at_once
     )
     return count_correct(
         network,

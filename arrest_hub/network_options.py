@@ -79,6 +79,8 @@ def checkpoint_gradients(network: Backbone) -> None:
 
 def synchronise_batchnorm(network: Backbone) -> None:
     """Have BatchNorm normalise by the whole batch of all processes; names and values of the weights stay."""
+    if any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()):
+        return  # converted again, timm's layers would lose their activation
     convert_sync_batchnorm(network)
 
 

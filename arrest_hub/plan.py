@@ -51,7 +51,7 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
         of_clean = config.standard_epochs * (splits.train.num_examples // images) * standard.median
         parts["clean phase"] = (of_clean, plural(config.standard_epochs, "epoch"))
     evaluated = min(EVALUATED, config.batch_size)
-    attack = config.norm, config.eps_value, config.step_size_value, config.attack_steps, config.images_at_once
+    attack = config.norm, config.eps_value, config.step_size_value, config.attack_steps, run.images_at_once
     settings = PgdSettings(*attack)
     if not is_sharded(accelerator):  # the network evaluated would have to be gathered first
         if splits.validation is not None and config.eval_every:

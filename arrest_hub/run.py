@@ -28,6 +28,7 @@ class Run:
     log: Log
     num_workers: int
     model_revision: str | None
+    images_at_once: int | None = None
     images_logged: int = 0
     validation_loader: Any = None
     twin: WholeCopy | None = None

@@ -52,10 +52,11 @@ def make_scheduler(
     return scheduler
 
 
-def choose_images_at_once(config: FinetuneConfig, network: Backbone, device: torch.device) -> None:
-    """Fill in how many images are attacked at a time, where that is left open: see `images_for_the_cache`."""
+def choose_images_at_once(config: FinetuneConfig, network: Backbone, device: torch.device) -> int | None:
+    """How many images are attacked at a time: as configured, else on a CPU see `images_for_the_cache`; None: all."""
     if config.images_at_once is None and device.type == "cpu":
-        config.images_at_once = images_for_the_cache(network, config.mixed_precision)
+        return images_for_the_cache(network, config.mixed_precision)
+    return config.images_at_once
 
 
 def for_eval_passes(config: FinetuneConfig, network: Backbone) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from arrest_hub.progress import WaitTimer
@@ -22,6 +24,7 @@ another. Any other pass is a forward pass alone."""
 
 PEAK_FLOPS: dict[str, dict[str, float]] = {
     "B200": {"half": 2250e12},
+    "H200 NVL": {"half": 835e12, "tf32": 417e12, "fp32": 60e12},
     "H200": {"half": 989e12, "tf32": 494e12, "fp32": 67e12},
     "H100 PCIe": {"half": 756e12, "tf32": 378e12, "fp32": 51e12},
     "H100 NVL": {"half": 835e12, "tf32": 417e12, "fp32": 60e12},
@@ -33,7 +36,7 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "V100": {"half": 125e12, "fp32": 15.7e12},
     "T4": {"half": 65e12, "fp32": 8.1e12},
 }
-"""By a part of the GPU's name, the first that fits: dense operations a second (NVIDIA's data sheets). "half" is bf16 or
+"""By words of the GPU's name, the first that fit: dense operations a second (NVIDIA's data sheets). "half" is bf16 or
 fp16 with tensor cores."""
 
 
@@ -76,7 +79,7 @@ def time_shares(seconds: Mapping[str, float], wall: float) -> dict[str, float]:
     clean = sum(value for name, value in seconds.items() if name not in ("attack", "step"))
     shares = {"training_share": seconds.get("step", 0.0) - attack - clean}
     shares |= {"attack_share": attack} if "attack" in seconds else {}
-    shares |= {"teacher_share": clean} if "teacher" in seconds else {}
+    shares |= {"teacher_share": clean} if seconds.keys() - {"attack", "step"} else {}
     return {name: value / wall for name, value in shares.items()}
 
 
@@ -137,6 +140,8 @@ class Utilisation:
         self.peak = None if peak is None else peak * processes
         where = next(network.parameters()).device
         self.forward = 0.0 if peak is None else forward_flops(network, torch.zeros(1, 3, *image_size, device=where))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     def read(self, images_per_second: float, attacked: float) -> dict[str, float]:
         """``peak_memory_gb`` (10^9 bytes, of this process) and ``mfu``; ``attacked``: the share of images attacked."""
@@ -154,7 +159,8 @@ def forward_flops(network: nn.Module, images: Tensor) -> float:
     was_training = network.training
     network.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # the other kernels of attention are not all counted
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             network.forward(images)  # not the compiled one, which is not counted
     finally:
         network.train(was_training)
@@ -171,8 +177,12 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    peaks = next((peaks for part, peaks in PEAK_FLOPS.items() if part in name), {})
-    if mixed_precision in ("bf16", "fp16"):
+    peaks = next((peaks for words, peaks in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), {})
+    if mixed_precision == "fp16":
         return peaks.get("half")
-    tf32 = torch.backends.cudnn.allow_tf32 and "tf32" in peaks  # convolutions take it unless told not to
-    return peaks.get("tf32" if tf32 else "fp32")
+    if mixed_precision == "bf16":
+        return peaks.get("half") if "tf32" in peaks or "fp32" not in peaks else None  # not before Ampere
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    if "tf32" not in peaks or not (convolutions or products):
+        return peaks.get("fp32")
+    return peaks["tf32"] if convolutions and products else None  # in part the one, in part the other

@@ -51,12 +51,21 @@ from arrest_hub.step import GRADIENT_SCALE, choose_images_at_once, make_teacher
 from arrest_hub.training_record import BaseModel
 
 
-def build_objective(config: FinetuneConfig, teacher: nn.Module | None, *, static_shapes: bool = False) -> Objective:
-    """The configured method as an objective; the one place where configuration becomes maths."""
+def build_objective(
+    config: FinetuneConfig,
+    teacher: nn.Module | None,
+    *,
+    static_shapes: bool = False,
+    images_at_once: int | None = None,
+) -> Objective:
+    """The configured method as an objective; the one place where configuration becomes maths.
+
+    ``images_at_once``: what `choose_images_at_once` chose; default: the configuration's.
+    """
     numbers: dict[str, Any] = {"norm": config.norm, "eps": config.eps_value}
     scale = GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
     steps: dict[str, Any] = {"step_size": config.step_size_value, "steps": config.attack_steps, "gradient_scale": scale}
-    steps["images_at_once"] = config.images_at_once
+    steps["images_at_once"] = images_at_once or config.images_at_once
     if config.method == "trades":
         return Trades(beta=config.trades_beta, **numbers, **steps)
     attack = partial(pgd, **numbers, **steps)
@@ -101,12 +110,13 @@ def dry_run(config: FinetuneConfig, notes: Sequence[str] = ()) -> list[str]:
 
 def _objective(run: Run, teacher: nn.Module | None) -> Objective:
     """The objective of the robust phase."""
-    return build_objective(run.config, teacher, static_shapes=run.config.compile or is_sharded(run.accelerator))
+    static_shapes = run.config.compile or is_sharded(run.accelerator)
+    return build_objective(run.config, teacher, static_shapes=static_shapes, images_at_once=run.images_at_once)
 
 
 def _costly_objective(run: Run, teacher: nn.Module | None) -> Objective:
     """The same, attacking every image, as at the start of a run: noisy replay spares some of them later."""
-    return build_objective(run.config, teacher, static_shapes=True)
+    return build_objective(run.config, teacher, static_shapes=True, images_at_once=run.images_at_once)
 
 
 def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbone, BaseModel | None]:
@@ -120,13 +130,15 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
     warning = launcher_warning(accelerator, "finetune")
     for note in (*notes, warning) if warning else notes:
         accelerator.print(note)
+    if is_sharded(accelerator) and config.channels_last:
+        config.channels_last = False
+        accelerator.print("note        --channels-last is off: FSDP shards no weights whose channels are innermost")
     if config.push_to_hub:  # whoever may not publish learns it before the training, not after
         push_config = push_after(config)
         main_only(accelerator, lambda: check_push(push_config, accelerator.print))
     splits = prepare_data(config, accelerator)
     backbone, head_note = prepare_student(config, splits, accelerator)
     set_options(config, backbone)
-    choose_images_at_once(config, backbone, accelerator.device)
     facts = main_only(accelerator, lambda: base_for_run(config, backbone.source))
     base, base_note = facts or (None, None)
     run = Run(
@@ -137,6 +149,7 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
         log=Log(paths.log, accelerator),
         num_workers=num_workers(config.num_workers, accelerator),
         model_revision=backbone.source.revision,
+        images_at_once=choose_images_at_once(config, backbone, accelerator.device),
     )
     _check_revisions(run)
     if config.batch_size == "auto":

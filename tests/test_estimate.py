@@ -137,9 +137,10 @@ def test_measuring_leaves_no_trace(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "trades", "grad_accum_steps": 2}, {"streaming": True, "max_steps": 5, "eval_every": 0},
+    [{}, {"mixed_precision": "bf16"}, {"method": "trades", "grad_accum_steps": 2},
+     {"streaming": True, "max_steps": 5, "eval_every": 0},
      {"model": "resnet18_cifar", "model_args": {"channels": [4, 4, 8, 8]}, "image_size": 8, "standard_epochs": 2}],
-    ids=["arrest", "trades", "streaming", "standard"],
+    ids=["arrest", "bf16", "trades", "streaming", "standard"],
 )  # fmt: skip
 def test_a_plan_is_said_and_nothing_is_written(changes, tmp_path, capsys):
     config = tiny_config(tmp_path, dry_run=True, push_to_hub="me/x", **changes)

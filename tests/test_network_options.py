@@ -19,7 +19,7 @@ from arrest_hub.attacks import frozen_eval, margin, pgd, project, random_in_ball
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import BackboneError, ConfigError
-from arrest_hub.folding import FoldedNetwork
+from arrest_hub.folding import FoldedNetwork, foldable
 from arrest_hub.network_options import (
     InFp32,
     checkpoint_gradients,
@@ -129,6 +129,15 @@ def test_synchronised_batchnorm_is_for_gpus_and_keeps_the_weights(tmp_path):
     assert not any(type(module) is nn.BatchNorm2d for module in changed.modules())
     assert changed.state_dict().keys() == plain.state_dict().keys()
     pixels = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(changed.eval()(pixels).logits, plain.eval()(pixels).logits)
+
+
+def test_synchronised_twice_keeps_the_activations_of_timms_layers():
+    plain = load_backbone("efficientnet_lite0", image_size=32, num_classes=5)
+    changed = copy.deepcopy(plain)
+    for _ in range(2):
+        synchronise_batchnorm(changed)
+    pixels = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(changed.eval()(pixels).logits, plain.eval()(pixels).logits)
 
 
@@ -271,6 +280,18 @@ def test_options_combine(method, precision, tmp_path):
     assert len([line for line in log_lines(tmp_path / "whole") if "loss" in line]) == 2
     again = load_backbone(str(tmp_path / "whole" / "export"))
     assert all(value.isfinite().all() for value in again.state_dict().values())
+
+
+def test_as_much_is_folded_in_lower_precision(tmp_path, monkeypatch):
+    """Also where Accelerate has wrapped the network's forward."""
+    folded = {}
+    for precision in ("no", "bf16"):
+        found = folded[precision] = []
+        monkeypatch.setattr(step, "foldable", lambda *args, found=found: found.append(foldable(*args)) or found[-1])
+        changes = {"mixed_precision": precision, "output_dir": str(tmp_path / precision), "max_steps": 1}
+        finetune(tiny_config(tmp_path, **changes))
+    assert len(folded["no"][0]) > 10
+    assert folded["no"] == folded["bf16"]
 
 
 @pytest.mark.parametrize("method", ["arrest", "at", "trades"])

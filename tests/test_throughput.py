@@ -54,6 +54,7 @@ def test_utilisation(monkeypatch):
     assert Utilisation(tiny_backbone(), (8, 8), passes, CPU, "bf16", 1).read(100.0, 1.0) == {}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     gpu = torch.device("cuda")
     assert peak_flops(gpu, "bf16") == 989e12
     use = Utilisation(tiny_backbone(), (8, 8), passes, gpu, "bf16", 2)
@@ -62,6 +63,38 @@ def test_utilisation(monkeypatch):
     assert values == {"peak_memory_gb": 3.0, "mfu": pytest.approx(1000 * forward * (10 + 3) / (2 * 989e12))}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 9090")
     assert Utilisation(tiny_backbone(), (8, 8), passes, gpu, "bf16", 2).read(1000.0, 1.0) == {"peak_memory_gb": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA H200 NVL", "fp16", 835e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("NVIDIA L40", "bf16", None),
+        ("NVIDIA A10G", "bf16", None),
+        ("NVIDIA RTX A1000", "bf16", None),
+        ("Tesla V100-SXM2-16GB", "fp16", 125e12),
+        ("Tesla V100-SXM2-16GB", "bf16", None),  # it has no such tensor cores
+        ("Tesla T4", "no", 8.1e12),
+        ("NVIDIA A100-SXM4-80GB", "no", None),  # convolutions in TF32, products not
+    ],
+)
+def test_a_peak_is_that_gpus_or_unknown(name, precision, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert peak_flops(torch.device("cuda"), precision) == peak
+
+
+def test_attention_is_counted():
+    vit = timm.create_model("test_vit")
+    images = torch.rand(1, 3, 160, 160)
+    fused = forward_flops(vit, images)
+    for block in vit.blocks:
+        block.attn.fused_attn = False
+    assert fused == forward_flops(vit, images)
 
 
 def test_a_pause_takes_no_time(monkeypatch):
@@ -89,7 +122,7 @@ def test_the_log_says_where_the_time_went(method, tmp_path, monkeypatch):
         shares = [line["attack_share"], line["training_share"], line["data_wait"], line.get("teacher_share", 0.0)]
         assert all(share >= 0 for share in shares)
         assert 0.1 < sum(shares) <= 1.0 + 1e-5
-        assert ("teacher_share" in line) == (method == "arrest")
+        assert ("teacher_share" in line) == (method != "at")
         assert line["attack_share"] > line["data_wait"]
         assert line["images_per_second"] > 0
 

@@ -63,7 +63,7 @@ def main() -> None:
         if "rehearsal" not in known:
             network = load_backbone(config.model)
             set_options(config, network)
-            choose_images_at_once(config, network, known["accelerator"].device)
+            config.images_at_once = choose_images_at_once(config, network, known["accelerator"].device)
             objective = partial(build_objective, config)
             known["rehearsal"] = Rehearsal(config, known["accelerator"], network, objective, config.batch_size)
             known["rehearsal"].step()

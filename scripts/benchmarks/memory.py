@@ -39,7 +39,7 @@ def measure(model: str, image_size: int | None, config: FinetuneConfig, steps: i
     network = load_backbone(model, image_size=image_size)
     set_options(config, network)
     accelerator = new_accelerator(mixed_precision=config.mixed_precision)
-    choose_images_at_once(config, network, accelerator.device)
+    config.images_at_once = choose_images_at_once(config, network, accelerator.device)
     objective = partial(build_objective, config, static_shapes=True)
     try:
         cost = measure_steps(config, accelerator, network, objective, config.batch_size, steps=steps)

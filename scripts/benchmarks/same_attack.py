@@ -57,7 +57,7 @@ def main() -> None:
     optioned = copy.deepcopy(plain)
     set_options(config, optioned)
     fast = for_eval_passes(config, optioned)
-    choose_images_at_once(config, plain, device)
+    config.images_at_once = choose_images_at_once(config, plain, device)
     at_once = config.images_at_once
     split = load_splits(args.dataset, limit_eval=args.images).test
     loader = eval_loader(split, eval_transform(plain.preprocessing), batch_size=args.batch_size, num_workers=0)

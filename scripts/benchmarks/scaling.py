@@ -62,7 +62,7 @@ def main() -> None:
             ).validate()
             network = load_backbone(config.model, image_size=config.image_size)
             set_options(config, network)
-            choose_images_at_once(config, network, accelerator.device)
+            config.images_at_once = choose_images_at_once(config, network, accelerator.device)
             build = partial(build_objective, config)
             cost = measure_steps(config, accelerator, network, build, config.batch_size, steps=1)
             seconds[number].append(cost.median / config.batch_size)
