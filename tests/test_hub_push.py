@@ -390,6 +390,7 @@ def test_only_what_changed_is_pushed(hub, run, path):
     assert len(hub.commits(repo_id)) == hashed + 1
 
 
+@pytest.mark.slow
 def test_weights_in_several_files(hub, published, tmp_path):
     """What an earlier push left and this one would not overwrite is removed: one file gives way to shards, and back."""
     from transformers import AutoModelForImageClassification
