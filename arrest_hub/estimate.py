@@ -77,7 +77,7 @@ class Rehearsal:
         if config.compile:
             self.student.compile()
         self.attacked = attacked_network(config, accelerator, self.student, self.objective)
-        self.ema = copy.deepcopy(self.student) if config.ema_decay else None
+        self.ema = copy.deepcopy(self.student) if config.ema_decay else None  # for the memory that it takes
         self.batch = random_batch(network, batch_size, device)
         self.generator = torch.Generator(device=device).manual_seed(0)
         self.model.train()
