@@ -28,7 +28,7 @@ def untimed(name: str) -> AbstractContextManager[None]:
 
 
 class Attack(Protocol):
-    """`attacks.pgd` with its numbers filled in."""
+    """`attacks.pgd` with its numbers filled in, but for the steps."""
 
     def __call__(
         self,
@@ -36,6 +36,7 @@ class Attack(Protocol):
         pixels: Tensor,
         labels: Tensor,
         *,
+        steps: int,
         generator: torch.Generator | None = None,
     ) -> AttackResult: ...
 
@@ -57,6 +58,8 @@ class Objective(Protocol):
 
     passes: dict[str, int]
     """Passes through a network per image, by name."""
+    attack_steps: int
+    """Of the attack on the next batch, at most `passes` has; a schedule may change it between batches."""
     clock: Clock
     """Is told when the passes other than "training" begin and end, by name."""
 
@@ -87,7 +90,7 @@ class ArrestObjective:
 
     Args:
         teacher: the frozen standardly pretrained network in eval mode; may be None if neither part needs it.
-        attack, noise: `attacks.pgd` and `attacks.random_in_ball` with their numbers filled in.
+        attack, noise: `attacks.pgd` and `attacks.random_in_ball` with their numbers filled in, but for the steps.
         rgkd_weight: lambda; 0 switches RGKD off.
         replay_threshold: tau, in [0, 1]; None switches NR off and saves its pass.
         static_shapes: attack the whole batch, also what is replayed, and choose afterwards: the same result (but for
@@ -117,6 +120,7 @@ class ArrestObjective:
         self.replay_threshold = replay_threshold
         self.static_shapes = static_shapes
         self.clock: Clock = untimed
+        self.attack_steps = attack_steps
         self.passes = {"attack": attack_steps, "training": 1}
         if self.use_teacher:
             self.passes["teacher"] = 1
@@ -143,8 +147,8 @@ class ArrestObjective:
                 parts |= {"drift": drift, "replayed": replayed.float()}
                 parts["clean_correct"] = (clean.logits.argmax(dim=1) == labels).float()
             with self.clock("attack"):
-                inputs, zero_gradients = self._inputs(student, pixels, labels, replayed, generator)
-            parts["zero_gradient_share"] = zero_gradients / self.passes["attack"]
+                inputs, zero_gradients, steps = self._inputs(student, pixels, labels, replayed, generator)
+            parts |= attack_parts(zero_gradients, steps)
 
         output = model(inputs)
         cross_entropy = F.cross_entropy(output.logits.float(), labels, reduction="none")
@@ -161,24 +165,30 @@ class ArrestObjective:
 
     def _inputs(
         self, student: nn.Module, pixels: Tensor, labels: Tensor, replayed: Tensor | None, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """What the student is trained on, and the zero-gradient count: adversarial, or noisy where replayed."""
+    ) -> AttackResult:
+        """What the student is trained on: adversarial, or noisy where replayed."""
 
-        def logits_fn(x: Tensor) -> Tensor:
-            return student(x).logits
+        def attack(some: Tensor, labels: Tensor) -> AttackResult:
+            return self.attack(lambda x: student(x).logits, some, labels, steps=self.attack_steps, generator=generator)
 
         if replayed is None or (not self.static_shapes and not replayed.any()):
-            return self.attack(logits_fn, pixels, labels, generator=generator)
+            return attack(pixels, labels)
         if self.static_shapes:
-            result = self.attack(logits_fn, pixels, labels, generator=generator)
+            found = attack(pixels, labels)
             chosen = replayed.view(-1, *[1] * (pixels.dim() - 1))
             noisy = self.noise(pixels, generator=generator)
-            return torch.where(chosen, noisy, result.adversarial), result.zero_gradients * ~replayed
+            inputs = torch.where(chosen, noisy, found.adversarial)
+            return AttackResult(inputs, found.zero_gradients * ~replayed, found.steps)
         inputs = self.noise(pixels, generator=generator)
-        zero_gradients = torch.zeros(len(pixels), device=pixels.device)
+        zero_gradients, steps = torch.zeros(2, len(pixels), device=pixels.device)
         attacked = (~replayed).nonzero().squeeze(1)
         if len(attacked):
-            result = self.attack(logits_fn, pixels[attacked], labels[attacked], generator=generator)
-            inputs[attacked] = result.adversarial
-            zero_gradients[attacked] = result.zero_gradients
-        return inputs, zero_gradients
+            found = attack(pixels[attacked], labels[attacked])
+            inputs[attacked] = found.adversarial
+            zero_gradients[attacked], steps[attacked] = found.zero_gradients, found.steps
+        return AttackResult(inputs, zero_gradients, steps)
+
+
+def attack_parts(zero_gradients: Tensor, steps: Tensor) -> dict[str, Tensor]:
+    """Of an `AttackResult`, for the log: per sample, the share of the steps that found no gradient, and the steps."""
+    return {"zero_gradient_share": zero_gradients / steps.clamp_min(1), "attack_steps": steps}

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from arrest_hub.attack_schedule import default_step_size
+
 LogitsFn = Callable[[Tensor], Tensor]
 
 
@@ -24,6 +26,8 @@ class AttackResult(NamedTuple):
     """[B, C, H, W], pixels in [0, 1], inside the ball."""
     zero_gradients: Tensor
     """[B], in how many steps the whole input gradient of a sample was zero (a sign of gradient masking)."""
+    steps: Tensor
+    """[B], in how many steps the gradient of a sample was computed."""
 
 
 @contextmanager
@@ -102,7 +106,7 @@ def pgd(
     targets: Tensor,
     *,
     eps: float,
-    step_size: float,
+    step_size: float | None,
     steps: int,
     norm: str = "linf",
     generator: torch.Generator | None = None,
@@ -110,6 +114,8 @@ def pgd(
     loss_fn: Callable[[Tensor, Tensor], Tensor] = margin,
     gradient_scale: float = 1.0,
     images_at_once: int | None = None,
+    stop_after: int | None = None,
+    static_shapes: bool = False,
 ) -> AttackResult:
     """Untargeted projected gradient descent (Madry et al. 2018, arXiv 1706.06083): ``steps`` forward passes,
     each with a backward pass to the pixels alone.
@@ -118,7 +124,7 @@ def pgd(
         logits_fn: pixels [B, C, H, W] -> logits [B, K]; a model in `frozen_eval`.
         pixels: clean images in [0, 1].
         targets: B rows of what ``loss_fn`` takes beside the logits; for the default, the labels ([B], class indices).
-        eps: radius of the ball. step_size: length of a step. Both on pixels in [0, 1].
+        eps: radius of the ball. step_size: length of a step; None: `default_step_size`. Both on pixels in [0, 1].
         generator: of the random start, drawn uniformly from the ball unless ``start`` is given.
         loss_fn: logits [B, K], targets -> [B], what is maximised. Default: `margin`, whose steps are cross-entropy's.
         gradient_scale: factor on the loss; the steps do not depend on it, but in fp16 it keeps small
@@ -126,36 +132,70 @@ def pgd(
         images_at_once: attack the batch in equal parts of at most this many, one after the other; None: all at once.
             The same result, to rounding, since no sample depends on another; faster on a CPU whose cache holds the
             activations of a part.
+        stop_after: a sample is left alone this many steps after a forward pass has misclassified it, the step of that
+            pass included: a weaker attack of fewer passes, for training (after Zhang et al. 2020, arXiv 2002.11242,
+            algorithm 1, which counts the passes that misclassify it; a sample seldom comes back). ``targets`` must be
+            labels. None: never.
+        static_shapes: with ``stop_after``, compute all samples to the end all the same: the same result, for passes
+            whose number and shape depend on no sample.
 
     Raises:
         ValueError: for an unknown norm.
     """
     adversarial = random_in_ball(pixels, eps=eps, norm=norm, generator=generator) if start is None else start
+    step_size = default_step_size(eps, steps) if step_size is None else step_size
     if images_at_once is not None and images_at_once < len(pixels):
         count = math.ceil(len(pixels) / images_at_once)
         parts = zip(*(x.tensor_split(count) for x in (pixels, targets, adversarial)), strict=True)
         found = [
             pgd(
                 logits_fn, some, of_some, eps=eps, step_size=step_size, steps=steps, norm=norm, start=begin,
-                loss_fn=loss_fn, gradient_scale=gradient_scale,
+                loss_fn=loss_fn, gradient_scale=gradient_scale, stop_after=stop_after, static_shapes=static_shapes,
             )
             for some, of_some, begin in parts
         ]  # fmt: skip
         return AttackResult(*map(torch.cat, zip(*found, strict=True)))
-    zero_gradients = torch.zeros(len(pixels), device=pixels.device)
-    for _ in range(steps):
+
+    def ascend(adversarial: Tensor, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step from ``adversarial``: where it ends, which samples had no gradient, the logits before it."""
         adversarial = adversarial.detach().requires_grad_(True)
         with torch.enable_grad():
-            loss = loss_fn(logits_fn(adversarial), targets).sum() * gradient_scale
+            logits = logits_fn(adversarial)
+            loss = loss_fn(logits, targets).sum() * gradient_scale
         (gradient,) = torch.autograd.grad(loss, adversarial)
         if gradient_scale != 1.0:
             # a scaled half-precision gradient may overflow: only its direction matters
             gradient = gradient.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)
         with torch.no_grad():
-            zero_gradients += (gradient == 0).flatten(1).all(dim=1)
+            zero = (gradient == 0).flatten(1).all(dim=1)
             if norm == "linf":
                 step = step_size * gradient.sign()
             else:
                 step = step_size * gradient / sample_norm(gradient).clamp_min(1e-30)
-            adversarial = project(adversarial + step, pixels, eps=eps, norm=norm)
-    return AttackResult(adversarial.detach(), zero_gradients)
+            return project(adversarial + step, pixels, eps=eps, norm=norm), zero, logits.detach()
+
+    zero_gradients = torch.zeros(len(pixels), device=pixels.device)
+    if stop_after is None:
+        for _ in range(steps):
+            adversarial, zero, _ = ascend(adversarial, pixels, targets)
+            zero_gradients += zero
+        return AttackResult(adversarial.detach(), zero_gradients, torch.full_like(zero_gradients, steps))
+
+    adversarial = adversarial.detach().clone()
+    taken = torch.zeros_like(zero_gradients)
+    left = torch.full_like(zero_gradients, steps)  # steps that a sample may still take
+    where = torch.arange(len(pixels), device=pixels.device)  # the samples that are computed
+    for _ in range(steps):
+        moved, zero, logits = ascend(adversarial[where], pixels[where], targets[where])
+        taken[where] += 1
+        wrong = logits.argmax(dim=1) != targets[where]
+        may = torch.where(wrong, left[where].clamp_max(stop_after), left[where])
+        going = (may > 0).view(-1, *[1] * (pixels.dim() - 1))
+        adversarial[where] = torch.where(going, moved, adversarial[where])
+        zero_gradients[where] += zero & (may > 0)
+        left[where] = may - 1
+        if not static_shapes:
+            where = where[left[where] > 0]
+            if not len(where):
+                break
+    return AttackResult(adversarial, zero_gradients, taken)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arrest_hub.arrest import Attack, Clock, untimed
+from arrest_hub.arrest import Attack, Clock, attack_parts, untimed
 from arrest_hub.attacks import frozen_eval, pgd
 
 
@@ -14,6 +14,7 @@ class StandardObjective:
     """mean CE(f(x), y) on clean images: the standard (pre)training that makes the teacher."""
 
     def __init__(self) -> None:
+        self.attack_steps = 0
         self.passes = {"training": 1}
         self.clock: Clock = untimed
 
@@ -27,7 +28,7 @@ class AdversarialTraining:
     """mean CE(f(x'), y), x' from the attack (Madry et al. 2018, arXiv 1706.06083)."""
 
     def __init__(self, attack: Attack, *, attack_steps: int) -> None:
-        self.attack = attack
+        self.attack, self.attack_steps = attack, attack_steps
         self.passes = {"attack": attack_steps, "training": 1}
         self.clock: Clock = untimed
 
@@ -35,9 +36,11 @@ class AdversarialTraining:
         self, model: nn.Module, student: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         with frozen_eval(student), self.clock("attack"):
-            adversarial, zero_gradients = self.attack(lambda x: student(x).logits, pixels, labels, generator=generator)
+            adversarial, zero_gradients, steps = self.attack(
+                lambda x: student(x).logits, pixels, labels, steps=self.attack_steps, generator=generator
+            )
         parts = classification_parts(model(adversarial).logits, labels, "adversarial_correct")
-        return parts | {"zero_gradient_share": zero_gradients / self.passes["attack"]}
+        return parts | attack_parts(zero_gradients, steps)
 
 
 class Trades:
@@ -54,14 +57,14 @@ class Trades:
         *,
         beta: float,
         eps: float,
-        step_size: float,
+        step_size: float | None,
         steps: int,
         norm: str,
         gradient_scale: float = 1.0,
         images_at_once: int | None = None,
     ) -> None:
         self.beta = beta
-        self.eps, self.step_size, self.steps, self.norm = eps, step_size, steps, norm
+        self.eps, self.step_size, self.attack_steps, self.norm = eps, step_size, steps, norm
         self.gradient_scale, self.images_at_once = gradient_scale, images_at_once
         self.passes = {"attack": steps, "clean": 1, "training": 2}
         self.clock: Clock = untimed
@@ -74,13 +77,13 @@ class Trades:
                 clean_log_probs = student(pixels).logits.float().log_softmax(dim=1)
             start = pixels + 0.001 * torch.empty_like(pixels).normal_(generator=generator)
             with self.clock("attack"):
-                adversarial, zero_gradients = pgd(
+                adversarial, zero_gradients, steps = pgd(
                     lambda x: student(x).logits,
                     pixels,
                     clean_log_probs,
                     eps=self.eps,
                     step_size=self.step_size,
-                    steps=self.steps,
+                    steps=self.attack_steps,
                     norm=self.norm,
                     start=start.clamp(0.0, 1.0),
                     loss_fn=lambda logits, clean: divergence(clean, logits.float().log_softmax(dim=1)),
@@ -92,7 +95,7 @@ class Trades:
         parts = classification_parts(clean, labels, "clean_correct")
         parts["loss"] = parts["loss"] + self.beta * distance.mean()
         parts["adversarial_correct"] = (robust.detach().argmax(dim=1) == labels).float()
-        return parts | {"distance": distance.detach(), "zero_gradient_share": zero_gradients / self.passes["attack"]}
+        return parts | {"distance": distance.detach()} | attack_parts(zero_gradients, steps)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from arrest_hub.attack_schedule import attack_steps_at, default_step_size
 from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import config_field as _field
 from arrest_hub.fields import convert, convert_all, eps_problem, flag, repo_id_problem
@@ -94,6 +95,12 @@ class FinetuneConfig:
     attack_steps: int = _field(10, "int", "threat model", "PGD steps in training", low=1)
     attack_step_size: str | None = _field(None, "fraction", "threat model",
         "PGD step; default: 2.5 x eps / steps", above=0, optional=True)
+    attack_steps_start: int | None = _field(None, "int", "threat model",
+        "PGD steps at the start of training, from where they grow evenly to --attack-steps at its end; default: "
+        "--attack-steps throughout", low=1, optional=True)
+    attack_stop_after: int | None = _field(None, "int", "threat model",
+        "in training, leave an image alone this many PGD steps after it is first misclassified; none: attack it to "
+        "the end", low=0, optional=True)
     eval_attack_steps: int = _field(20, "int", "threat model",
         "PGD steps of the final evaluation (step eps / 4)", low=1)
 
@@ -174,10 +181,14 @@ class FinetuneConfig:
 
     @property
     def step_size_value(self) -> float:
-        """PGD's training step on pixels in [0, 1]; by default 2.5 eps / steps (Madry et al. 2018, 1706.06083)."""
+        """PGD's training step on pixels in [0, 1], of an attack of `attack_steps`."""
         if self.attack_step_size is not None:
             return float(Fraction(self.attack_step_size))
-        return 2.5 * self.eps_value / self.attack_steps
+        return default_step_size(self.eps_value, self.attack_steps)
+
+    def attack_steps_at(self, done: float) -> int:
+        """PGD's training steps when a part ``done`` of the robust training, in [0, 1], is behind."""
+        return attack_steps_at(done, self.attack_steps_start or self.attack_steps, self.attack_steps)
 
     @property
     def needs_teacher(self) -> bool:
@@ -227,6 +238,16 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
                 f"--attack-step-size {config.attack_step_size} is more than the whole ball (2 x eps {config.eps}): "
                 "give a smaller step."
             )
+    if {"attack_steps", "attack_steps_start"} <= good and (config.attack_steps_start or 0) > config.attack_steps:
+        problems.append(
+            f"--attack-steps-start {config.attack_steps_start} is more than the {config.attack_steps} --attack-steps "
+            "at the end: the attack grows. Give fewer."
+        )
+    if {"method", "attack_stop_after"} <= good and config.attack_stop_after is not None and config.method == "trades":
+        problems.append(
+            "--attack-stop-after goes by the label, and TRADES' attack by the clean prediction: leave it out, or give "
+            "--method arrest or at."
+        )
     if {"resume", "overwrite"} <= good and config.resume and config.overwrite:
         problems.append("--resume and --overwrite contradict each other: give one of them.")
     if (

@@ -109,7 +109,6 @@ def train_phase(
     generator = torch.Generator(device=accelerator.device)
     meter, pace = Meter(), Pace(accelerator.device, utilisation)
     objective.clock = pace.stopwatch
-    attacks_all = config.compile or is_sharded(accelerator)
     images = config.batch_size * accelerator.num_processes
     model.train()
     done, total = (steps * config.grad_accum_steps * images for steps in (progress.place, total_steps))
@@ -146,6 +145,7 @@ def train_phase(
                     seed_parts = (config.seed, phase, progress.epoch, progress.batch, accelerator.process_index)
                     generator.manual_seed(derive_seed("attack", *seed_parts))
                     torch.manual_seed(derive_seed("dropout", *seed_parts))
+                    objective.attack_steps = config.attack_steps_at(progress.place / total_steps)
                     with pace.stopwatch("step"):
                         parts = train_step(
                             accelerator, model, attacked, objective, optimizer, batch, generator, config.clip_grad
@@ -170,7 +170,7 @@ def train_phase(
                         values = meter.reduce(accelerator)
                         run.images_logged += pace.images
                         values["lr"] = optimizer.param_groups[0]["lr"]
-                        values |= pace.read(1.0 if attacks_all else 1.0 - values.get("replay_rate", 0.0))
+                        values |= pace.read(values.get("attack_steps", 0.0))
                         _log(run, phase, progress, values, bar)
                         if progress.first_accuracy is None:
                             progress.first_accuracy = values.get("clean_accuracy")

@@ -280,6 +280,11 @@ def describe_run(
     switches = ("channels_last", "fold_batchnorm", "compile", "grad_checkpointing", "sync_bn")
     options = "".join(f", {flag(name)[2:]}" for name in switches if getattr(config, name))
     options += ", sharded (FSDP2)" * is_sharded(accelerator)
+    attack = f"PGD-{config.attack_steps}, step {config.step_size_value:.5f}"
+    if config.attack_steps_start is not None:
+        attack = f"PGD-{config.attack_steps_start} at the start, growing to {attack}"
+    if config.attack_stop_after is not None:
+        attack += f", until {plural(config.attack_stop_after, 'step')} after an image is misclassified"
     return [
         f"model       {source.model_id}{revision} ({source.library} {source.architecture}, {parameters / 1e6:.2f} M "
         f"parameters, {size[0]}x{size[1]} px, {weights})",
@@ -287,7 +292,7 @@ def describe_run(
         f"teacher     {teacher}",
         f"data        {splits.dataset_id}{data_revision}: {', '.join(counts)} images, {splits.num_classes} classes",
         *[f"            {note}" for note in splits.notes],
-        f"threat      {config.norm}, eps {config.eps}; PGD-{config.attack_steps}, step {config.step_size_value:.5f}",
+        f"threat      {config.norm}, eps {config.eps}; {attack}",
         f"method      {method}; student's initialisation: {config.init}",
         f"passes      per image and step: {', '.join(f'{count} {name}' for name, count in passes.items())}",
         f"training    {length}, batch {config.batch_size} x {plural(accelerator.num_processes, 'process')} x "

@@ -105,13 +105,13 @@ class Pace:
         yield
         self._since += time.perf_counter() - began
 
-    def read(self, attacked: float) -> dict[str, float]:
-        """The values to log, since the last call; ``attacked``: the share of the images that were attacked."""
+    def read(self, attack_steps: float) -> dict[str, float]:
+        """The values to log, since the last call; ``attack_steps``: how many an image was attacked in, on average."""
         parts = self.stopwatch.read()  # waits for the GPU, so that the time is true
         wall = time.perf_counter() - self._since
         speed = self.images / wall
         values = {"images_per_second": speed, "data_wait": self.waiting.seconds / wall}
-        values |= time_shares(parts, wall) | self.utilisation.read(speed, attacked)
+        values |= time_shares(parts, wall) | self.utilisation.read(speed, attack_steps)
         self.images, self.waiting.seconds, self._since = 0, 0.0, time.perf_counter()
         return values
 
@@ -122,7 +122,7 @@ class Utilisation:
 
     Args:
         network: the student, and ``image_size`` its images' (height, width) in pixels.
-        passes: an objective's, per image.
+        passes: an objective's, per image; of the attack's, how many there were is said when it is read.
         processes: each with a GPU like this one.
     """
 
@@ -143,13 +143,13 @@ class Utilisation:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def read(self, images_per_second: float, attacked: float) -> dict[str, float]:
-        """``peak_memory_gb`` (10^9 bytes, of this process) and ``mfu``; ``attacked``: the share of images attacked."""
+    def read(self, images_per_second: float, attack_steps: float) -> dict[str, float]:
+        """``peak_memory_gb`` (10^9 bytes, of this process) and ``mfu``, where an image took ``attack_steps``."""
         if self.device.type != "cuda":
             return {}
         values = {"peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9}
         if self.peak is not None:
-            passes = {**self.passes, "attack": self.passes.get("attack", 0) * attacked}
+            passes = {**self.passes, "attack": attack_steps}
             values["mfu"] = images_per_second * step_flops(self.forward, passes) / self.peak
         return values
 

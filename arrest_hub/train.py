@@ -64,11 +64,12 @@ def build_objective(
     """
     numbers: dict[str, Any] = {"norm": config.norm, "eps": config.eps_value}
     scale = GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
-    steps: dict[str, Any] = {"step_size": config.step_size_value, "steps": config.attack_steps, "gradient_scale": scale}
-    steps["images_at_once"] = images_at_once or config.images_at_once
+    step_size = None if config.attack_step_size is None else config.step_size_value  # None: suits a schedule of steps
+    attacked: dict[str, Any] = {"step_size": step_size, "gradient_scale": scale}
+    attacked["images_at_once"] = images_at_once or config.images_at_once
     if config.method == "trades":
-        return Trades(beta=config.trades_beta, **numbers, **steps)
-    attack = partial(pgd, **numbers, **steps)
+        return Trades(beta=config.trades_beta, steps=config.attack_steps, **numbers, **attacked)
+    attack = partial(pgd, **numbers, **attacked, stop_after=config.attack_stop_after, static_shapes=static_shapes)
     if config.method == "at":
         return AdversarialTraining(attack, attack_steps=config.attack_steps)
     return ArrestObjective(
@@ -115,8 +116,11 @@ def _objective(run: Run, teacher: nn.Module | None) -> Objective:
 
 
 def _costly_objective(run: Run, teacher: nn.Module | None) -> Objective:
-    """The same, attacking every image, as at the start of a run: noisy replay spares some of them later."""
-    return build_objective(run.config, teacher, static_shapes=True, images_at_once=run.images_at_once)
+    """The same, attacking every image to the end: noisy replay and --attack-stop-after spare some of it; with as many
+    steps as the attack has on average."""
+    objective = build_objective(run.config, teacher, static_shapes=True, images_at_once=run.images_at_once)
+    objective.attack_steps = round((run.config.attack_steps_at(0.0) + run.config.attack_steps) / 2)
+    return objective
 
 
 def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbone, BaseModel | None]:

@@ -8,7 +8,7 @@ from tiny import TinyClassifier
 
 from arrest_hub.arrest import ArrestObjective, angular_distance
 from arrest_hub.attacks import AttackResult, pgd, random_in_ball
-from arrest_hub.baselines import AdversarialTraining
+from arrest_hub.baselines import AdversarialTraining, Trades
 
 EPS, STEP, STEPS = 0.05, 0.02, 3
 
@@ -202,9 +202,9 @@ def test_static_shapes_give_the_same():
     for static in (False, True):
         batches = []
 
-        def attack(logits_fn, x, y, *, generator=None, batches=batches):
+        def attack(logits_fn, x, y, *, steps, generator=None, batches=batches):
             batches.append(len(x))
-            return pgd(logits_fn, x, y, eps=0.03, step_size=0.02, steps=2, start=x)
+            return pgd(logits_fn, x, y, eps=0.03, step_size=0.02, steps=steps, start=x)
 
         objective = ArrestObjective(
             teacher, attack, lambda x, *, generator=None: (x + 0.01).clamp(0, 1), rgkd_weight=1.0,
@@ -222,16 +222,33 @@ def test_static_shapes_give_the_same():
         objective(student, student, pixels, labels, torch.Generator())
         assert batches == ([8] if static else [])
     assert found[0].keys() == found[1].keys()
+    assert torch.equal(found[0].pop("attack_steps"), 2 * (1 - found[0]["replayed"]))
+    assert found[1].pop("attack_steps").tolist() == [2.0] * 8
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, msg=name)
 
 
 def test_the_share_of_attack_steps_without_a_gradient():
-    def attack(logits_fn, x, y, *, generator=None):
-        return AttackResult(x, torch.tensor([0.0, 1.0, 4.0]))
+    def attack(logits_fn, x, y, *, steps, generator=None):
+        return AttackResult(x, torch.tensor([0.0, 1.0, 4.0]), torch.tensor([0.0, 4.0, 4.0]))
 
     net, batch = TinyClassifier(), (torch.rand(3, 3, 8, 8), torch.arange(3))
     ours = ArrestObjective(None, attack, None, rgkd_weight=0.0, replay_threshold=None, attack_steps=4)
     for objective in (ours, AdversarialTraining(attack, attack_steps=4)):
         parts = objective(net, net, *batch, torch.Generator())
         assert parts["zero_gradient_share"].tolist() == [0, 0.25, 1]
+
+
+def test_the_number_of_attack_steps_can_change_between_batches(setting):
+    student, teacher, pixels, labels = setting
+    arrest = make(teacher, replay_threshold=None)
+    at = AdversarialTraining(arrest.attack, attack_steps=STEPS)
+    trades = Trades(beta=1.0, eps=EPS, step_size=STEP, steps=STEPS, norm="linf")
+    for objective in (arrest, at, trades):
+        for steps in (STEPS, 1):
+            objective.attack_steps = steps
+            student.passes.clear()
+            parts = objective(student, student, pixels, labels, torch.Generator().manual_seed(0))
+            with_gradients = [count for count, training, gradients, _ in student.passes if gradients and not training]
+            assert with_gradients == [12] * steps
+            assert parts["attack_steps"].tolist() == [steps] * 12

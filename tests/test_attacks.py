@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny import LogitsOnly, TinyClassifier, pretrained_state, tiny_backbone
 
+from arrest_hub.attack_schedule import attack_steps_at
 from arrest_hub.attacks import frozen_eval, margin, pgd, project, random_in_ball
 
 
@@ -95,6 +96,87 @@ def test_parts_of_a_batch_give_what_the_batch_gives(batch, norm):
     assert sizes == [16] * 3 + [6] * 3 + [5] * 6  # sixteen in three equal parts
     torch.testing.assert_close(parts.adversarial, whole.adversarial)
     assert torch.equal(parts.zero_gradients, whole.zero_gradients)
+
+
+def reference_stopped_pgd(model, pixels, labels, start, eps, step_size, steps, stop_after):
+    """(where one sample at a time ends, in how many steps): as soon as a forward pass misclassifies a sample it takes
+    ``stop_after`` steps more, that pass's own among them."""
+    ends, counts = [], []
+    for x, y, end in zip(pixels, labels, start, strict=True):
+        may, count = steps, 0
+        for _ in range(steps):
+            if may == 0:
+                break
+            end.requires_grad_(True)
+            logits = model(end[None]).logits
+            (g,) = torch.autograd.grad(F.cross_entropy(logits, y[None]), end)
+            count += 1
+            if logits.argmax() != y:
+                may = min(may, stop_after)
+            end = end.detach()
+            if may == 0:
+                break
+            end = torch.minimum(torch.maximum(end + step_size * g.sign(), x - eps), x + eps).clamp(0, 1)
+            may -= 1
+        ends.append(end)
+        counts.append(count)
+    return torch.stack(ends), counts
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2])
+def test_a_sample_is_left_alone_once_it_is_misclassified(batch, stop_after):
+    pixels, labels = batch[0].double(), batch[1]
+    model, sizes = TinyClassifier(num_classes=3).double(), []
+    with torch.no_grad():
+        right = model(pixels).logits.argmax(1)
+        labels = torch.where(torch.arange(16) < 12, right, labels)
+
+    def logits(x):
+        sizes.append(len(x))
+        return model(x).logits
+
+    numbers = {"eps": 0.3, "step_size": 0.03, "steps": 10}
+    with frozen_eval(model):
+        wanted, counts = reference_stopped_pgd(model, pixels, labels, pixels.clone(), *numbers.values(), stop_after)
+        numbers |= {"start": pixels, "stop_after": stop_after}
+        found = pgd(logits, pixels, labels, **numbers)
+        assert found.steps.tolist() == counts
+        assert len(set(counts)) > 2, "some stop early, some late"
+        assert sizes == [sum(count > step for count in counts) for step in range(max(counts))]
+        # an entry of the gradient within rounding of zero may change its sign
+        assert ((found.adversarial - wanted).abs() < 1e-6).double().mean() > 0.999
+        sizes.clear()
+        whole = pgd(logits, pixels, labels, **numbers, static_shapes=True)
+        assert sizes == [16] * 10
+        assert whole.steps.tolist() == [10] * 16
+        torch.testing.assert_close(whole.adversarial, found.adversarial)
+        parts = pgd(logits, pixels, labels, **numbers, images_at_once=5)
+        torch.testing.assert_close(parts.adversarial, found.adversarial)
+        assert parts.steps.tolist() == counts
+        # as good as never: each is attacked to the end
+        numbers["stop_after"] = 10
+        torch.testing.assert_close(
+            pgd(logits, pixels, labels, **numbers).adversarial,
+            pgd(logits, pixels, labels, **(numbers | {"stop_after": None})).adversarial,
+        )
+
+
+def test_the_default_step_reaches_the_border_from_anywhere(batch):
+    pixels, labels = batch
+    model = TinyClassifier()
+    with frozen_eval(model):
+        found, wanted = (
+            pgd(lambda x: model(x).logits, pixels, labels, eps=0.1, step_size=size, steps=5, start=pixels).adversarial
+            for size in (None, 0.05)
+        )
+    assert torch.equal(found, wanted)
+
+
+def test_attack_steps_grow_evenly():
+    steps = [attack_steps_at(step / 90, 2, 10) for step in range(90)]
+    assert steps == [count for count in range(2, 11) for _ in range(10)]
+    assert attack_steps_at(1.0, 2, 10) == 10
+    assert {attack_steps_at(step / 7, 5, 5) for step in range(8)} == {5}
 
 
 def test_pgd_equals_torchattacks_in_direction(batch):

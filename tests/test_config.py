@@ -99,6 +99,15 @@ def test_default_step_is_madrys():
     assert config.step_size_value == pytest.approx(2 / 255)
 
 
+def test_cheaper_attacks_are_checked():
+    growing, by_label = problems(GOOD | {"attack_steps_start": 11, "attack_stop_after": 1, "method": "trades"})
+    assert "--attack-steps-start 11 is more than the 10 --attack-steps" in growing
+    assert "--attack-stop-after goes by the label" in by_label
+    assert [resolve(GOOD, {}, None).attack_steps_at(done) for done in (0, 0.5)] == [10, 10]
+    grows = resolve(GOOD | {"attack_steps_start": 1}, {}, None)
+    assert [grows.attack_steps_at(done) for done in (0, 0.5, 1)] == [1, 6, 10]
+
+
 def test_resume_lists_what_differs():
     saved = resolve(GOOD, {}, "default")
     same = resume_config(saved, {"lr": str(saved.lr), "resume": True, "log_every": "3"})

@@ -8,7 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "arrest_hub"
 LEVELS = [
-    {"errors", "fields", "licenses", "config", "eval_config", "push_config", "recipe_files", "training_record"},
+    {"errors", "fields", "licenses", "attack_schedule", "config", "eval_config", "push_config", "recipe_files",
+     "training_record"},
     {"transforms", "images", "columns", "subsets", "seeding", "corrupt", "streams", "data_speed", "on_demand",
      "sources", "splits", "labels", "data", "architectures", "model_source", "image_processor", "heads", "backbones",
      "network_options", "folding",
@@ -23,9 +24,9 @@ LEVELS = [
     {"cli", "push_cli", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-MATHS = ("folding", "attacks", "autoattack", "arrest", "baselines", "attack_stages", "masking")
-NO_TORCH = ("errors", "fields", "config", "eval_config", "recipe_files", "results", "verdicts", "figures",
-            "training_figure", "comparison", "robustbench", "licenses", "training_record", "push_config",
+MATHS = ("folding", "attack_schedule", "attacks", "autoattack", "arrest", "baselines", "attack_stages", "masking")
+NO_TORCH = ("errors", "fields", "attack_schedule", "config", "eval_config", "recipe_files", "results", "verdicts",
+            "figures", "training_figure", "comparison", "robustbench", "licenses", "training_record", "push_config",
             "card_facts", "hub_access", "hub_search", "hub", "cli", "push_cli", "model_card", "__main__")  # fmt: skip
 
 

@@ -51,18 +51,18 @@ def test_operations_of_a_step():
 
 def test_utilisation(monkeypatch):
     passes = {"attack": 10, "training": 1}
-    assert Utilisation(tiny_backbone(), (8, 8), passes, CPU, "bf16", 1).read(100.0, 1.0) == {}
+    assert Utilisation(tiny_backbone(), (8, 8), passes, CPU, "bf16", 1).read(100.0, 10.0) == {}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 10**9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     gpu = torch.device("cuda")
     assert peak_flops(gpu, "bf16") == 989e12
     use = Utilisation(tiny_backbone(), (8, 8), passes, gpu, "bf16", 2)
-    values = use.read(1000.0, 0.5)
+    values = use.read(1000.0, 5.0)
     forward = forward_flops(tiny_backbone(), torch.rand(1, 3, 8, 8))
     assert values == {"peak_memory_gb": 3.0, "mfu": pytest.approx(1000 * forward * (10 + 3) / (2 * 989e12))}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 9090")
-    assert Utilisation(tiny_backbone(), (8, 8), passes, gpu, "bf16", 2).read(1000.0, 1.0) == {"peak_memory_gb": 3.0}
+    assert Utilisation(tiny_backbone(), (8, 8), passes, gpu, "bf16", 2).read(1000.0, 10.0) == {"peak_memory_gb": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_pause_takes_no_time(monkeypatch):
     with pace.paused():
         now[0] += 100.0
     now[0] += 2.0
-    assert pace.read(1.0) == {"images_per_second": 2.0, "data_wait": 0.0, "training_share": 0.5}
+    assert pace.read(0.0) == {"images_per_second": 2.0, "data_wait": 0.0, "training_share": 0.5}
 
 
 @pytest.mark.parametrize("method", ["arrest", "at", "trades"])

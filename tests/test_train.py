@@ -76,7 +76,7 @@ def test_a_run_from_a_model_folder_end_to_end(tmp_path, capsys):
     assert [line["step"] for line in steps] == [2, 4, 6, 8]
     assert {
         "phase", "step", "epoch", "loss", "cross_entropy", "distance", "drift", "drift_p50", "drift_p90", "drift_max",
-        "replay_rate", "clean_accuracy", "adversarial_accuracy", "zero_gradient_share", "lr",
+        "replay_rate", "clean_accuracy", "adversarial_accuracy", "zero_gradient_share", "attack_steps", "lr",
     } == set(steps[0])  # fmt: skip
     assert all(math.isfinite(value) for line in steps for value in line.values() if isinstance(value, float))
     assert [line["step"] for line in lines if "validation_harmonic_mean" in line] == [4, 8]
@@ -126,6 +126,22 @@ def test_a_run_repeats_bit_for_bit(tmp_path):
     assert not same_weights(tmp_path / "a", tmp_path / "c")
 
 
+def test_the_attack_grows_and_spares_what_is_misclassified(tmp_path, capsys):
+    """Twelve steps of training with one, two and three steps of attack; replay off, so that all are attacked."""
+    changes = {"attack_steps": 3, "attack_steps_start": 1, "replay_threshold": None, "log_every": 1}
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "grows"), **changes))
+    out = capsys.readouterr().out
+    assert "PGD-1 at the start, growing to PGD-3" in out
+    steps = [line["attack_steps"] for line in log_lines(tmp_path / "grows") if "loss" in line]
+    assert steps == sorted(steps)
+    assert set(steps) == {1, 2, 3}
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "spares"), attack_stop_after=1, **changes))
+    assert "until 1 step after an image is misclassified" in capsys.readouterr().out
+    spared = [line["attack_steps"] for line in log_lines(tmp_path / "spares") if "loss" in line]
+    assert all(1 <= some <= all_ for some, all_ in zip(spared, steps, strict=True))
+    assert sum(spared) < sum(steps)
+
+
 class Killed(BaseException):
     pass
 
@@ -148,7 +164,19 @@ def kill_at(monkeypatch, phase, step):
     [
         (7, {"checkpoint_every": 3}),  # goes on from step 6, in the middle of the second epoch
         (6, {}),  # goes on from the end of the first epoch
-        (7, {"checkpoint_every": 2, "ema_decay": 0.9, "grad_accum_steps": 2, "epochs": 5, "optimizer": "adamw"}),
+        (
+            7,
+            {
+                "checkpoint_every": 2,
+                "ema_decay": 0.9,
+                "grad_accum_steps": 2,
+                "epochs": 5,
+                "optimizer": "adamw",
+                "attack_steps": 3,
+                "attack_steps_start": 1,
+                "attack_stop_after": 1,
+            },
+        ),
         (2, {"checkpoint_every": 3}),  # no checkpoint yet: starts again
     ],
 )
