@@ -156,28 +156,33 @@ def pgd(
         ]  # fmt: skip
         return AttackResult(*map(torch.cat, zip(*found, strict=True)))
 
-    def ascend(adversarial: Tensor, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step from ``adversarial``: where it ends, which samples had no gradient, the logits before it."""
-        adversarial = adversarial.detach().requires_grad_(True)
+    dims = tuple(range(1, pixels.dim()))
+    if norm == "linf":  # what the ball has in common with [0, 1] is a box
+        low, high = (pixels - eps).clamp_min(0.0), (pixels + eps).clamp_max(1.0)
+
+    def ascend(which: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of these samples: where it ends, which had no gradient, the logits before it."""
+        here = adversarial[which].detach().requires_grad_(True)
         with torch.enable_grad():
-            logits = logits_fn(adversarial)
-            loss = loss_fn(logits, targets).sum() * gradient_scale
-        (gradient,) = torch.autograd.grad(loss, adversarial)
+            logits = logits_fn(here)
+            loss = loss_fn(logits, targets[which]).sum() * gradient_scale
+        (gradient,) = torch.autograd.grad(loss, here)
         if gradient_scale != 1.0:
             # a scaled half-precision gradient may overflow: only its direction matters
             gradient = gradient.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)
         with torch.no_grad():
-            zero = (gradient == 0).flatten(1).all(dim=1)
+            zero = ~gradient.any(dim=dims)
             if norm == "linf":
-                step = step_size * gradient.sign()
+                moved = here.add(gradient.sign(), alpha=step_size).clamp_(low[which], high[which])
             else:
                 step = step_size * gradient / sample_norm(gradient).clamp_min(1e-30)
-            return project(adversarial + step, pixels, eps=eps, norm=norm), zero, logits.detach()
+                moved = project(here + step, pixels[which], eps=eps, norm=norm)
+        return moved, zero, logits.detach()
 
     zero_gradients = torch.zeros(len(pixels), device=pixels.device)
     if stop_after is None:
         for _ in range(steps):
-            adversarial, zero, _ = ascend(adversarial, pixels, targets)
+            adversarial, zero, _ = ascend(slice(None))
             zero_gradients += zero
         return AttackResult(adversarial.detach(), zero_gradients, torch.full_like(zero_gradients, steps))
 
@@ -186,11 +191,11 @@ def pgd(
     left = torch.full_like(zero_gradients, steps)  # steps that a sample may still take
     where = torch.arange(len(pixels), device=pixels.device)  # the samples that are computed
     for _ in range(steps):
-        moved, zero, logits = ascend(adversarial[where], pixels[where], targets[where])
+        moved, zero, logits = ascend(where)
         taken[where] += 1
         wrong = logits.argmax(dim=1) != targets[where]
         may = torch.where(wrong, left[where].clamp_max(stop_after), left[where])
-        going = (may > 0).view(-1, *[1] * (pixels.dim() - 1))
+        going = (may > 0).view(-1, *[1] * len(dims))
         adversarial[where] = torch.where(going, moved, adversarial[where])
         zero_gradients[where] += zero & (may > 0)
         left[where] = may - 1

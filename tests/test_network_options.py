@@ -91,6 +91,7 @@ def test_images_at_a_time_go_by_the_largest_layer():
     assert images_for_the_cache(model, "no") == 2**24 // (64 * 16 * 16 * 4)
     assert images_for_the_cache(model, "bf16") == 2 * images_for_the_cache(model, "no")
     assert images_for_the_cache(load_backbone("resnet18", image_size=256), "no") == 8
+    assert images_for_the_cache(load_backbone("resnet18", image_size=256), "bf16") == 16
 
 
 def test_fewer_activations_are_kept():
