@@ -27,8 +27,6 @@ MARGIN = 0.9
 CPU_MARGIN = 0.5
 MOST = {"cuda": 1024, "cpu": 128}
 """Images of a batch that is chosen: a larger one changes how a network learns more than it saves time."""
-NO_LEARNING = 1e-12
-"""The learning rate of a copy that is only timed, so that it stays the network that it is."""
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -47,11 +45,23 @@ class Cost:
         return statistics.median(self.seconds)
 
 
+def idle_optimizer(config: FinetuneConfig, student: nn.Module) -> torch.optim.Optimizer:
+    """The configured optimizer, which does its work and changes nothing: its learning rate is 0.
+
+    One next to nothing would not do: weights that begin at 0, as the last BatchNorm's of a block, would become so small
+    that gradients behind them are denormal numbers, which a CPU may take ten times as long to compute with.
+    """
+    optimizer = make_optimizer(config, student, 1e-12)  # some refuse to begin with 0
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return optimizer
+
+
 class Rehearsal:
     """What a run would train, on random images: a copy of ``network`` on the device, and all that its steps take.
 
     ``build_objective`` makes the objective for a teacher. Without the exchange of gradients between processes, unless
-    the network is sharded. Its learning rate is next to nothing, so that it stays the network that it is.
+    the network is sharded. It learns nothing, so that it stays the network that it is.
     """
 
     def __init__(
@@ -67,7 +77,7 @@ class Rehearsal:
         self.student = copy.deepcopy(network)
         self.teacher = make_teacher(config, network, device)
         self.objective = build_objective(self.teacher)
-        self.optimizer = make_optimizer(config, self.student, NO_LEARNING)
+        self.optimizer = idle_optimizer(config, self.student)
         self.model: nn.Module = self.student
         if is_sharded(accelerator):
             choose_blocks(accelerator, self.student)

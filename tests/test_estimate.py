@@ -12,7 +12,7 @@ from arrest_hub import estimate, train
 from arrest_hub.cli import finetune_command, parse_finetune, run_cli
 from arrest_hub.config import FinetuneConfig, load_config, resume_config
 from arrest_hub.errors import ConfigError
-from arrest_hub.estimate import largest_batch, measure_steps
+from arrest_hub.estimate import idle_optimizer, largest_batch, measure_steps
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.train import dry_run, finetune
 
@@ -20,6 +20,20 @@ from arrest_hub.train import dry_run, finetune
 def said(lines, subject):
     (line,) = [line for line in lines if line.startswith(subject)]
     return line
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "sgdc"])
+def test_what_is_only_timed_stays_as_it_is(optimizer):
+    """To the last bit: a weight of 0 that becomes nearly 0 makes denormal gradients, and steps ten times as long."""
+    student = tiny_backbone()
+    torch.nn.init.zeros_(student.body.layer4[0].bn2.weight)
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    idle = idle_optimizer(FinetuneConfig(model="m", dataset="d", optimizer=optimizer), student)
+    for _ in range(2):
+        student(torch.rand(2, 3, 8, 8)).logits.sum().backward()
+        idle.step()
+    assert all(torch.equal(value, before[name]) for name, value in student.named_parameters())
+    assert idle.state, "it did its work"
 
 
 # --- the batch that fits --------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from arrest_hub.arrest import angular_distance
 from arrest_hub.backbones import Backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
-from arrest_hub.estimate import NO_LEARNING, random_batch, wait_for
-from arrest_hub.step import AUTOCAST, make_optimizer
+from arrest_hub.estimate import idle_optimizer, random_batch, wait_for
+from arrest_hub.step import AUTOCAST
 
 
 class Logits(nn.Module):
@@ -43,7 +43,7 @@ class PlainLoop:
         self.student = copy.deepcopy(network).to(device)
         self.teacher = copy.deepcopy(network).to(device).eval().requires_grad_(False)
         self.model = Logits(self.student)
-        self.optimizer = make_optimizer(config, self.student, NO_LEARNING)
+        self.optimizer = idle_optimizer(config, self.student)
         self.batch = random_batch(network, config.batch_size, device)
         self.eps, self.step_size, self.steps = config.eps_value, config.step_size_value, config.attack_steps
 
