@@ -70,9 +70,9 @@ def main() -> None:
         return known["rehearsal"]
 
     class Interrupted(Pace):
-        def read(self, attacked: float) -> dict[str, float]:
+        def read(self, attack_steps: float) -> dict[str, float]:
             images = self.images
-            values = super().read(attacked)
+            values = super().read(attack_steps)
             intervals.append((images, images / values["images_per_second"]))
             with self.paused():
                 step = rehearsal().step
