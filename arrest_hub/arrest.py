@@ -8,64 +8,13 @@ NR: samples whose representation has drifted beyond a threshold are replayed wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arrest_hub.attacks import AttackResult, frozen_eval
-
-Clock = Callable[[str], AbstractContextManager[None]]
-"""Around a part of a step, which it times: ``with clock("attack"):``."""
-
-
-def untimed(name: str) -> AbstractContextManager[None]:
-    """A clock that times nothing."""
-    return nullcontext()
-
-
-class Attack(Protocol):
-    """`attacks.pgd` with its numbers filled in, but for the steps."""
-
-    def __call__(
-        self,
-        logits_fn: Callable[[Tensor], Tensor],
-        pixels: Tensor,
-        labels: Tensor,
-        *,
-        steps: int,
-        generator: torch.Generator | None = None,
-    ) -> AttackResult: ...
-
-
-class Noise(Protocol):
-    """`attacks.random_in_ball` with its numbers filled in."""
-
-    def __call__(self, pixels: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
-
-
-class Objective(Protocol):
-    """What the training loop minimises.
-
-    ``model`` is the student as wrapped for distributed training: called once, for the pass that is trained.
-    ``student`` is the same network unwrapped, or a copy that is faster in eval mode, for everything else. Returns
-    "loss" (a scalar with a graph) and named parts, each a detached [B] tensor with a value per sample. Both return
-    `BackboneOutput`.
-    """
-
-    passes: dict[str, int]
-    """Passes through a network per image, by name."""
-    attack_steps: int
-    """Of the attack on the next batch, at most `passes` has; a schedule may change it between batches."""
-    clock: Clock
-    """Is told when the passes other than "training" begin and end, by name."""
-
-    def __call__(
-        self, model: nn.Module, student: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]: ...
+from arrest_hub.objective import Attack, Noise, Objective, Prepared, Radii, attack_parts, classification_parts
 
 
 def angular_distance(u: Tensor, v: Tensor) -> Tensor:
@@ -85,7 +34,7 @@ def angular_distance(u: Tensor, v: Tensor) -> Tensor:
         return 2 * torch.atan2(difference, total) / math.pi
 
 
-class ArrestObjective:
+class ArrestObjective(Objective):
     """mean CE(f(x'), y) + rgkd_weight * mean D(h(x'), h_T(x)), with noisy replay in place of x' beyond the threshold.
 
     Args:
@@ -93,6 +42,12 @@ class ArrestObjective:
         attack, noise: `attacks.pgd` and `attacks.random_in_ball` with their numbers filled in, but for the steps.
         rgkd_weight: lambda; 0 switches RGKD off.
         replay_threshold: tau, in [0, 1]; None switches NR off and saves its pass.
+        rgkd_input: what the student's representation in the distance is of: "adversarial" (x'), or "clean" (x), for
+            which the trained pass is of both, 2B images.
+        replay_by: "sample" (each by its own drift) or "batch" (all of them where the batch's mean is beyond).
+        replay_with: "noise", or "clean" (the image as it is).
+        label_smoothing: of the cross-entropy, see `classification_parts`.
+        radii: gives each image an eps of its own, which the attack then takes; the noise keeps its own.
         static_shapes: attack the whole batch, also what is replayed, and choose afterwards: the same result (but for
             the draw of the attack's start) for more work, with passes of the same number and shape in every step.
     Raises:
@@ -108,6 +63,11 @@ class ArrestObjective:
         rgkd_weight: float,
         replay_threshold: float | None,
         attack_steps: int,
+        rgkd_input: str = "adversarial",
+        replay_by: str = "sample",
+        replay_with: str = "noise",
+        label_smoothing: float = 0.0,
+        radii: Radii | None = None,
         static_shapes: bool = False,
     ) -> None:
         self.use_teacher = rgkd_weight > 0 or replay_threshold is not None
@@ -118,18 +78,21 @@ class ArrestObjective:
         self.noise = noise
         self.rgkd_weight = rgkd_weight
         self.replay_threshold = replay_threshold
+        self.clean_distance = rgkd_weight > 0 and rgkd_input == "clean"
+        self.replay_by, self.replay_with = replay_by, replay_with
+        self.label_smoothing = label_smoothing
+        self.radii = radii
         self.static_shapes = static_shapes
-        self.clock: Clock = untimed
         self.attack_steps = attack_steps
-        self.passes = {"attack": attack_steps, "training": 1}
+        self.passes = {"attack": attack_steps, "training": 2 if self.clean_distance else 1}
         if self.use_teacher:
             self.passes["teacher"] = 1
         if replay_threshold is not None:
             self.passes["drift"] = 1
+        if radii is not None:
+            self.passes["sensitivity"] = 1
 
-    def __call__(
-        self, model: nn.Module, student: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def prepare(self, student: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> Prepared:
         parts: dict[str, Tensor] = {}
         target: Tensor | None = None
         replayed: Tensor | None = None
@@ -143,24 +106,28 @@ class ArrestObjective:
                 with self.clock("drift"), torch.no_grad():
                     clean = student(pixels)
                     drift = angular_distance(clean.representation, target)
-                replayed = drift > self.replay_threshold
+                deciding = drift.mean().expand_as(drift) if self.replay_by == "batch" else drift
+                replayed = deciding > self.replay_threshold
                 parts |= {"drift": drift, "replayed": replayed.float()}
                 parts["clean_correct"] = (clean.logits.argmax(dim=1) == labels).float()
             with self.clock("attack"):
                 inputs, zero_gradients, steps = self._inputs(student, pixels, labels, replayed, generator)
             parts |= attack_parts(zero_gradients, steps)
+        if self.clean_distance:
+            inputs = torch.cat([inputs, pixels])
+        return Prepared(inputs, labels, parts, target)
 
-        output = model(inputs)
-        cross_entropy = F.cross_entropy(output.logits.float(), labels, reduction="none")
-        loss = cross_entropy.mean()
+    def loss(self, model: nn.Module, batch: Prepared) -> dict[str, Tensor]:
+        count = len(batch.labels)
+        output = model(batch.inputs)
+        parts = batch.parts | classification_parts(
+            output.logits[:count], batch.labels, "adversarial_correct", self.label_smoothing
+        )
         if self.rgkd_weight > 0:
-            assert target is not None
-            distance = angular_distance(output.representation, target)
-            loss = loss + self.rgkd_weight * distance.mean()
+            assert batch.target is not None
+            distance = angular_distance(output.representation[-count:], batch.target)
+            parts["loss"] = parts["loss"] + self.rgkd_weight * distance.mean()
             parts["distance"] = distance.detach()
-        parts["loss"] = loss
-        parts["cross_entropy"] = cross_entropy.detach()
-        parts["adversarial_correct"] = (output.logits.detach().argmax(dim=1) == labels).float()
         return parts
 
     def _inputs(
@@ -168,27 +135,32 @@ class ArrestObjective:
     ) -> AttackResult:
         """What the student is trained on: adversarial, or noisy where replayed."""
 
-        def attack(some: Tensor, labels: Tensor) -> AttackResult:
-            return self.attack(lambda x: student(x).logits, some, labels, steps=self.attack_steps, generator=generator)
+        def logits(x: Tensor) -> Tensor:
+            return student(x).logits
+
+        eps = None if self.radii is None else self.radii(logits, pixels, labels)
+
+        def attack(which: slice | Tensor) -> AttackResult:
+            radii = {} if eps is None else {"eps": eps[which]}
+            return self.attack(
+                logits, pixels[which], labels[which], steps=self.attack_steps, generator=generator, **radii
+            )
+
+        def replay() -> Tensor:
+            return pixels.clone() if self.replay_with == "clean" else self.noise(pixels, generator=generator)
 
         if replayed is None or (not self.static_shapes and not replayed.any()):
-            return attack(pixels, labels)
+            return attack(slice(None))
         if self.static_shapes:
-            found = attack(pixels, labels)
+            found = attack(slice(None))
             chosen = replayed.view(-1, *[1] * (pixels.dim() - 1))
-            noisy = self.noise(pixels, generator=generator)
-            inputs = torch.where(chosen, noisy, found.adversarial)
+            inputs = torch.where(chosen, replay(), found.adversarial)
             return AttackResult(inputs, found.zero_gradients * ~replayed, found.steps)
-        inputs = self.noise(pixels, generator=generator)
+        inputs = replay()
         zero_gradients, steps = torch.zeros(2, len(pixels), device=pixels.device)
         attacked = (~replayed).nonzero().squeeze(1)
         if len(attacked):
-            found = attack(pixels[attacked], labels[attacked])
+            found = attack(attacked)
             inputs[attacked] = found.adversarial
             zero_gradients[attacked], steps[attacked] = found.zero_gradients, found.steps
         return AttackResult(inputs, zero_gradients, steps)
-
-
-def attack_parts(zero_gradients: Tensor, steps: Tensor) -> dict[str, Tensor]:
-    """Of an `AttackResult`, for the log: per sample, the share of the steps that found no gradient, and the steps."""
-    return {"zero_gradient_share": zero_gradients / steps.clamp_min(1), "attack_steps": steps}

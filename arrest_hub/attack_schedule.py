@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-def default_step_size(eps: float, steps: int) -> float:
-    """2.5 eps / steps: long enough to reach the ball's border from anywhere in it (Madry et al. 2018, 1706.06083)."""
+
+def default_step_size(eps: Any, steps: int) -> Any:
+    """2.5 eps / steps: long enough to reach the ball's border from anywhere in it (Madry et al. 2018, 1706.06083).
+
+    ``eps``: a float, or a tensor of them.
+    """
     return 2.5 * eps / steps
 
 

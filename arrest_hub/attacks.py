@@ -67,14 +67,22 @@ def sample_norm(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
 
 
-def project(perturbed: Tensor, pixels: Tensor, *, eps: float, norm: str) -> Tensor:
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ..., 1], to go with ``like``, [B, ...]."""
+    return value.view(-1, *[1] * (like.dim() - 1))
+
+
+def project(perturbed: Tensor, pixels: Tensor, *, eps: float | Tensor, norm: str) -> Tensor:
     """The nearest point to ``perturbed`` in the eps-ball around ``pixels``, then clipped to [0, 1].
 
-    ``pixels`` being in [0, 1], the clip never leaves the ball. Raises ValueError for an unknown norm.
+    ``eps``: one for all or [B]. ``pixels`` being in [0, 1], the clip never leaves the ball. Raises ValueError for an
+    unknown norm.
     """
     delta = perturbed - pixels
+    if isinstance(eps, Tensor):
+        eps = per_sample(eps, pixels)
     if norm == "linf":
-        delta = delta.clamp(-eps, eps)
+        delta = torch.minimum(torch.maximum(delta, -eps), eps) if isinstance(eps, Tensor) else delta.clamp(-eps, eps)
     elif norm == "l2":
         delta = delta * (eps / sample_norm(delta).clamp_min(1e-12)).clamp_max(1.0)
     else:
@@ -82,19 +90,24 @@ def project(perturbed: Tensor, pixels: Tensor, *, eps: float, norm: str) -> Tens
     return (pixels + delta).clamp(0.0, 1.0)
 
 
-def random_in_ball(pixels: Tensor, *, eps: float, norm: str, generator: torch.Generator | None = None) -> Tensor:
+def random_in_ball(
+    pixels: Tensor, *, eps: float | Tensor, norm: str, generator: torch.Generator | None = None
+) -> Tensor:
     """A point drawn uniformly from the eps-ball around each sample, clipped to [0, 1].
 
-    [B, C, H, W] -> the same. The noise of noisy replay and the random start of PGD.
+    [B, C, H, W] -> the same; ``eps``: one for all or [B]. The noise of noisy replay and the random start of PGD.
     Raises ValueError for an unknown norm.
     """
-    if norm == "linf":
+    if norm == "linf" and isinstance(eps, Tensor):
+        noise = torch.empty_like(pixels).uniform_(-1.0, 1.0, generator=generator) * per_sample(eps, pixels)
+    elif norm == "linf" and not isinstance(eps, Tensor):
         noise = torch.empty_like(pixels).uniform_(-eps, eps, generator=generator)
     elif norm == "l2":
         direction = torch.empty_like(pixels).normal_(generator=generator)
         # the radius' power of 1/d makes the draw uniform in the ball's volume
         radius = torch.empty(len(pixels), 1, 1, 1, device=pixels.device).uniform_(generator=generator)
-        noise = direction * (eps * radius ** (1 / pixels[0].numel()) / sample_norm(direction))
+        size = per_sample(eps, pixels) if isinstance(eps, Tensor) else eps
+        noise = direction * (size * radius ** (1 / pixels[0].numel()) / sample_norm(direction))
     else:
         raise ValueError(f"norm {norm!r} is not one of linf, l2")
     return (pixels + noise).clamp(0.0, 1.0)
@@ -105,7 +118,7 @@ def pgd(
     pixels: Tensor,
     targets: Tensor,
     *,
-    eps: float,
+    eps: float | Tensor,
     step_size: float | None,
     steps: int,
     norm: str = "linf",
@@ -124,7 +137,8 @@ def pgd(
         logits_fn: pixels [B, C, H, W] -> logits [B, K]; a model in `frozen_eval`.
         pixels: clean images in [0, 1].
         targets: B rows of what ``loss_fn`` takes beside the logits; for the default, the labels ([B], class indices).
-        eps: radius of the ball. step_size: length of a step; None: `default_step_size`. Both on pixels in [0, 1].
+        eps: radius of the ball, one for all or [B]. step_size: length of a step; None: `default_step_size` of each eps.
+            Both on pixels in [0, 1].
         generator: of the random start, drawn uniformly from the ball unless ``start`` is given.
         loss_fn: logits [B, K], targets -> [B], what is maximised. Default: `margin`, whose steps are cross-entropy's.
         gradient_scale: factor on the loss; the steps do not depend on it, but in fp16 it keeps small
@@ -143,22 +157,24 @@ def pgd(
         ValueError: for an unknown norm.
     """
     adversarial = random_in_ball(pixels, eps=eps, norm=norm, generator=generator) if start is None else start
-    step_size = default_step_size(eps, steps) if step_size is None else step_size
     if images_at_once is not None and images_at_once < len(pixels):
         count = math.ceil(len(pixels) / images_at_once)
-        parts = zip(*(x.tensor_split(count) for x in (pixels, targets, adversarial)), strict=True)
+        radii = eps.tensor_split(count) if isinstance(eps, Tensor) else [eps] * count
+        parts = zip(*(x.tensor_split(count) for x in (pixels, targets, adversarial)), radii, strict=True)
         found = [
             pgd(
-                logits_fn, some, of_some, eps=eps, step_size=step_size, steps=steps, norm=norm, start=begin,
+                logits_fn, some, of_some, eps=of_these, step_size=step_size, steps=steps, norm=norm, start=begin,
                 loss_fn=loss_fn, gradient_scale=gradient_scale, stop_after=stop_after, static_shapes=static_shapes,
             )
-            for some, of_some, begin in parts
+            for some, of_some, begin, of_these in parts
         ]  # fmt: skip
         return AttackResult(*map(torch.cat, zip(*found, strict=True)))
 
     dims = tuple(range(1, pixels.dim()))
+    radius = per_sample(eps, pixels) if isinstance(eps, Tensor) else eps
+    length: float | Tensor = default_step_size(radius, steps) if step_size is None else step_size
     if norm == "linf":  # what the ball has in common with [0, 1] is a box
-        low, high = (pixels - eps).clamp_min(0.0), (pixels + eps).clamp_max(1.0)
+        low, high = (pixels - radius).clamp_min(0.0), (pixels + radius).clamp_max(1.0)
 
     def ascend(which: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step of these samples: where it ends, which had no gradient, the logits before it."""
@@ -170,13 +186,17 @@ def pgd(
         if gradient_scale != 1.0:
             # a scaled half-precision gradient may overflow: only its direction matters
             gradient = gradient.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)
+        size = length[which] if isinstance(length, Tensor) else length
         with torch.no_grad():
             zero = ~gradient.any(dim=dims)
             if norm == "linf":
-                moved = here.add(gradient.sign(), alpha=step_size).clamp_(low[which], high[which])
+                signs = gradient.sign()
+                moved = here + signs * size if isinstance(size, Tensor) else here.add(signs, alpha=size)
+                moved = moved.clamp_(low[which], high[which])
             else:
-                step = step_size * gradient / sample_norm(gradient).clamp_min(1e-30)
-                moved = project(here + step, pixels[which], eps=eps, norm=norm)
+                step = size * gradient / sample_norm(gradient).clamp_min(1e-30)
+                ball = eps[which] if isinstance(eps, Tensor) else eps
+                moved = project(here + step, pixels[which], eps=ball, norm=norm)
         return moved, zero, logits.detach()
 
     zero_gradients = torch.zeros(len(pixels), device=pixels.device)

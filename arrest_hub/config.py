@@ -75,6 +75,11 @@ class FinetuneConfig:
     skip_corrupt: int = _field(0, "int", "data",
         "skip up to this many training images that cannot be read, and list them in corrupt.jsonl", low=0)
     hflip: float = _field(0.5, "float", "data", "probability of a horizontal flip in training", low=0, high=1)
+    augment: str = _field("none", "str", "data",
+        "stronger augmentation in robust training, torchvision's, after flip and crop",
+        choices=("none", "trivialaugment", "randaugment", "autoaugment"))
+    random_erasing: float = _field(0.0, "float", "data",
+        "probability of blackening a random part of the image in robust training", low=0, high=1)
     crop_min_scale: float = _field(0.25, "float", "data",
         "smallest share of the area that a random resized crop keeps (images above 64 px)", above=0, high=1)
     num_workers: int | None = _field(None, "int", "data",
@@ -88,10 +93,22 @@ class FinetuneConfig:
     replay_threshold: float | None = _field(0.25, "float", "method",
         "tau, angular drift in [0, 1] above which a sample is replayed with noise instead of attacked; none: "
         "off", low=0, high=1, optional=True)
+    rgkd_input: str = _field("adversarial", "str", "method",
+        "input of the student's representation that is compared with the teacher's of the clean image",
+        choices=("adversarial", "clean"))
+    replay_by: str = _field("sample", "str", "method",
+        "replay each sample by its own drift, or the whole batch by its mean", choices=("sample", "batch"))
+    replay_with: str = _field("noise", "str", "method",
+        "what is replayed: the image with noise, or the clean image", choices=("noise", "clean"))
     trades_beta: float = _field(6.0, "float", "method", "weight of TRADES' divergence term", low=0)
 
     norm: str = _field("linf", "str", "threat model", "norm of the perturbation", choices=("linf", "l2"))
     eps: str = _field("8/255", "fraction", "threat model", "radius of the perturbation, pixels in [0, 1]", above=0)
+    eps_train: str | None = _field(None, "fraction", "threat model",
+        "radius of the perturbation in training; default: --eps", above=0, optional=True)
+    eps_spread: float = _field(0.0, "float", "threat model",
+        "in training, an eps for each image between eps x (1 - this) and eps x (1 + this), less where the network is "
+        "sensitive, with the mean of a batch as before; 0: off", low=0, high=1)
     attack_steps: int = _field(10, "int", "threat model", "PGD steps in training", low=1)
     attack_step_size: str | None = _field(None, "fraction", "threat model",
         "PGD step; default: 2.5 x eps / steps", above=0, optional=True)
@@ -122,11 +139,22 @@ class FinetuneConfig:
         "learning rate schedule, updated every step", choices=("cosine", "step", "multistep", "poly", "constant"))
     warmup_epochs: float = _field(0.0, "float", "training", "epochs of linear warm-up", low=0)
     min_lr: float = _field(0.0, "float", "training", "learning rate at the end", low=0)
+    lr_hold: float | None = _field(None, "float", "training",
+        "share of the peak at which the falling learning rate of robust training stays, as for averaging; none: it "
+        "falls on", above=0, high=1, optional=True)
     clip_grad: float | None = _field(None, "float", "training",
         "largest norm of the gradient", above=0, optional=True)
     ema_decay: float | None = _field(None, "float", "training",
         "decay of the averaged weights that are then evaluated and exported; none: off",
         above=0, high=0.999999, optional=True)
+    ema_start_epoch: float = _field(0.0, "float", "training",
+        "epochs of robust training before the averaging begins", low=0)
+    awp_gamma: float = _field(0.0, "float", "training",
+        "adversarial weight perturbation: size relative to each weight's norm, as in 0.005; 0: off", low=0)
+    label_smoothing: float = _field(0.0, "float", "training",
+        "share of the target that all classes have alike, in robust training", low=0, high=1)
+    freeze_head: bool = _field(False, "bool", "training",
+        "keep the pretrained classification head as it is in robust training")
     mixed_precision: str = _field("no", "str", "training",
         "precision of training and attack", choices=("no", "bf16", "fp16"))
     channels_last: bool = _field(True, "bool", "training",
@@ -180,11 +208,21 @@ class FinetuneConfig:
         return float(Fraction(self.eps))
 
     @property
-    def step_size_value(self) -> float:
-        """PGD's training step on pixels in [0, 1], of an attack of `attack_steps`."""
+    def eps_train_value(self) -> float:
+        """The radius in training, on pixels in [0, 1]."""
+        return float(Fraction(self.eps_train or self.eps))
+
+    def step_size_for(self, eps: float) -> float:
+        """The step, on pixels in [0, 1], of PGD with `attack_steps` in a ball of this radius."""
         if self.attack_step_size is not None:
             return float(Fraction(self.attack_step_size))
-        return default_step_size(self.eps_value, self.attack_steps)
+        step: float = default_step_size(eps, self.attack_steps)
+        return step
+
+    @property
+    def step_size_value(self) -> float:
+        """PGD's training step on pixels in [0, 1], of an attack of `attack_steps`."""
+        return self.step_size_for(self.eps_train_value)
 
     def attack_steps_at(self, done: float) -> int:
         """PGD's training steps when a part ``done`` of the robust training, in [0, 1], is behind."""
@@ -230,12 +268,14 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
         problems.append("--model is missing: give timm/<name>, org/name, a local folder or a timm architecture name.")
     if "dataset" in good and not config.dataset:
         problems.append("--dataset is missing: give digits, cifar10, cifar100, imagenet, a `datasets` id or a folder.")
-    if {"norm", "eps"} <= good:
-        eps = Fraction(config.eps)
+    if {"norm", "eps", "eps_train"} <= good:
         problems += eps_problem(config.norm, config.eps)
-        if "attack_step_size" in good and config.attack_step_size and Fraction(config.attack_step_size) > 2 * eps:
+        if config.eps_train is not None:
+            problems += eps_problem(config.norm, config.eps_train, "--eps-train")
+        smaller = min(Fraction(config.eps), Fraction(config.eps_train or config.eps))
+        if "attack_step_size" in good and config.attack_step_size and Fraction(config.attack_step_size) > 2 * smaller:
             problems.append(
-                f"--attack-step-size {config.attack_step_size} is more than the whole ball (2 x eps {config.eps}): "
+                f"--attack-step-size {config.attack_step_size} is more than the whole ball (2 x eps {smaller}): "
                 "give a smaller step."
             )
     if {"attack_steps", "attack_steps_start"} <= good and (config.attack_steps_start or 0) > config.attack_steps:
@@ -248,6 +288,24 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
             "--attack-stop-after goes by the label, and TRADES' attack by the clean prediction: leave it out, or give "
             "--method arrest or at."
         )
+    if {"method", "eps_spread"} <= good and config.eps_spread and config.method == "trades":
+        problems.append(
+            f"--eps-spread {config.eps_spread:g} goes by the label, and TRADES' attack by the clean prediction: leave "
+            "it out, or give --method arrest or at."
+        )
+    if {"init", "freeze_head"} <= good and config.freeze_head and config.init == "random":
+        problems.append("--freeze-head with --init random would keep a head of random numbers: leave one of them out.")
+    if {"ema_decay", "ema_start_epoch", "epochs"} <= good and config.ema_start_epoch:
+        if config.ema_decay is None:
+            problems.append(
+                f"--ema-start-epoch {config.ema_start_epoch:g} says when averaging begins, and there is none: add "
+                "--ema-decay, as in 0.995."
+            )
+        elif config.ema_start_epoch >= config.epochs:
+            problems.append(
+                f"--ema-start-epoch {config.ema_start_epoch:g} is not before the end, after {config.epochs} --epochs: "
+                "give fewer."
+            )
     if {"resume", "overwrite"} <= good and config.resume and config.overwrite:
         problems.append("--resume and --overwrite contradict each other: give one of them.")
     if (

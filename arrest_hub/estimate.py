@@ -13,13 +13,21 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from arrest_hub.arrest import Objective
 from arrest_hub.backbones import Backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError
+from arrest_hub.network_options import freeze_head
+from arrest_hub.objective import Objective
 from arrest_hub.processes import any_process
 from arrest_hub.sharding import choose_blocks, is_sharded
-from arrest_hub.step import attacked_network, for_eval_passes, make_optimizer, make_teacher, train_step
+from arrest_hub.step import (
+    attacked_network,
+    for_eval_passes,
+    make_optimizer,
+    make_perturbation,
+    make_teacher,
+    train_step,
+)
 from arrest_hub.validation import PgdSettings, count_correct
 
 MARGIN = 0.9
@@ -75,6 +83,8 @@ class Rehearsal:
         self.config, self.accelerator = config, accelerator
         device = accelerator.device
         self.student = copy.deepcopy(network)
+        if config.freeze_head:
+            freeze_head(self.student)
         self.teacher = make_teacher(config, network, device)
         self.objective = build_objective(self.teacher)
         self.optimizer = idle_optimizer(config, self.student)
@@ -87,6 +97,9 @@ class Rehearsal:
         if config.compile:
             self.student.compile()
         self.attacked = attacked_network(config, accelerator, self.student, self.objective)
+        self.perturbation = None
+        if "attack" in self.objective.passes:
+            self.perturbation = make_perturbation(config, accelerator, self.student)
         self.ema = copy.deepcopy(self.student) if config.ema_decay else None  # for the memory that it takes
         self.batch = random_batch(network, batch_size, device)
         self.generator = torch.Generator(device=device).manual_seed(0)
@@ -96,7 +109,7 @@ class Rehearsal:
         """One step, and wait until the device has done it."""
         train_step(
             self.accelerator, self.model, self.attacked, self.objective, self.optimizer, self.batch, self.generator,
-            self.config.clip_grad,
+            self.config.clip_grad, self.perturbation,
         )  # fmt: skip
         wait_for(self.accelerator.device)
 

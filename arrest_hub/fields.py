@@ -159,13 +159,13 @@ def convert_all(config: Any) -> tuple[set[str], list[str]]:
     return good, problems
 
 
-def eps_problem(norm: str, eps: str) -> list[str]:
+def eps_problem(norm: str, eps: str, name: str = "--eps") -> list[str]:
     """A line for a radius that no image in [0, 1] has room for, such as 8 instead of 8/255."""
     value = Fraction(eps)
     if norm != "linf" or value < 1:
         return []
     hint = f" Did you mean {eps}/255?" if value.denominator == 1 and value < 255 else ""
-    return [f"--eps {eps} is out of range: pixels are in [0, 1], so linf needs eps below 1.{hint}"]
+    return [f"{name} {eps} is out of range: pixels are in [0, 1], so linf needs eps below 1.{hint}"]
 
 
 def repo_id_problem(name: str, repo_id: str) -> str | None:

@@ -17,14 +17,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
-from arrest_hub.arrest import Objective
 from arrest_hub.backbones import Backbone
 from arrest_hub.checkpoint import Progress, best_folder, derive_seed, flush_to_disk, load_checkpoint, save_checkpoint
 from arrest_hub.checks import report_corrupt, stop_unless_finite, warn
+from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import ImageSplit, StreamingImages, eval_loader, train_loader
 from arrest_hub.errors import ArrestError, ConfigError, DataError, Terminated
 from arrest_hub.export import write_model_folder
 from arrest_hub.guards import at_chance, collapse_warning
+from arrest_hub.objective import Objective
 from arrest_hub.processes import any_process, main_only
 from arrest_hub.progress import Meter, progress_bar
 from arrest_hub.results import harmonic_mean
@@ -36,7 +37,9 @@ from arrest_hub.step import (
     attacked_network,
     average_statistics,
     for_eval_passes,
+    hold_learning_rate,
     make_optimizer,
+    make_perturbation,
     make_scheduler,
     refresh,
     train_step,
@@ -73,7 +76,7 @@ def train_phase(
         accelerator.print(note)
     # the order of a stream depends on how many processes read it
     workers = run.num_workers if saved is None else saved.layout.get("workers", run.num_workers)
-    loader = training_batches(run, student, workers)
+    loader = training_batches(run, student, workers, phase)
     batches_per_epoch = _batches_per_epoch(run, loader)
     steps_per_epoch = batches_per_epoch // config.grad_accum_steps if batches_per_epoch else None
     if steps_per_epoch is not None:
@@ -102,7 +105,17 @@ def train_phase(
     if config.resume:
         run.log.rewind(phase, progress.step)
     began = time.perf_counter() - progress.seconds
-    scheduler.step_update(progress.place)
+    warmup = config.warmup_epochs * (steps_per_epoch or 0)
+
+    def set_learning_rate() -> None:
+        scheduler.step_update(progress.place)
+        if phase == "robust" and config.lr_hold is not None and progress.place >= warmup:
+            hold_learning_rate(optimizer, config.lr_hold)
+
+    set_learning_rate()
+    if ema is not None:
+        ema.update_after_step = _averaging_after(config, steps_per_epoch)
+    perturbation = make_perturbation(config, accelerator, student) if phase == "robust" else None
 
     attacked = attacked_network(config, accelerator, student, objective)
     validated = attacked if ema is None else for_eval_passes(config, ema.module)
@@ -148,8 +161,9 @@ def train_phase(
                     objective.attack_steps = config.attack_steps_at(progress.place / total_steps)
                     with pace.stopwatch("step"):
                         parts = train_step(
-                            accelerator, model, attacked, objective, optimizer, batch, generator, config.clip_grad
-                        )
+                            accelerator, model, attacked, objective, optimizer, batch, generator, config.clip_grad,
+                            perturbation,
+                        )  # fmt: skip
                     average_statistics(accelerator, student)
                     meter.add(parts, progress.place + 1, batch["index"])
                     if (hits := parts.get("clean_correct")) is not None:
@@ -160,9 +174,9 @@ def train_phase(
                     if not accelerator.sync_gradients:
                         continue
                     progress.step += 1
-                    scheduler.step_update(progress.place)
+                    set_learning_rate()
                     if ema is not None:
-                        ema.update(student, step=progress.step)
+                        ema.update(student, step=progress.place)
                     finished = progress.place >= total_steps
                     if progress.step % config.log_every == 0 or finished:
                         report_corrupt(run)
@@ -209,17 +223,32 @@ def train_phase(
     return progress
 
 
-def training_batches(run: Run, student: Backbone, workers: int) -> Any:
-    """The loader of the training images, this process's share."""
+def training_batches(run: Run, student: Backbone, workers: int, phase: str = "robust") -> Any:
+    """The loader of the training images, this process's share; the stronger augmentation is the robust phase's."""
     config, accelerator = run.config, run.accelerator
+    stronger = (config.augment, config.random_erasing) if phase == "robust" else ()
     loader = train_loader(
         run.splits.train,
-        train_transform(student.preprocessing, config.hflip, config.crop_min_scale),
+        train_transform(student.preprocessing, config.hflip, config.crop_min_scale, *stronger),
         batch_size=config.batch_size, seed=config.seed, num_workers=workers,
         num_processes=accelerator.num_processes, process_index=accelerator.process_index, corrupt=run.corrupt,
     )  # fmt: skip
     # a stream is already split over the processes
     return loader if config.streaming else accelerator.prepare(loader)
+
+
+def _averaging_after(config: FinetuneConfig, steps_per_epoch: int | None) -> int:
+    """`ModelEmaV3.update_after_step` for --ema-start-epoch: until then the average is the weights themselves.
+
+    Raises:
+        ConfigError: it is not known how long an epoch is.
+    """
+    if config.ema_start_epoch and steps_per_epoch is None:
+        raise ConfigError(
+            f"--ema-start-epoch {config.ema_start_epoch:g}: the length of the stream, and so of an epoch, is "
+            "unknown. Give --limit-train N."
+        )
+    return max(0, round(config.ema_start_epoch * (steps_per_epoch or 0)) - 1)  # timm copies one step longer
 
 
 def _batches_per_epoch(run: Run, loader: Any) -> int | None:
@@ -355,7 +384,7 @@ def count_validation(
             eval_loader(split, transform, batch_size=config.batch_size, num_workers=run.num_workers)
         )
     settings = PgdSettings(
-        config.norm, config.eps_value, config.step_size_value, config.attack_steps, run.images_at_once
+        config.norm, config.eps_value, config.step_size_for(config.eps_value), config.attack_steps, run.images_at_once
     )
     return count_correct(
         network,

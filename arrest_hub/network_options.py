@@ -103,3 +103,10 @@ def keep_first_convolution_in_fp32(network: Backbone) -> None:
                 kind = type(module)
                 module.__class__ = type(f"{kind.__name__}InFp32", (InFp32, kind), {})
             return
+
+
+def freeze_head(network: Backbone) -> None:
+    """Train the network below its classification head alone, which stays the pretrained one: where the student's
+    representation nears the teacher's, so do its logits (as in SimKD, Chen et al. 2022, arXiv 2203.14001).
+    """
+    network.head.requires_grad_(False)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from torch import nn
 
-from arrest_hub.arrest import Objective
 from arrest_hub.backbones import Backbone
 from arrest_hub.baselines import StandardObjective
 from arrest_hub.data_speed import loader_images_per_second
 from arrest_hub.errors import ConfigError
 from arrest_hub.estimate import Cost, choose_batch_size, measure_evaluation, measure_steps, memory_limit
 from arrest_hub.loop import training_batches
+from arrest_hub.objective import Objective
 from arrest_hub.prepare import planned_steps, plural
 from arrest_hub.run import Run
 from arrest_hub.sharding import is_sharded
@@ -51,8 +51,8 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
         of_clean = config.standard_epochs * (splits.train.num_examples // images) * standard.median
         parts["clean phase"] = (of_clean, plural(config.standard_epochs, "epoch"))
     evaluated = min(EVALUATED, config.batch_size)
-    attack = config.norm, config.eps_value, config.step_size_value, config.attack_steps, run.images_at_once
-    settings = PgdSettings(*attack)
+    eps = config.eps_value
+    settings = PgdSettings(config.norm, eps, config.step_size_for(eps), config.attack_steps, run.images_at_once)
     if not is_sharded(accelerator):  # the network evaluated would have to be gathered first
         if splits.validation is not None and config.eval_every:
             each = measure_evaluation(accelerator, network, evaluated, settings, config)

@@ -69,6 +69,11 @@ def environment_problems(config: FinetuneConfig) -> list[str]:
             f"--ema-decay {config.ema_decay}: the weights of a network that is sharded (FSDP) are not averaged. Leave "
             "it out, or launch without FSDP."
         )
+    if wants_sharding() and config.awp_gamma:
+        problems.append(
+            f"--awp-gamma {config.awp_gamma:g}: the weights of a network that is sharded (FSDP) are not perturbed. "
+            "Leave it out, or launch without FSDP."
+        )
     return problems
 
 
@@ -245,6 +250,19 @@ def planned_steps(config: FinetuneConfig, num_examples: int | None, processes: i
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
+def _ingredients(config: FinetuneConfig) -> str:
+    """What is beside the method, as in ``, averaged (0.995) from epoch 2``; nothing by default."""
+    choices = {"rgkd_input": "adversarial", "replay_by": "sample", "replay_with": "noise", "augment": "none"}
+    parts = [f"{flag(name)[2:]} {getattr(config, name)}" for name in choices if getattr(config, name) != choices[name]]
+    numbers = ("random_erasing", "awp_gamma", "label_smoothing", "lr_hold")
+    parts += [f"{flag(name)[2:]} {getattr(config, name):g}" for name in numbers if getattr(config, name)]
+    if config.ema_decay:
+        start = f" from epoch {config.ema_start_epoch:g}" if config.ema_start_epoch else ""
+        parts.append(f"averaged weights ({config.ema_decay:g}{start})")
+    parts += ["frozen head"] if config.freeze_head else []
+    return "".join(f", {part}" for part in parts)
+
+
 def describe_run(
     config: FinetuneConfig,
     paths: RunPaths,
@@ -275,6 +293,7 @@ def describe_run(
         method += f", lambda {config.rgkd_weight:g}, replay threshold {tau}"
     elif method == "trades":
         method += f", beta {config.trades_beta:g}"
+    method += _ingredients(config)
     length = _planned_length(config, splits, accelerator.num_processes)
     total = config.batch_size * accelerator.num_processes * config.grad_accum_steps
     switches = ("channels_last", "fold_batchnorm", "compile", "grad_checkpointing", "sync_bn")
@@ -283,6 +302,10 @@ def describe_run(
     attack = f"PGD-{config.attack_steps}, step {config.step_size_value:.5f}"
     if config.attack_steps_start is not None:
         attack = f"PGD-{config.attack_steps_start} at the start, growing to {attack}"
+    if config.eps_train is not None:
+        attack = f"in training eps {config.eps_train}; {attack}"
+    if config.eps_spread:
+        attack += f", eps of each image within {config.eps_spread:.0%} of it"
     if config.attack_stop_after is not None:
         attack += f", until {plural(config.attack_stop_after, 'step')} after an image is misclassified"
     return [

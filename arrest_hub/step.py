@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -12,13 +15,14 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from arrest_hub.arrest import Objective
 from arrest_hub.backbones import Backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
 from arrest_hub.folding import FoldedNetwork, foldable
 from arrest_hub.network_options import images_for_the_cache
+from arrest_hub.objective import Objective, Prepared
 from arrest_hub.sharding import is_sharded, whole
+from arrest_hub.weight_perturbation import WeightPerturbation
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # keeps the gradients that an fp16 attack passes through the network away from underflow
@@ -50,6 +54,15 @@ def make_scheduler(
         decay_milestones=[round(total_steps * share) for share in (0.5, 0.75)],
     )
     return scheduler
+
+
+def hold_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Raise a learning rate that has fallen below this share of its peak to it.
+
+    A constant learning rate is what averaging the weights is for (Izmailov et al. 2018, arXiv 1803.05407, section 3.2).
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = max(group["lr"], share * group["initial_lr"] * group.get("lr_scale", 1.0))
 
 
 def choose_images_at_once(config: FinetuneConfig, network: Backbone, device: torch.device) -> int | None:
@@ -110,22 +123,55 @@ def train_step(
     batch: dict[str, torch.Tensor],
     generator: torch.Generator,
     clip_grad: float | None,
+    perturbation: WeightPerturbation | None = None,
 ) -> dict[str, torch.Tensor]:
     """One batch: attack, training pass, backward pass, and (with the last batch of a step) the update of the weights.
 
     ``attacked``: the student, or what `for_eval_passes` made of it. ``batch``: "pixels" (uint8 [B, 3, H, W]) and
-    "label" ([B]), on the device. Returns the objective's parts.
+    "label" ([B]), on the device. ``perturbation``: of the student, for the training pass and its backward pass. Returns
+    the objective's parts.
     """
     refresh(attacked)
     with accelerator.accumulate(model):
         with accelerator.autocast():
-            parts = objective(model, attacked, to_pixels(batch["pixels"]), batch["label"], generator)
-        accelerator.backward(parts["loss"])
+            prepared = objective.prepare(attacked, to_pixels(batch["pixels"]), batch["label"], generator)
+        with worst_case(accelerator, objective, prepared, perturbation):
+            with accelerator.autocast():
+                parts = objective.loss(model, prepared)
+            accelerator.backward(parts["loss"])
         if accelerator.sync_gradients and clip_grad is not None:
             parts["grad_norm"] = whole(accelerator.clip_grad_norm_(model.parameters(), clip_grad))
         optimizer.step()
         optimizer.zero_grad()
     return parts
+
+
+def make_perturbation(
+    config: FinetuneConfig, accelerator: Accelerator, student: nn.Module
+) -> WeightPerturbation | None:
+    """The adversarial weight perturbation that --awp-gamma asks for; all processes perturb alike."""
+    if not config.awp_gamma:
+        return None
+    scale = GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
+    average = partial(accelerator.reduce, reduction="mean")
+    return WeightPerturbation(student, config.awp_gamma, gradient_scale=scale, average=average)
+
+
+@contextmanager
+def worst_case(
+    accelerator: Accelerator, objective: Objective, prepared: Prepared, perturbation: WeightPerturbation | None
+) -> Iterator[None]:
+    """Within this context the student's weights are the worst nearby for this batch; None: they stay."""
+    if perturbation is None:
+        yield
+        return
+
+    def loss() -> torch.Tensor:
+        with accelerator.autocast():
+            return objective.loss(perturbation.student, prepared)["loss"]
+
+    with perturbation.worst_case(loss):
+        yield
 
 
 def average_statistics(accelerator: Accelerator, network: nn.Module) -> None:

@@ -18,7 +18,7 @@ from arrest_hub.progress import WaitTimer
 TIMED = ("images_per_second", "data_wait", "attack_share", "training_share", "teacher_share", "peak_memory_gb", "mfu")
 """What a line of the log says of the speed, and so another at every run."""
 
-COSTS = {"attack": 2, "training": 3}
+COSTS = {"attack": 2, "sensitivity": 2, "training": 3, "perturbation": 3}
 """Of a pass of an objective, in forward passes: the gradient to the pixels costs one more, that to the parameters
 another. Any other pass is a forward pass alone."""
 
@@ -74,7 +74,8 @@ class Stopwatch:
 
 def time_shares(seconds: Mapping[str, float], wall: float) -> dict[str, float]:
     """Of ``wall`` seconds, the shares of the attack, of the teacher (with the drift and other passes over clean images)
-    and of the training pass (with the update of the weights), from what a `Stopwatch` read: "step" and its parts."""
+    and of the training pass (with the perturbation and the update of the weights), from what a `Stopwatch` read: "step"
+    and its parts."""
     attack = seconds.get("attack", 0.0)
     clean = sum(value for name, value in seconds.items() if name not in ("attack", "step"))
     shares = {"training_share": seconds.get("step", 0.0) - attack - clean}

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from arrest_hub.arrest import ArrestObjective, Objective
+from arrest_hub.arrest import ArrestObjective
 from arrest_hub.attacks import pgd, random_in_ball
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades
@@ -27,10 +27,12 @@ from arrest_hub.hub import check_push, run_push
 from arrest_hub.loop import Run, train_phase
 from arrest_hub.network_options import (
     checkpoint_gradients,
+    freeze_head,
     keep_first_convolution_in_fp32,
     synchronise_batchnorm,
     use_channels_last,
 )
+from arrest_hub.objective import Objective
 from arrest_hub.plan import describe_plan
 from arrest_hub.prepare import (
     describe_run,
@@ -46,6 +48,7 @@ from arrest_hub.progress import Log
 from arrest_hub.provenance import base_for_run
 from arrest_hub.push_config import PushConfig
 from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
+from arrest_hub.sample_eps import eps_by_sensitivity
 from arrest_hub.sharding import is_sharded
 from arrest_hub.step import GRADIENT_SCALE, choose_images_at_once, make_teacher
 from arrest_hub.training_record import BaseModel
@@ -62,25 +65,44 @@ def build_objective(
 
     ``images_at_once``: what `choose_images_at_once` chose; default: the configuration's.
     """
-    numbers: dict[str, Any] = {"norm": config.norm, "eps": config.eps_value}
+    numbers: dict[str, Any] = {"norm": config.norm, "eps": config.eps_train_value}
     scale = GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
     step_size = None if config.attack_step_size is None else config.step_size_value  # None: suits a schedule of steps
     attacked: dict[str, Any] = {"step_size": step_size, "gradient_scale": scale}
     attacked["images_at_once"] = images_at_once or config.images_at_once
+    smoothing = config.label_smoothing
+    objective: Objective
     if config.method == "trades":
-        return Trades(beta=config.trades_beta, steps=config.attack_steps, **numbers, **attacked)
+        objective = Trades(
+            beta=config.trades_beta, steps=config.attack_steps, label_smoothing=smoothing, **numbers, **attacked
+        )
+        return _counted(config, objective)
+    radii = partial(eps_by_sensitivity, spread=config.eps_spread, gradient_scale=scale, **numbers)
+    shared: dict[str, Any] = {"attack_steps": config.attack_steps, "label_smoothing": smoothing}
+    shared["radii"] = radii if config.eps_spread else None
     attack = partial(pgd, **numbers, **attacked, stop_after=config.attack_stop_after, static_shapes=static_shapes)
     if config.method == "at":
-        return AdversarialTraining(attack, attack_steps=config.attack_steps)
-    return ArrestObjective(
+        return _counted(config, AdversarialTraining(attack, **shared))
+    objective = ArrestObjective(
         teacher,
         attack,
         partial(random_in_ball, **numbers),
         rgkd_weight=config.rgkd_weight,
         replay_threshold=config.replay_threshold,
-        attack_steps=config.attack_steps,
+        rgkd_input=config.rgkd_input,
+        replay_by=config.replay_by,
+        replay_with=config.replay_with,
         static_shapes=static_shapes,
+        **shared,
     )
+    return _counted(config, objective)
+
+
+def _counted(config: FinetuneConfig, objective: Objective) -> Objective:
+    """The same, with the pass that --awp-gamma takes among its passes."""
+    if config.awp_gamma:
+        objective.passes["perturbation"] = objective.passes["training"]
+    return objective
 
 
 def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
@@ -189,6 +211,8 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
     teacher = make_teacher(config, backbone, accelerator.device)
     student = _initial_student(run, backbone)
     set_options(config, student)
+    if config.freeze_head:
+        freeze_head(student)
     if not is_sharded(accelerator):  # otherwise a part of it is moved, by the one that shards it
         student.to(accelerator.device)
     set_seed(config.seed)

@@ -22,6 +22,14 @@ from arrest_hub.errors import BackboneError, did_you_mean
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = tuple(mode.value for mode in InterpolationMode)
 
+AUGMENTATIONS: dict[str, Callable[[], Callable]] = {
+    "trivialaugment": v2.TrivialAugmentWide,
+    "randaugment": v2.RandAugment,
+    "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+}
+"""By name: TrivialAugment (Müller and Hutter 2021, arXiv 2103.10158), RandAugment (Cubuk et al. 2019, arXiv 1909.13719;
+2 operations of magnitude 9), AutoAugment's policy for CIFAR-10 (Cubuk et al. 2018, arXiv 1805.09501)."""
+
 SMALL = 64
 """Up to this many pixels a side, training pads and crops (as is usual for CIFAR) instead of zooming."""
 
@@ -78,22 +86,37 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
     return v2.Compose([*_fit(preprocessing), to_tensor])
 
 
-def train_transform(preprocessing: Preprocessing, hflip: float = 0.5, crop_min_scale: float = 0.25) -> Transform:
+def train_transform(
+    preprocessing: Preprocessing,
+    hflip: float = 0.5,
+    crop_min_scale: float = 0.25,
+    augment: str = "none",
+    random_erasing: float = 0.0,
+) -> Transform:
     """A random training transform: RGB image -> uint8 [3, H, W].
 
     Up to 64 pixels a side: the image is brought to the model's size (untouched if it has it), padded with
     black by an eighth of the size and cropped at random. Above: a random crop of between
     ``crop_min_scale`` and all of the area, aspect ratio 3/4 to 4/3, resized. Then a horizontal flip with
-    probability ``hflip``. All randomness comes from torch's default generator.
+    probability ``hflip``, one of `AUGMENTATIONS` unless ``augment`` is "none", and with probability ``random_erasing``
+    a rectangle of 2 to 33 % of the area is blackened (Zhong et al. 2017, arXiv 1708.04896). All randomness comes from
+    torch's default generator.
 
-    Raises ValueError when ``hflip`` is outside [0, 1] or ``crop_min_scale`` outside (0, 1].
+    Raises ValueError when ``hflip`` or ``random_erasing`` is outside [0, 1], ``crop_min_scale`` outside (0, 1] or
+    ``augment`` unknown.
     """
-    if not 0 <= hflip <= 1:
-        raise ValueError(f"hflip must be a probability in [0, 1], not {hflip!r}")
+    for name, value in (("hflip", hflip), ("random_erasing", random_erasing)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be a probability in [0, 1], not {value!r}")
+    if augment != "none" and augment not in AUGMENTATIONS:
+        raise ValueError(f"augment {augment!r} is not one of none, {', '.join(AUGMENTATIONS)}")
+    stronger = [] if augment == "none" else [AUGMENTATIONS[augment]()]
+    erase = [v2.RandomErasing(random_erasing)] if random_erasing else []
     if not 0 < crop_min_scale <= 1:
         raise ValueError(f"crop_min_scale must be a share of the area in (0, 1], not {crop_min_scale!r}")
     if max(preprocessing.size) <= SMALL:
-        return SmallTrainTransform(preprocessing, hflip)
+        small = SmallTrainTransform(preprocessing, hflip)
+        return v2.Compose([small, *stronger, to_tensor, *erase])
     steps: list[Callable] = [
         v2.RandomResizedCrop(
             list(preprocessing.size),
@@ -103,11 +126,11 @@ def train_transform(preprocessing: Preprocessing, hflip: float = 0.5, crop_min_s
     ]
     if hflip > 0:
         steps.append(v2.RandomHorizontalFlip(hflip))
-    return v2.Compose([*steps, to_tensor])
+    return v2.Compose([*steps, *stronger, to_tensor, *erase])
 
 
 class SmallTrainTransform:
-    """Random crop with zero padding of an eighth of the size, and a flip, in one PIL crop.
+    """Random crop with zero padding of an eighth of the size, and a flip, in one PIL crop: image -> image.
 
     The same images as v2.RandomCrop(size, padding) and v2.RandomHorizontalFlip, four times as fast on
     32 x 32 images, where the cost of a transform is its overhead.
@@ -118,7 +141,7 @@ class SmallTrainTransform:
         self.hflip = hflip
         self.fit = v2.Compose(_fit(replace(preprocessing, crop_pct=1.0)))
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image) -> Image.Image:
         if image.size != (self.width, self.height):
             image = self.fit(image)
         draw_top, draw_left, draw_flip = torch.rand(3, generator=torch.default_generator).tolist()
@@ -129,7 +152,7 @@ class SmallTrainTransform:
         image = image.crop((left, top, left + self.width, top + self.height))
         if draw_flip < self.hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return to_tensor(image)
+        return image
 
 
 def _fit(p: Preprocessing) -> list[Callable]:

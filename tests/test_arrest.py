@@ -252,3 +252,78 @@ def test_the_number_of_attack_steps_can_change_between_batches(setting):
             with_gradients = [count for count, training, gradients, _ in student.passes if gradients and not training]
             assert with_gradients == [12] * steps
             assert parts["attack_steps"].tolist() == [steps] * 12
+
+
+def steady(student, pixels, labels):
+    """What an attack that draws nothing finds; the student in eval mode."""
+    student.eval()
+    return pgd(lambda x: student(x).logits, pixels, labels, eps=EPS, step_size=STEP, steps=STEPS, start=pixels)
+
+
+def make_steady(teacher, **changes):
+    """An objective whose attack starts at the image itself."""
+    values = {"rgkd_weight": 10.0, "replay_threshold": None, "attack_steps": STEPS} | changes
+
+    def attack(logits_fn, pixels, labels, *, steps, generator=None):
+        return pgd(logits_fn, pixels, labels, eps=EPS, step_size=STEP, steps=steps, start=pixels)
+
+    return ArrestObjective(teacher, attack, partial(random_in_ball, eps=EPS, norm="linf"), **values)
+
+
+def test_the_distance_at_the_clean_input_written_out(setting):
+    student, teacher, pixels, labels = setting
+    adversarial = steady(TinyClassifier(seed=0), pixels, labels).adversarial
+    student.train()
+    student.passes.clear()
+    objective = make_steady(teacher, rgkd_input="clean")
+    parts = objective(student, student, pixels, labels, torch.Generator())
+    assert student.passes[-1] == (24, True, True, False), "one pass of both"
+    assert objective.passes["training"] == 2
+    output = TinyClassifier(seed=0).train()(torch.cat([adversarial, pixels]))
+    wanted = F.cross_entropy(output.logits[:12], labels).double()
+    target = teacher(pixels).representation
+    wanted = wanted + 10.0 * reference_distance(output.representation[12:], target).mean()
+    assert parts["loss"].item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_a_batch_is_replayed_by_its_mean(setting, static_shapes):
+    student, teacher, pixels, labels = setting
+    drift = drift_of(student, teacher, pixels)
+    mean = drift.mean().item()
+    assert drift.min() < mean < drift.max()
+    for threshold, replayed in ((mean - 1e-4, True), (mean + 1e-4, False)):
+        objective = make_steady(teacher, replay_threshold=threshold, replay_by="batch", static_shapes=static_shapes)
+        parts = objective(student, student, pixels, labels, torch.Generator().manual_seed(0))
+        assert parts["replayed"].tolist() == [float(replayed)] * 12
+        assert torch.allclose(parts["drift"].double(), drift, atol=1e-6), "each its own in the log"
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_the_clean_image_is_replayed(setting, static_shapes):
+    student, teacher, pixels, labels = setting
+    drift = drift_of(student, teacher, pixels)
+    objective = make_steady(
+        teacher, replay_threshold=drift.median().item(), replay_with="clean", static_shapes=static_shapes
+    )
+    before = pixels.clone()
+    batch = objective.prepare(student, pixels, labels, torch.Generator().manual_seed(0))
+    replayed = batch.parts["replayed"].bool()
+    assert 0 < replayed.sum() < 12
+    assert torch.equal(batch.inputs[replayed], pixels[replayed])
+    assert torch.allclose(batch.inputs[~replayed], steady(student, pixels, labels).adversarial[~replayed], atol=1e-6)
+    assert torch.equal(pixels, before), "the clean batch is not written into"
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_label_smoothing_written_out(setting, smoothing):
+    student, _, pixels, labels = setting
+    adversarial = steady(TinyClassifier(seed=0), pixels, labels).adversarial
+    log_probs = TinyClassifier(seed=0).train()(adversarial).logits.double().log_softmax(1)
+    targets = (1 - smoothing) * F.one_hot(labels, 3) + smoothing / 3
+    wanted = -(targets * log_probs).sum(1)
+    student.train()
+    objective = make_steady(None, rgkd_weight=0.0, label_smoothing=smoothing)
+    parts = objective(student, student, pixels, labels, torch.Generator())
+    assert torch.allclose(parts["cross_entropy"].double(), wanted, atol=1e-5)
+    assert parts["loss"].item() == pytest.approx(wanted.mean().item(), abs=1e-5)

@@ -65,3 +65,27 @@ def test_trades_equals_the_formula_written_out():
     p, q = clean.softmax(1), robust.softmax(1)
     wanted = F.cross_entropy(clean, LABELS) + beta * (p * (p / q).log()).sum(1).mean()
     assert parts["loss"].item() == pytest.approx(wanted.item(), rel=2e-4)
+
+
+def test_label_smoothing_in_the_baselines():
+    """Of the cross-entropy alone: TRADES' divergence is not of labels."""
+    targets = 0.9 * F.one_hot(LABELS, 3) + 0.1 / 3
+
+    def smoothed(logits):
+        return -(targets * logits.log_softmax(1)).sum(1).mean().item()
+
+    def attack(logits_fn, pixels, labels, *, steps, generator=None):
+        return pgd(logits_fn, pixels, labels, eps=0.05, step_size=0.02, steps=steps, start=pixels)
+
+    model = TinyClassifier().train()
+    batch = AdversarialTraining(attack, attack_steps=2).prepare(model, PIXELS, LABELS, torch.Generator())
+    parts = AdversarialTraining(attack, attack_steps=2, label_smoothing=0.1).loss(TinyClassifier().train(), batch)
+    assert parts["loss"].item() == pytest.approx(smoothed(TinyClassifier().train()(batch.inputs).logits), abs=1e-6)
+
+    values = {"beta": 6.0, "eps": 0.05, "step_size": 0.02, "steps": 2, "norm": "linf"}
+    batch = Trades(**values).prepare(model, PIXELS, LABELS, torch.Generator().manual_seed(0))
+    plain = Trades(**values).loss(TinyClassifier().train(), batch)
+    parts = Trades(**values, label_smoothing=0.1).loss(TinyClassifier().train(), batch)
+    clean = TinyClassifier().train()(batch.inputs).logits[:6]
+    difference = smoothed(clean) - F.cross_entropy(clean, LABELS).item()
+    assert parts["loss"].item() - plain["loss"].item() == pytest.approx(difference, abs=1e-5)

@@ -108,6 +108,44 @@ def test_cheaper_attacks_are_checked():
     assert [grows.attack_steps_at(done) for done in (0, 0.5, 1)] == [1, 6, 10]
 
 
+def test_training_may_have_an_eps_of_its_own():
+    config = resolve(GOOD | {"eps": "8/255", "eps_train": "10/255"}, {}, None)
+    assert (config.eps_value, config.eps_train_value) == (8 / 255, 10 / 255)
+    assert config.step_size_value == pytest.approx(2.5 / 255)
+    assert config.step_size_for(config.eps_value) == pytest.approx(2 / 255), "validation attacks within eps"
+    assert resolve(GOOD | {"eps": "4/255"}, {}, None).eps_train_value == 4 / 255
+    (problem,) = problems(GOOD | {"eps_train": "10"})
+    assert "--eps-train 10 is out of range" in problem
+    (problem,) = problems(GOOD | {"eps_train": "2/255", "attack_step_size": "5/255"})
+    assert "--attack-step-size 5/255 is more than the whole ball" in problem
+
+
+def test_ingredients_are_checked():
+    head, late = problems(GOOD | {"freeze_head": True, "init": "random", "ema_start_epoch": 2})
+    assert "--freeze-head with --init random" in head
+    assert "add --ema-decay" in late
+    (problem,) = problems(GOOD | {"ema_decay": 0.9, "ema_start_epoch": 5, "epochs": 5})
+    assert "--ema-start-epoch 5 is not before the end" in problem
+    (problem,) = problems(GOOD | {"eps_spread": 0.5, "method": "trades"})
+    assert "--eps-spread 0.5 goes by the label" in problem
+    for key, value in {
+        "eps_spread": 1.5,
+        "awp_gamma": -1,
+        "label_smoothing": 2,
+        "lr_hold": 0,
+        "augment": "mixup",
+    }.items():
+        assert len(problems(GOOD | {key: value})) == 1
+
+
+def test_every_ingredient_is_off_by_default():
+    config = resolve(GOOD, {}, None)
+    off = {"ema_decay": None, "ema_start_epoch": 0, "awp_gamma": 0, "eps_spread": 0, "eps_train": None, "lr_hold": None,
+           "freeze_head": False, "label_smoothing": 0, "augment": "none", "random_erasing": 0,
+           "rgkd_input": "adversarial", "replay_by": "sample", "replay_with": "noise"}  # fmt: skip
+    assert {key: getattr(config, key) for key in off} == off
+
+
 def test_resume_lists_what_differs():
     saved = resolve(GOOD, {}, "default")
     same = resume_config(saved, {"lr": str(saved.lr), "resume": True, "log_every": "3"})

@@ -81,6 +81,8 @@ def test_a_step_of_two_processes():
     assert 0 < calls["step"] == calls["long step"] <= 4, "the gradients' sum and the buffers' broadcast"
     assert found["replay"]["difference"] <= 1e-6 < 1e-3 < found["replay"]["moved"]
     assert found["replay"]["replay rate"] == 0.5
+    perturbed = found["perturbed"]
+    assert perturbed["difference"] <= 1e-6 < 1e-4 < min(perturbed["moved"], perturbed["perturbed"])
     for size, (counted, correct, right) in found["counted"].items():
         assert (counted, correct) == (int(size), right)
 

@@ -13,7 +13,7 @@ LEVELS = [
     {"transforms", "images", "columns", "subsets", "seeding", "corrupt", "streams", "data_speed", "on_demand",
      "sources", "splits", "labels", "data", "architectures", "model_source", "image_processor", "heads", "backbones",
      "network_options", "folding",
-     "attacks", "autoattack", "results", "verdicts", "throughput",
+     "attacks", "autoattack", "objective", "sample_eps", "weight_perturbation", "results", "verdicts", "throughput",
      "figures", "training_figure", "sharding", "guards", "progress",
      "processes", "stopping"},
     {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",
@@ -24,7 +24,19 @@ LEVELS = [
     {"cli", "push_cli", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-MATHS = ("folding", "attack_schedule", "attacks", "autoattack", "arrest", "baselines", "attack_stages", "masking")
+MATHS = (
+    "folding",
+    "attack_schedule",
+    "attacks",
+    "autoattack",
+    "arrest",
+    "baselines",
+    "objective",
+    "sample_eps",
+    "weight_perturbation",
+    "attack_stages",
+    "masking",
+)
 NO_TORCH = ("errors", "fields", "attack_schedule", "config", "eval_config", "recipe_files", "results", "verdicts",
             "figures", "training_figure", "comparison", "robustbench", "licenses", "training_record", "push_config",
             "card_facts", "hub_access", "hub_search", "hub", "cli", "push_cli", "model_card", "__main__")  # fmt: skip

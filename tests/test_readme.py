@@ -45,7 +45,20 @@ def test_flags_that_the_docs_name_exist():
     # the launchers', and those of the scripts that docs/scaling.md names
     known |= {"--nproc_per_node", "--num_processes", "--config_file", "--num_machines", "--main_process_ip"}
     known |= {"--machine_rank", "--nodes", "--gpus-per-node", "--steps", "--processes", "--models", "--repeats"}
-    known |= {"--options", "--peers", "--output", "--images", "--at-least", "--seeds"}
+    known |= {
+        "--options",
+        "--peers",
+        "--output",
+        "--images",
+        "--at-least",
+        "--seeds",
+        "--report",
+        "--suite",
+        "--minutes",
+        "--runs",
+        "--jobs",
+        "--stages",
+    }
     for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         assert set(re.findall(r"--[a-z][a-z_-]+", path.read_text())) <= known | {"---"}, path
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from steady_main import steady_ball, steady_pgd
+from timm.utils import ModelEmaV3
 from tiny import NAMES, tiny_config, write_images, write_model
 
 import arrest_hub.loop as loop
@@ -159,6 +160,13 @@ def kill_at(monkeypatch, phase, step):
     return lambda: monkeypatch.setattr(loop, "_log", plain)
 
 
+INGREDIENTS = {
+    "ema_decay": 0.9, "ema_start_epoch": 0.75, "lr_hold": 0.5, "awp_gamma": 0.01, "eps_spread": 0.5,
+    "eps_train": "10/255", "label_smoothing": 0.1, "augment": "trivialaugment", "random_erasing": 0.5,
+    "freeze_head": True,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("step", "changes"),
     [
@@ -178,6 +186,7 @@ def kill_at(monkeypatch, phase, step):
             },
         ),
         (2, {"checkpoint_every": 3}),  # no checkpoint yet: starts again
+        (7, {"checkpoint_every": 2} | INGREDIENTS),
     ],
 )
 def test_resume_equals_uninterrupted(tmp_path, monkeypatch, step, changes):
@@ -262,6 +271,9 @@ def test_permuted_classes_are_reported_and_remapped(tmp_path):
         {"streaming": True, "max_steps": 5},
         {"num_workers": 1, "limit_train": 30, "limit_eval": 9},
         {"log_with": "tensorboard"},
+        {"rgkd_input": "clean", "replay_by": "batch", "replay_with": "clean"},
+        {"method": "trades", "awp_gamma": 0.01, "label_smoothing": 0.1, "mixed_precision": "bf16"},
+        {"method": "at", "eps_spread": 1.0, "freeze_head": True},
     ],
     ids=lambda changes: "-".join(f"{key}={value}" for key, value in changes.items() if key not in SCRATCH),
 )
@@ -278,6 +290,63 @@ def test_variants_run(tmp_path, changes):
         assert not list((tmp_path / "run" / "checkpoints").glob("best*"))
     if "log_with" in changes:
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_the_plan_says_what_is_beside_the_method(tmp_path, capsys):
+    finetune(tiny_config(tmp_path, max_steps=1, **INGREDIENTS))
+    out = capsys.readouterr().out
+    assert (
+        ", augment trivialaugment, random-erasing 0.5, awp-gamma 0.01, label-smoothing 0.1, lr-hold 0.5, averaged "
+        "weights (0.9 from epoch 0.75), frozen head;"
+    ) in out
+    assert "eps 8/255; in training eps 10/255; PGD-2, step 0.04902, eps of each image within 50% of it" in out
+    assert "2 attack, 1 training, 1 teacher, 1 drift, 1 sensitivity, 1 perturbation" in out
+
+
+def test_a_frozen_head_stays_the_teachers(tmp_path):
+    finetune(tiny_config(tmp_path, freeze_head=True, lr=0.1, export_weights="last"))
+    before, after = load_file(tmp_path / "model" / "model.safetensors"), weights(tmp_path / "run")
+    heads = [name for name in before if name.startswith("fc.")]
+    assert len(heads) == 2
+    for name in before:
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(before[name], after[name]) == (name in heads), name
+
+
+def test_the_learning_rate_is_held_after_the_warm_up(tmp_path):
+    finetune(tiny_config(tmp_path, epochs=4, lr=0.1, lr_hold=0.4, warmup_epochs=1, log_every=1))
+    held = [line["lr"] for line in log_lines(tmp_path / "run") if "loss" in line]
+    finetune(tiny_config(tmp_path, epochs=4, lr=0.1, warmup_epochs=1, log_every=1, output_dir=str(tmp_path / "free")))
+    free = [line["lr"] for line in log_lines(tmp_path / "free") if "loss" in line]
+    warm = len(free) // 4
+    assert min(free[: warm - 1]) < 0.04, "the warm-up begins below"
+    assert held[: warm - 1] == free[: warm - 1]
+    assert held[warm:] == pytest.approx([max(0.04, lr) for lr in free[warm:]])
+    assert held[-1] == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5, 1.25])
+def test_weights_are_averaged_from_an_epoch_on(tmp_path, monkeypatch, start):
+    """Against the average written out: until the start, and with its last step, it is the weights themselves."""
+    seen = []
+    update = ModelEmaV3.update
+
+    def watched(self, model, step=None):
+        seen.append({name: value.detach().clone().double() for name, value in model.named_parameters()})
+        update(self, model, step=step)
+
+    monkeypatch.setattr(ModelEmaV3, "update", watched)
+    changes = {"ema_decay": 0.8, "ema_start_epoch": start, "export_weights": "last", "eval_every": 0}
+    finetune(tiny_config(tmp_path, **changes))
+    per_epoch = len(seen) // 2
+    first = max(1, round(start * per_epoch))
+    average = seen[first - 1]
+    for later in seen[first:]:
+        average = {name: 0.8 * value + 0.2 * later[name] for name, value in average.items()}
+    exported = load_backbone(str(tmp_path / "run" / "export"))
+    for name, value in exported.named_parameters():
+        assert torch.allclose(value.double(), average[name], atol=1e-6), name
+    assert any(not torch.allclose(average[name], seen[-1][name], atol=1e-5) for name in average)
 
 
 def test_random_initialisation_starts_elsewhere(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from arrest_hub.errors import BackboneError
@@ -104,3 +105,48 @@ def test_impossible_augmentation():
         train_transform(preprocessing((32, 32)), hflip=1.5)
     with pytest.raises(ValueError, match="crop_min_scale"):
         train_transform(preprocessing((32, 32)), crop_min_scale=0)
+    with pytest.raises(ValueError, match="random_erasing"):
+        train_transform(preprocessing((32, 32)), random_erasing=-0.1)
+    with pytest.raises(ValueError, match="cutmix"):
+        train_transform(preprocessing((32, 32)), augment="cutmix")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 96)])
+@pytest.mark.parametrize("name", ["trivialaugment", "randaugment", "autoaugment"])
+def test_stronger_augmentation_is_torchvisions_on_the_cropped_image(size, name):
+    source, plain = image(*size), train_transform(preprocessing(size))
+    stronger = train_transform(preprocessing(size), augment=name)
+    policies = {"trivialaugment": v2.TrivialAugmentWide(), "randaugment": v2.RandAugment(),
+                "autoaugment": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)}  # fmt: skip
+    changed = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found = stronger(source)
+        torch.manual_seed(seed)
+        cropped = plain(source)  # draws the same crop and flip first
+        wanted = policies[name](Image.fromarray(cropped.permute(1, 2, 0).numpy()))
+        assert found.dtype == torch.uint8
+        assert torch.equal(found, torch.from_numpy(np.asarray(wanted).transpose(2, 0, 1).copy()))
+        changed += not torch.equal(found, cropped)
+    assert changed > 10
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 96)])
+def test_random_erasing_blackens_a_rectangle(size):
+    source = Image.fromarray(np.full((*size, 3), 200, np.uint8))
+    transform = train_transform(preprocessing(size), hflip=0, crop_min_scale=1.0, random_erasing=1.0)
+    plain = train_transform(preprocessing(size), hflip=0, crop_min_scale=1.0)
+    shares = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        found = transform(source)
+        torch.manual_seed(seed)
+        black = ((found == 0) & (plain(source) != 0)).all(dim=0)
+        rows, columns = black.any(dim=1).nonzero(), black.any(dim=0).nonzero()
+        shares.append(black.sum().item() / black.numel())
+        if len(rows):
+            corner = plain(source)[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            inside = black[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            assert inside[(corner != 0).all(dim=0)].all(), "all of the rectangle"
+    assert 0.02 < np.mean(shares) < 0.25
+    assert max(shares) <= 0.34

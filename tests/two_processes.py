@@ -16,8 +16,9 @@ from arrest_hub.backbones import load_backbone
 from arrest_hub.data import to_pixels
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.progress import Meter
-from arrest_hub.step import train_step
+from arrest_hub.step import train_step, worst_case
 from arrest_hub.validation import PgdSettings, count_correct
+from arrest_hub.weight_perturbation import WeightPerturbation
 
 EPS = 8 / 255
 
@@ -106,6 +107,34 @@ def one_rank_replays_all(accelerator: Accelerator) -> dict[str, float]:
     }
 
 
+def perturbed_together(accelerator: Accelerator) -> dict[str, float]:
+    """The largest difference between the weights after three steps with adversarial weight perturbation of two
+    processes and of one with the same images; how far they moved, and how far the perturbation moved them."""
+    net, alone, plain = vit(), vit(), vit()
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.05))
+    own, rank = torch.optim.SGD(alone.parameters(), lr=0.05), accelerator.process_index
+    average = partial(accelerator.reduce, reduction="mean")
+    together = WeightPerturbation(net, 0.05, average=average)
+    one, objective = WeightPerturbation(alone, 0.05), objective_with(None)
+    whole, part = batch_of(slice(None)), batch_of(slice(4 * rank, 4 * rank + 4))
+    bare = torch.optim.SGD(plain.parameters(), lr=0.05)
+    for _ in range(3):
+        train_step(accelerator, model, net, objective, optimizer, part, torch.Generator(), None, together)
+        for network, its, perturbation in ((alone, own, one), (plain, bare, None)):
+            its.zero_grad()
+            pixels = to_pixels(whole["pixels"])
+            prepared = objective.prepare(network.train(), pixels, whole["label"], torch.Generator())
+            with worst_case(accelerator, objective, prepared, perturbation):
+                objective.loss(network, prepared)["loss"].backward()
+            its.step()
+
+    def apart(first: nn.Module, second: nn.Module) -> float:
+        pairs = zip(first.parameters(), second.parameters(), strict=True)
+        return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+    return {"difference": apart(net, alone), "moved": apart(net, vit()), "perturbed": apart(alone, plain)}
+
+
 def counted(accelerator: Accelerator) -> dict[str, list[int]]:
     """Images counted, and found right, where the last batch is uneven and where there are fewer than processes."""
     settings = PgdSettings("linf", EPS, EPS / 2, 1)
@@ -130,6 +159,7 @@ if __name__ == "__main__":
     found = {
         "collectives": collectives(together),
         "replay": one_rank_replays_all(together),
+        "perturbed": perturbed_together(together),
         "counted": counted(together),
     }
     together.print(json.dumps(found))

@@ -1,0 +1,212 @@
+"""Tables and figures of docs/results.md, from the results.json files in docs/evidence/ and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar10_suites import PAPERS, SUITES, VARIANTS
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from arrest_hub.figures import COLOURS, DARK, DPI, GREY
+from arrest_hub.results import harmonic_mean, wilson_interval
+
+BEGIN, END = "<!-- {0}: made by scripts/reproduce_cifar10.py --report -->", "<!-- end of {0} -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run: counts of right images by attack ("clean", "pgd-20", "autoattack"), and how it was trained."""
+
+    seed: int
+    counts: dict[str, tuple[int, int]]
+    run: dict[str, Any]
+
+    def share(self, attack: str) -> float | None:
+        """The accuracy as a fraction; None where it is not measured."""
+        if attack not in self.counts:
+            return None
+        correct, n = self.counts[attack]
+        return correct / n
+
+    def harmonic(self, attack: str) -> float | None:
+        """Harmonic mean of clean accuracy and accuracy under an attack; None where that is not measured."""
+        clean, robust = self.share("clean"), self.share(attack)
+        return None if clean is None or robust is None else harmonic_mean(clean, robust)
+
+
+def read_row(folder: Path) -> Row:
+    """A run's folder under docs/evidence/."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))["results"]
+    counts = {result["attack"] or "clean": (result["correct"], result["n"]) for result in results}
+    run = folder / "run.json"
+    seed = folder.name.rpartition("-seed-")[2]
+    return Row(int(seed) if seed.isdigit() else 0, counts, json.loads(run.read_text()) if run.is_file() else {})
+
+
+def read_suite(folder: Path) -> dict[str, list[Row]]:
+    """By variant, the runs of a suite, in the order of the seeds."""
+    found = {
+        key: [read_row(folder / name) for seed in variant.seeds if (folder / (name := f"{key}-seed-{seed}")).is_dir()]
+        for key, variant in VARIANTS.items()
+    }
+    return {key: rows for key, rows in found.items() if rows}
+
+
+def spread(values: Sequence[float | None], digits: int = 1) -> str:
+    """Per cent: the mean, and in brackets the smallest and the largest where there are several; "–" for none."""
+    known = [100 * value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "–"
+    text = f"{statistics.mean(known):.{digits}f}"
+    return text if len(known) == 1 else f"{text} ({min(known):.{digits}f}–{max(known):.{digits}f})"
+
+
+def table(rows: Mapping[str, Sequence[Row]], keys: Iterable[str]) -> list[str]:
+    """A line for each variant that was run."""
+    lines = [
+        "| | seeds | clean | PGD-20 | AutoAttack | H (PGD-20) | H (AutoAttack) | passes | minutes | runs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |",
+    ]
+    for key in keys:
+        if key not in rows:
+            continue
+        runs = rows[key]
+        attacked = [run for run in runs if "autoattack" in run.counts]
+        shares = [spread([run.share(name) for run in runs]) for name in ("clean", "pgd-20")]
+        strongest = spread([run.share("autoattack") for run in attacked]) if attacked else "–"
+        means = [spread([run.harmonic("pgd-20") for run in runs])]
+        means.append(spread([run.harmonic("autoattack") for run in attacked]) if attacked else "–")
+        if attacked and len(attacked) < len(runs):
+            strongest += f" of {len(attacked)}"
+        minutes = statistics.mean(run.run["train_minutes"] for run in runs)
+        lines.append(
+            f"| {VARIANTS[key].title} | {len(runs)} | {shares[0]} | {shares[1]} | {strongest} | {means[0]} "
+            f"| {means[1]} | {runs[0].run['passes']} | {minutes:.1f} | `{key}` |"
+        )
+    return lines
+
+
+def suite_text(name: str, folder: Path) -> list[str]:
+    """The tables of a suite."""
+    rows = read_suite(folder)
+    lines: list[str] = []
+    titles = {
+        "main": "Methods", "ablation": "Ingredients, each added to ARREST", "choices": "What was chosen",
+        "lambda": "λ", "tau": "τ",
+    }  # fmt: skip
+    for group, title in titles.items():
+        keys = [key for key, variant in VARIANTS.items() if variant.group == group]
+        if group != "main" and "arrest" in rows:
+            keys.insert(0, "arrest")
+        if any(key in rows and VARIANTS[key].group == group for key in keys):
+            lines += [f"**{title}**", "", *table(rows, keys), ""]
+    return lines
+
+
+def write_report(evidence: Path, docs: Path) -> None:
+    """Replace the generated parts of docs/results.md, and draw docs/figures/{tradeoff,drift}.png.
+
+    Raises ValueError if a part has no place in docs/results.md.
+    """
+    path = docs / "results.md"
+    text = path.read_text(encoding="utf-8")
+    for name in SUITES:
+        if not (evidence / name).is_dir():
+            continue
+        begin, end = BEGIN.format(name), END.format(name)
+        if begin not in text or end not in text:
+            raise ValueError(f"{path} has no place for the suite {name!r}: add the lines {begin} and {end}.")
+        before, _, rest = text.partition(begin)
+        text = "\n".join([before + begin, "", *suite_text(name, evidence / name), end + rest.partition(end)[2]])
+    path.write_text(text, encoding="utf-8")
+    suites = {name: read_suite(evidence / name) for name in SUITES if (evidence / name).is_dir()}
+    if suites.get("narrow"):
+        draw_tradeoff(docs / "figures" / "tradeoff.png", suites)
+        draw_drift(docs / "figures" / "drift.png", suites["narrow"])
+
+
+def draw_tradeoff(path: Path, suites: Mapping[str, Mapping[str, Sequence[Row]]]) -> None:
+    """Clean against robust accuracy: on the left the narrow network's sweeps and methods under PGD-20, on the right
+    what is published for ResNet-18 under AutoAttack, and ours where it is measured."""
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    narrow = suites["narrow"]
+    curves = {
+        "λ (τ 0.25)": (["lambda-3", "arrest", "lambda-30", "lambda-100"], COLOURS[0], "o"),
+        "τ (λ 10)": (["tau-0.15", "tau-0.20", "arrest", "tau-0.30", "rgkd"], COLOURS[2], "s"),
+    }
+    for label, (keys, colour, marker) in curves.items():
+        points = [mean_point(narrow[key], "pgd-20") for key in keys if key in narrow]
+        if points:
+            left.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.2, label=label)
+            for key, point in zip([key for key in keys if key in narrow], points, strict=True):
+                name = {"arrest": "λ 10, τ 0.25", "rgkd": "no replay"}.get(key, VARIANTS[key].title)
+                left.annotate(name, point, (4, 4), textcoords="offset points", fontsize=6, color=colour)
+    for key, colour in (("at", GREY), ("trades", COLOURS[3]), ("aft", COLOURS[1]), ("best", DARK)):
+        if key in narrow:
+            draw_points(left, narrow[key], "pgd-20", VARIANTS[key].title, colour)
+    left.set(title="quarter-width ResNet-18 on a CPU", xlabel="clean accuracy (%)", ylabel="under PGD-20 (%)")
+    for name, (clean, robust) in PAPERS["resnet18"].items():
+        right.plot(clean, robust, "x" if name != "ARREST" else "*", color=COLOURS[1] if name == "ARREST" else GREY)
+        right.annotate(name, (clean, robust), (4, 4), textcoords="offset points", fontsize=7, color=DARK)
+    for key, runs in suites.get("resnet18", {}).items():
+        if any("autoattack" in run.counts for run in runs):
+            draw_points(right, runs, "autoattack", VARIANTS[key].title, COLOURS[0])
+    right.margins(x=0.25, y=0.15)
+    right.set(title="ResNet-18, published", xlabel="clean accuracy (%)", ylabel="under AutoAttack (%)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+
+
+def mean_point(rows: Sequence[Row], attack: str) -> tuple[float, float]:
+    """Per cent: clean, and under the attack, the mean over the seeds."""
+    pairs = [(row.share("clean"), row.share(attack)) for row in rows if row.share(attack) is not None]
+    return (100 * statistics.mean(pair[0] or 0.0 for pair in pairs),
+            100 * statistics.mean(pair[1] or 0.0 for pair in pairs))  # fmt: skip
+
+
+def draw_points(axes: Axes, rows: Sequence[Row], attack: str, label: str, colour: str) -> None:
+    """A point for each seed, with the 95 % interval of its robust accuracy."""
+    for number, row in enumerate(row for row in rows if attack in row.counts):
+        low, high = wilson_interval(*row.counts[attack])
+        x, y = 100 * (row.share("clean") or 0.0), 100 * (row.share(attack) or 0.0)
+        axes.errorbar(
+            x, y, yerr=[[y - 100 * low], [100 * high - y]], fmt="D", color=colour, markersize=4, elinewidth=0.7,
+            alpha=0.8, label=label if not number else None,
+        )  # fmt: skip
+
+
+def draw_drift(path: Path, rows: Mapping[str, Sequence[Row]]) -> None:
+    """Drift and replay rate over the training, of those runs that were logged with them."""
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (key, label), colour in zip(
+        {"arrest": "λ 10, τ 0.25", "lambda-3": "λ 3, τ 0.25", "lambda-30": "λ 30, τ 0.25", "tau-0.15": "λ 10, τ 0.15",
+         "best": "the recipe"}.items(), COLOURS, strict=False,
+    ):  # fmt: skip
+        log = rows[key][0].run["log"] if key in rows else []
+        log = [line for line in log if "drift_p50" in line]
+        if not log:
+            continue
+        steps = [line["step"] for line in log]
+        left.plot(steps, [line["drift_p50"] for line in log], color=colour, linewidth=1.2, label=label)
+        left.plot(steps, [line["drift_p90"] for line in log], color=colour, linewidth=0.8, linestyle=":")
+        right.plot(steps, [100 * line["replay_rate"] for line in log], color=colour, linewidth=1.2, label=label)
+    left.set(xlabel="optimizer step", ylabel="drift (share of π)", title="drift: median, and 90 % quantile dotted")
+    right.set(xlabel="optimizer step", ylabel="replayed (%)", title="replay rate", ylim=(0, None))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})

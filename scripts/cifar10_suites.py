@@ -1,0 +1,112 @@
+"""What reproduce_cifar10.py runs: networks, budgets, and the variants that are compared at one budget.
+
+A suite is a network and a budget; a variant is what differs from `--method arrest` as the suite has it. Nothing here is
+measured: figures are in docs/evidence/ and docs/results.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Flags = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A network and the budget at which all of its variants are trained and attacked."""
+
+    title: str
+    recipe: str
+    """The recipe whose values are the suite's; also the variant "recipe"."""
+    model: Flags
+    teacher: Flags
+    budget: Flags
+    evaluation: Flags
+    """Flags of arrest-eval: images, and what makes it fast on the hardware."""
+    teacher_evaluation: Flags = field(default_factory=lambda: {"attacks": "clean,pgd-20"})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the tables: how it is called, what it changes, how often it is trained."""
+
+    title: str
+    flags: Flags
+    seeds: tuple[int, ...] = (0,)
+    group: str = "ablation"
+    """"main" (the table of methods), "ablation", "choices", "lambda" or "tau"."""
+
+
+SUITES = {
+    "narrow": Suite(
+        title="a quarter of ResNet-18's width, on a CPU",
+        recipe="default",
+        model={"model": "resnet18_cifar", "model_args": "channels=[16,32,64,128]"},
+        teacher={"standard_epochs": 15, "standard_lr": 0.1, "batch_size": 128},
+        budget={
+            "epochs": 3, "limit_train": 10000, "attack_steps": 3, "batch_size": 64, "lr": 0.02,
+            "mixed_precision": "bf16", "num_workers": 0,
+        },
+        evaluation={"limit_eval": 1000, "batch_size": 32, "channels_last": True, "num_workers": 0},
+    ),
+    "resnet18": Suite(
+        title="ResNet-18",
+        recipe="cifar10_resnet18",
+        model={"model": "resnet18_cifar"},
+        teacher={"standard_epochs": 100, "standard_lr": 0.1},
+        budget={},
+        evaluation={"batch_size": 500},
+    ),
+    "wrn34_10": Suite(
+        title="WideResNet-34-10",
+        recipe="cifar10_wrn34_10",
+        model={"model": "wide_resnet34_10_cifar"},
+        teacher={"standard_epochs": 100, "standard_lr": 0.1},
+        budget={},
+        evaluation={"batch_size": 250},
+    ),
+}  # fmt: skip
+
+THREE = (0, 1, 2)
+BEST: Flags = {"rgkd_weight": 100}
+"""What the recipes for CIFAR-10 change of the method: λ, by the narrow network's sweep."""
+
+VARIANTS = {
+    "at": Variant("AT, from nothing", {"method": "at", "init": "random"}, THREE, "main"),
+    "trades": Variant("TRADES, finetuned", {"method": "trades"}, THREE, "main"),
+    "aft": Variant("AFT", {"method": "at"}, THREE, "main"),
+    "arrest": Variant("ARREST (λ 10, τ 0.25)", {}, THREE, "main"),
+    "best": Variant("ARREST, the recipe", BEST, THREE, "main"),
+    "trades-scratch": Variant("TRADES, from nothing", {"method": "trades", "init": "random"}),
+    "rgkd": Variant("AFT + RGKD (λ 10)", {"replay_threshold": "none"}),
+    "ema": Variant("+ averaged weights", {"ema_decay": 0.99}),
+    "ema-late": Variant("+ averaged from epoch 2", {"ema_decay": 0.99, "ema_start_epoch": 2}),
+    "ema-hold": Variant("+ averaged, learning rate held at 0.3", {"ema_decay": 0.99, "lr_hold": 0.3}),
+    "awp": Variant("+ AWP (0.005)", {"awp_gamma": 0.005}),
+    "eps-spread": Variant("+ sample-wise eps (spread 0.5)", {"eps_spread": 0.5}),
+    "eps-10": Variant("+ eps 10/255 in training", {"eps_train": "10/255"}),
+    "eps-6": Variant("+ eps 6/255 in training", {"eps_train": "6/255"}),
+    "frozen-head": Variant("+ frozen head", {"freeze_head": True}),
+    "smoothing": Variant("+ label smoothing 0.1", {"label_smoothing": 0.1}),
+    "augment": Variant("+ TrivialAugment", {"augment": "trivialaugment"}),
+    "erasing": Variant("+ random erasing 0.5", {"random_erasing": 0.5}),
+    "clean-input": Variant("RGKD with the student at the clean input", {"rgkd_input": "clean"}, group="choices"),
+    "replay-batch": Variant("the whole batch replayed by its mean", {"replay_by": "batch"}, group="choices"),
+    "replay-clean": Variant("the clean image replayed", {"replay_with": "clean"}, group="choices"),
+    "lambda-3": Variant("λ 3", {"rgkd_weight": 3}, group="lambda"),
+    "lambda-30": Variant("λ 30", {"rgkd_weight": 30}, group="lambda"),
+    "lambda-100": Variant("λ 100", {"rgkd_weight": 100}, group="lambda"),
+    "tau-0.15": Variant("τ 0.15", {"replay_threshold": 0.15}, group="tau"),
+    "tau-0.20": Variant("τ 0.20", {"replay_threshold": 0.2}, group="tau"),
+    "tau-0.30": Variant("τ 0.30", {"replay_threshold": 0.3}, group="tau"),
+}  # fmt: skip
+
+PAPERS = {
+    "resnet18": {
+        "ARREST": (86.63, 46.14), "AR-AT": (87.82, 49.02), "AR-AT, averaged": (86.44, 50.28), "CURE": (86.76, 49.69),
+        "LBGAT": (85.00, 48.85), "ADR, averaged, AWP": (83.26, 51.18), "DAJAT": (85.71, 52.48),
+    },
+    "wrn34_10": {"ARREST": (90.24, 50.20), "AR-AT, averaged": (90.06, 54.03), "DAJAT": (88.71, 57.81)},
+}  # fmt: skip
+"""Clean accuracy and accuracy under AutoAttack that are published for CIFAR-10, linf 8/255, without more data."""

@@ -1,0 +1,168 @@
+"""scripts/reproduce_cifar10.py: its runs are valid, it goes on where it stopped; docs/results.md is what it makes."""
+
+import json
+import shlex
+from pathlib import Path
+
+import cifar10_report
+import cifar10_suites
+import pytest
+import reproduce_cifar10 as reproduce
+from tiny import tiny_config
+
+from arrest_hub.cli import parse_eval, parse_finetune, run_cli
+from arrest_hub.recipe_files import read_recipe
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {"arrest-finetune": parse_finetune, "arrest-eval": parse_eval}
+
+
+def session_of(name, tmp_path, suite=None, dataset="cifar10"):
+    return reproduce.Session(suite or cifar10_suites.SUITES[name], name, dataset, tmp_path, [], None)
+
+
+@pytest.mark.parametrize("name", cifar10_suites.SUITES)
+def test_every_run_is_a_valid_command(name, tmp_path):
+    session = session_of(name, tmp_path)
+    for key, variant in cifar10_suites.VARIANTS.items():
+        words = reproduce.words(reproduce.finetune_flags(session, variant, 0, tmp_path / key))
+        config, _ = parse_finetune(words)
+        assert config.seed == 0
+        for flag, value in variant.flags.items():
+            assert str(getattr(config, flag)) in (str(value), str(value).title(), f"{value}.0"), flag
+
+
+def test_the_recipe_is_what_the_tables_call_the_recipe():
+    recipe = read_recipe("cifar10_resnet18")
+    assert {key: recipe.get(key) for key in cifar10_suites.BEST} == cifar10_suites.BEST
+    recipe = read_recipe("cifar10_wrn34_10")
+    assert {key: recipe.get(key) for key in cifar10_suites.BEST} == cifar10_suites.BEST
+
+
+def test_runs_are_chosen_by_group_variant_and_seed():
+    assert reproduce.chosen_runs("best-seed-1,aft") == [("best", 1), ("aft", 0), ("aft", 1), ("aft", 2)]
+    assert {key for key, _ in reproduce.chosen_runs("lambda")} == {"lambda-3", "lambda-30", "lambda-100"}
+    assert len(reproduce.chosen_runs("all")) == sum(len(v.seeds) for v in cifar10_suites.VARIANTS.values())
+    with pytest.raises(ValueError, match="'bset' is no variant"):
+        reproduce.chosen_runs("bset")
+
+
+@pytest.fixture
+def tiny_session(tmp_path, monkeypatch):
+    """A session on tiny images and a tiny network, whose commands run in this process and can be cut short."""
+    config = tiny_config(tmp_path)
+    suite = cifar10_suites.Suite(
+        title="tiny", recipe="default",
+        model={"model": "resnet18_cifar", "model_args": "channels=[4,4,8,8]", "image_size": 8},
+        teacher={"standard_epochs": 1, "batch_size": 8, "mixed_precision": "no", "num_workers": 0},
+        budget={"epochs": 1, "attack_steps": 1, "batch_size": 8, "num_workers": 0, "image_size": 8},
+        evaluation={"limit_eval": 12, "batch_size": 12, "num_workers": 0},
+    )  # fmt: skip
+    calls = []
+
+    def call(self, command, log):
+        from arrest_hub.cli import eval_command, finetune_command
+
+        if calls and calls[-1] == "time is up":
+            calls.pop()
+            raise reproduce.TimeIsUp
+        calls.append(command)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        kind = {"finetune": finetune_command, "eval": eval_command}[command[0]]
+        assert run_cli(kind, command[1:]) == 0
+        log.write_text("passes      per image and step: 1 attack, 1 training\n")
+        return 1.0
+
+    monkeypatch.setattr(reproduce.Session, "call", call)
+    monkeypatch.setattr(reproduce, "EVIDENCE", tmp_path / "evidence")
+    return session_of("tiny", tmp_path / "runs", suite, config.dataset), calls, tmp_path
+
+
+def test_from_nothing_to_kept_figures_and_on_after_a_stop(tiny_session):
+    session, calls, tmp_path = tiny_session
+    reproduce.teacher_folder(session)
+    reproduce.train(session, "rgkd", 0)
+    calls.append("time is up")
+    with pytest.raises(reproduce.TimeIsUp):
+        reproduce.attack(session, "rgkd", 0, "pgd")
+    made = len(calls)
+    reproduce.teacher_folder(session)
+    reproduce.train(session, "rgkd", 0)
+    assert len(calls) == made, "nothing is done twice"
+    reproduce.attack(session, "rgkd", 0, "pgd")
+    reproduce.attack(session, "rgkd", 0, "pgd")
+    assert len(calls) == made + 1
+
+    folder = tmp_path / "evidence" / "tiny" / "rgkd-seed-0"
+    results = json.loads((folder / "results.json").read_text())["results"]
+    assert [result["attack"] for result in results] == [None, "pgd-20"]
+    facts = json.loads((folder / "run.json").read_text())
+    for command in facts["commands"]:
+        words = shlex.split(command)
+        assert COMMANDS[words[0]](words[1:]), "a command that anybody can type"
+        assert str(tmp_path) not in command
+    assert "runs/tiny/teacher/teacher" in facts["commands"][0]
+    assert facts["train_minutes"] > 0
+    assert facts["log"][0]["step"] >= 1
+    assert not reproduce.has_figure(session, "rgkd", 0, "autoattack")
+
+    text = "\n".join(cifar10_report.suite_text("tiny", tmp_path / "evidence" / "tiny"))
+    clean = 100 * results[0]["correct"] / results[0]["n"]
+    assert f"| AFT + RGKD (λ 10) | 1 | {clean:.1f} |" in text
+
+
+def evidence(folder, key, seed, counts):
+    place = folder / f"{key}-seed-{seed}"
+    place.mkdir(parents=True)
+    results = [
+        {"attack": None if name == "clean" else name, "correct": right, "n": 1000} for name, right in counts.items()
+    ]
+    (place / "results.json").write_text(json.dumps({"results": results}))
+    (place / "run.json").write_text(json.dumps({"train_minutes": 2.0, "passes": "3 attack", "log": [], "commands": []}))
+
+
+def test_the_table_counts_what_is_there(tmp_path):
+    for seed, clean in enumerate((600, 610, 620)):
+        evidence(tmp_path, "aft", seed, {"clean": clean, "pgd-20": 200} | ({"autoattack": 180} if seed < 2 else {}))
+    evidence(tmp_path, "arrest", 0, {"clean": 700, "pgd-20": 200})
+    lines = cifar10_report.suite_text("narrow", tmp_path)
+    (aft,) = [line for line in lines if line.startswith("| AFT |")]
+    # the harmonic mean of 61 % and 20 % is 30.1 %
+    assert aft.split("|")[2:8] == [
+        " 3 ", " 61.0 (60.0–62.0) ", " 20.0 (20.0–20.0) ", " 18.0 (18.0–18.0) of 2 ", " 30.1 (30.0–30.2) ",
+        " 27.7 (27.7–27.8) ",
+    ]  # fmt: skip
+    (arrest,) = [line for line in lines if line.startswith("| ARREST (λ 10")]
+    assert arrest.split("|")[5:8] == [" – ", " 31.1 ", " – "], "what is not measured is not guessed"
+
+
+def test_the_report_in_the_docs_is_made_from_the_evidence(tmp_path):
+    """Every figure of the tables can be traced to a results.json beside its commands."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    for folder in sorted(path for path in reproduce.EVIDENCE.iterdir() if path.is_dir()):
+        begin, end = cifar10_report.BEGIN.format(folder.name), cifar10_report.END.format(folder.name)
+        part = text.partition(begin)[2].partition(end)[0].strip("\n").splitlines()
+        assert part == "\n".join(cifar10_report.suite_text(folder.name, folder)).strip("\n").splitlines()
+        for run in folder.glob("*-seed-*"):
+            facts = json.loads((run / "run.json").read_text())
+            for command in facts["commands"]:
+                words = shlex.split(command)
+                assert COMMANDS[words[0]](words[1:])
+            assert (run / "results.json").is_file()
+
+
+def test_figures_can_be_drawn_of_part_of_the_runs(tmp_path):
+    for key in ("aft", "best", "lambda-30"):
+        evidence(tmp_path / "narrow", key, 0, {"clean": 600, "pgd-20": 200})
+    rows = {"narrow": cifar10_report.read_suite(tmp_path / "narrow")}
+    cifar10_report.draw_tradeoff(tmp_path / "tradeoff.png", rows)
+    cifar10_report.draw_drift(tmp_path / "drift.png", rows["narrow"])
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("tradeoff.png", "drift.png"))
+
+
+def test_a_report_without_a_place_is_an_error(tmp_path):
+    (tmp_path / "docs" / "figures").mkdir(parents=True)
+    (tmp_path / "docs" / "results.md").write_text("# nothing\n")
+    evidence(tmp_path / "evidence" / "narrow", "aft", 0, {"clean": 600, "pgd-20": 200})
+    with pytest.raises(ValueError, match="no place for the suite 'narrow'"):
+        cifar10_report.write_report(tmp_path / "evidence", tmp_path / "docs")
