@@ -51,7 +51,6 @@ class Session:
     name: str
     dataset: str
     folder: Path
-    device: list[str]
     deadline: float | None
 
     def call(self, command: Sequence[str], log: Path) -> float:
@@ -245,7 +244,7 @@ def main() -> int:
         return 0
     deadline = None if args.minutes is None else time.time() + 60 * args.minutes
     folder = (args.output_dir or Path("runs") / args.suite).resolve()
-    session = Session(SUITES[args.suite], args.suite, args.dataset, folder, [], deadline)
+    session = Session(SUITES[args.suite], args.suite, args.dataset, folder, deadline)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"  # threads of several processes would wait for each other
     steps: list[tuple[Any, ...]] = [

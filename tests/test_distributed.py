@@ -179,6 +179,7 @@ def test_one_clear_error_on_two_processes(two, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_accelerate_launch_on_a_cpu_says_that_it_started_one_process(two, tmp_path):
     _, arguments, _ = two
     arguments = [*arguments, "--max-steps", "1", "--limit-eval", "6"]

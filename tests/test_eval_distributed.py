@@ -54,7 +54,9 @@ def same(first: Path, second: Path) -> None:
     assert 0 < reports[0].get("robust_accuracy", attack="apgd-ce").correct < 28
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=["torchrun", "accelerate"]
+)
 def test_two_processes_equal_one(one, tmp_path, launcher):
     folder, arguments = one
     result = launch([*arguments, "--output-dir", str(tmp_path / "two")], launcher)
@@ -89,6 +91,7 @@ def test_one_process_begins_and_two_go_on(one, tmp_path):
     same(folder / "one", out)
 
 
+@pytest.mark.slow
 def test_one_clear_error_on_two_processes(one, tmp_path):
     _, arguments = one
     result = launch([*arguments, "--output-dir", str(tmp_path / "out"), "--teacher", str(tmp_path / "none")], TORCHRUN)

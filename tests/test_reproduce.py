@@ -18,7 +18,7 @@ COMMANDS = {"arrest-finetune": parse_finetune, "arrest-eval": parse_eval}
 
 
 def session_of(name, tmp_path, suite=None, dataset="cifar10"):
-    return reproduce.Session(suite or cifar10_suites.SUITES[name], name, dataset, tmp_path, [], None)
+    return reproduce.Session(suite or cifar10_suites.SUITES[name], name, dataset, tmp_path, None)
 
 
 @pytest.mark.parametrize("name", cifar10_suites.SUITES)
