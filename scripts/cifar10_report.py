@@ -143,7 +143,7 @@ def draw_tradeoff(path: Path, suites: Mapping[str, Mapping[str, Sequence[Row]]])
     }
     for label, (keys, colour, marker) in curves.items():
         points = [mean_point(narrow[key], "pgd-20") for key in keys if key in narrow]
-        if points:
+        if len(points) > 1:
             left.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.2, label=label)
             for key, point in zip([key for key in keys if key in narrow], points, strict=True):
                 name = {"arrest": "λ 10, τ 0.25", "rgkd": "no replay"}.get(key, VARIANTS[key].title)
