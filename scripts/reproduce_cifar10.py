@@ -52,6 +52,8 @@ class Session:
     dataset: str
     folder: Path
     deadline: float | None
+    attacks: tuple[str, ...] = ("pgd",)
+    """The stages whose figures are wanted: a run that has them all kept is not trained again."""
 
     def call(self, command: Sequence[str], log: Path) -> float:
         """Run a command of arrest-hub and wait: the seconds it took. At the deadline it is told to stop.
@@ -123,7 +125,8 @@ def finetune_flags(session: Session, variant: Variant, seed: int, run: Path) -> 
 def train(session: Session, key: str, seed: int) -> None:
     """One run of arrest-finetune, unless its weights or its results are there."""
     run = session.folder / run_name(key, seed)
-    if (run / "export" / "results.json").is_file() or has_figure(session, key, seed, "pgd"):
+    kept = all(has_figure(session, key, seed, stage) for stage in session.attacks)
+    if (run / "export" / "results.json").is_file() or kept:
         return
     flags = finetune_flags(session, VARIANTS[key], seed, run)
     resume = ["--resume"] if (run / "config.yaml").is_file() else []
@@ -136,8 +139,7 @@ def attack(session: Session, key: str, seed: int, stage: str) -> None:
         return
     run = session.folder / run_name(key, seed)
     if not (run / "export" / "results.json").is_file():
-        train_again = f"{run} has no weights any more: delete {evidence_folder(session, key, seed)} to train it again"
-        raise SystemExit(train_again)
+        raise SystemExit(f"{run} has no weights to attack: put train among the --stages")
     names = {"pgd": "clean,pgd-20", "autoattack": "clean,pgd-20,autoattack"}[stage]
     record = session.folder / "evals" / f"{run.name}-{stage}"
     flags = session.suite.evaluation | {"dataset": session.dataset, "attacks": names, "seed": 0, "output_dir": record}
@@ -244,7 +246,8 @@ def main() -> int:
         return 0
     deadline = None if args.minutes is None else time.time() + 60 * args.minutes
     folder = (args.output_dir or Path("runs") / args.suite).resolve()
-    session = Session(SUITES[args.suite], args.suite, args.dataset, folder, deadline)
+    attacks = tuple(stage for stage in args.stages.split(",") if stage != "train") or ("pgd",)
+    session = Session(SUITES[args.suite], args.suite, args.dataset, folder, deadline, attacks)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"  # threads of several processes would wait for each other
     steps: list[tuple[Any, ...]] = [

@@ -1,7 +1,9 @@
 """scripts/reproduce_cifar10.py: its runs are valid, it goes on where it stopped; docs/results.md is what it makes."""
 
+import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import cifar10_report
@@ -105,6 +107,15 @@ def test_from_nothing_to_kept_figures_and_on_after_a_stop(tiny_session):
     assert facts["train_minutes"] > 0
     assert facts["log"][0]["step"] >= 1
     assert not reproduce.has_figure(session, "rgkd", 0, "autoattack")
+
+    shutil.rmtree(session.folder / "rgkd-seed-0")  # another machine, which has the figures and not the weights
+    made = len(calls)
+    reproduce.train(session, "rgkd", 0)
+    assert len(calls) == made
+    with pytest.raises(SystemExit, match="no weights to attack"):
+        reproduce.attack(session, "rgkd", 0, "autoattack")
+    reproduce.train(dataclasses.replace(session, attacks=("pgd", "autoattack")), "rgkd", 0)
+    assert len(calls) == made + 1, "AutoAttack is wanted, and needs the weights again"
 
     text = "\n".join(cifar10_report.suite_text("tiny", tmp_path / "evidence" / "tiny"))
     clean = 100 * results[0]["correct"] / results[0]["n"]
