@@ -160,12 +160,7 @@ def draw_tradeoff(path: Path, suites: Mapping[str, Mapping[str, Sequence[Row]]])
             draw_points(right, runs, "autoattack", VARIANTS[key].title, COLOURS[0])
     right.margins(x=0.25, y=0.15)
     right.set(title="ResNet-18, published", xlabel="clean accuracy (%)", ylabel="under AutoAttack (%)")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    save(figure, path)
 
 
 def mean_point(rows: Sequence[Row], attack: str) -> tuple[float, float]:
@@ -204,7 +199,12 @@ def draw_drift(path: Path, rows: Mapping[str, Sequence[Row]]) -> None:
         right.plot(steps, [100 * line["replay_rate"] for line in log], color=colour, linewidth=1.2, label=label)
     left.set(xlabel="optimizer step", ylabel="drift (share of π)", title="drift: median, and 90 % quantile dotted")
     right.set(xlabel="optimizer step", ylabel="replayed (%)", title="replay rate", ylim=(0, None))
-    for axes in (left, right):
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Dress the panels alike and write the figure."""
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#dddddd", linewidth=0.6)
         if axes.get_legend_handles_labels()[0]:

@@ -6,7 +6,7 @@ measured: figures are in docs/evidence/ and docs/results.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 Flags = dict[str, Any]
@@ -24,7 +24,6 @@ class Suite:
     budget: Flags
     evaluation: Flags
     """Flags of arrest-eval: images, and what makes it fast on the hardware."""
-    teacher_evaluation: Flags = field(default_factory=lambda: {"attacks": "clean,pgd-20"})
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,8 @@ SUITES = {
 }  # fmt: skip
 
 THREE = (0, 1, 2)
+METHOD: Flags = {"rgkd_weight": 10, "replay_threshold": 0.25}
+"""What variants change, whatever the suite's recipe has."""
 BEST: Flags = {"rgkd_weight": 100}
 """What the recipes for CIFAR-10 change of the method: λ, by the narrow network's sweep."""
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar10_report import write_report
-from cifar10_suites import SUITES, VARIANTS, Flags, Suite, Variant
+from cifar10_suites import METHOD, SUITES, VARIANTS, Flags, Suite, Variant
 
 from arrest_hub.fields import flag
 
@@ -117,7 +117,7 @@ def finetune_flags(session: Session, variant: Variant, seed: int, run: Path) -> 
     """What arrest-finetune is told for one run."""
     return {
         "model": session.folder / "teacher" / "teacher", "dataset": session.dataset, "recipe": session.suite.recipe,
-        "standard_epochs": 0, **session.suite.budget, **variant.flags, "seed": seed, "validation_size": 0,
+        "standard_epochs": 0, **session.suite.budget, **METHOD, **variant.flags, "seed": seed, "validation_size": 0,
         "eval_every": 0, "export_weights": "last", "limit_eval": 100, "log_every": 20, "output_dir": run,
     }  # fmt: skip
 

@@ -30,6 +30,9 @@ def test_every_run_is_a_valid_command(name, tmp_path):
         words = reproduce.words(reproduce.finetune_flags(session, variant, 0, tmp_path / key))
         config, _ = parse_finetune(words)
         assert config.seed == 0
+        assert config.rgkd_weight == variant.flags.get("rgkd_weight", 10), (
+            "the recipe's own does not leak into the rows"
+        )
         for flag, value in variant.flags.items():
             assert str(getattr(config, flag)) in (str(value), str(value).title(), f"{value}.0"), flag
 
