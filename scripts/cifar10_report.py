@@ -132,35 +132,49 @@ def write_report(evidence: Path, docs: Path) -> None:
 
 
 def draw_tradeoff(path: Path, suites: Mapping[str, Mapping[str, Sequence[Row]]]) -> None:
-    """Clean against robust accuracy: on the left the narrow network's sweeps and methods under PGD-20, on the right
-    what is published for ResNet-18 under AutoAttack, and ours where it is measured."""
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    narrow = suites["narrow"]
+    """Clean against robust accuracy: the narrow network's sweeps and methods under PGD-20, then, a panel for each of
+    the paper's networks, what is published under AutoAttack, and ours where it is measured."""
+    figure = Figure(figsize=(13.5, 4.2), layout="constrained")
+    sweeps, *published = figure.subplots(1, 1 + len(PAPERS))
+    draw_sweeps(sweeps, suites["narrow"])
+    for axes, (name, points) in zip(published, PAPERS.items(), strict=True):
+        draw_published(axes, SUITES[name].title, points, suites.get(name, {}))
+    save(figure, path)
+
+
+def draw_sweeps(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
+    """The narrow network: a curve for each sweep, and the methods."""
     curves = {
-        "λ (τ 0.25)": (["lambda-3", "arrest", "lambda-30", "lambda-100"], COLOURS[0], "o"),
+        "λ (τ 0.25)": (["lambda-3", "arrest", "lambda-30", "lambda-100", "lambda-300"], COLOURS[0], "o"),
         "τ (λ 10)": (["tau-0.15", "tau-0.20", "arrest", "tau-0.30", "rgkd"], COLOURS[2], "s"),
     }
     for label, (keys, colour, marker) in curves.items():
-        points = [mean_point(narrow[key], "pgd-20") for key in keys if key in narrow]
+        # one seed each, the same for all
+        points = {key: mean_point(narrow[key][:1], "pgd-20") for key in keys if key in narrow}
         if len(points) > 1:
-            left.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.2, label=label)
-            for key, point in zip([key for key in keys if key in narrow], points, strict=True):
+            axes.plot(*zip(*points.values(), strict=True), color=colour, marker=marker, linewidth=1.2, label=label)
+            for key, point in points.items():
                 name = {"arrest": "λ 10, τ 0.25", "rgkd": "no replay"}.get(key, VARIANTS[key].title)
-                left.annotate(name, point, (4, 4), textcoords="offset points", fontsize=6, color=colour)
+                axes.annotate(name, point, (4, 4), textcoords="offset points", fontsize=6, color=colour)
     for key, colour in (("at", GREY), ("trades", COLOURS[3]), ("aft", COLOURS[1]), ("best", DARK)):
         if key in narrow:
-            draw_points(left, narrow[key], "pgd-20", VARIANTS[key].title, colour)
-    left.set(title="quarter-width ResNet-18 on a CPU", xlabel="clean accuracy (%)", ylabel="under PGD-20 (%)")
-    for name, (clean, robust) in PAPERS["resnet18"].items():
-        right.plot(clean, robust, "x" if name != "ARREST" else "*", color=COLOURS[1] if name == "ARREST" else GREY)
-        right.annotate(name, (clean, robust), (4, 4), textcoords="offset points", fontsize=7, color=DARK)
-    for key, runs in suites.get("resnet18", {}).items():
-        if any("autoattack" in run.counts for run in runs):
-            draw_points(right, runs, "autoattack", VARIANTS[key].title, COLOURS[0])
-    right.margins(x=0.25, y=0.15)
-    right.set(title="ResNet-18, published", xlabel="clean accuracy (%)", ylabel="under AutoAttack (%)")
-    save(figure, path)
+            draw_points(axes, narrow[key], "pgd-20", VARIANTS[key].title, colour)
+    axes.set(title=SUITES["narrow"].title, xlabel="clean accuracy (%)", ylabel="under PGD-20 (%)")
+
+
+def draw_published(
+    axes: Axes, title: str, points: Mapping[str, tuple[float, float]], ours: Mapping[str, Sequence[Row]]
+) -> None:
+    """What others report for a network, and our runs that were attacked with AutoAttack."""
+    for name, (clean, robust) in points.items():
+        axes.plot(clean, robust, "x" if name != "ARREST" else "*", color=COLOURS[1] if name == "ARREST" else GREY)
+        axes.annotate(name, (clean, robust), (4, 4), textcoords="offset points", fontsize=7, color=DARK)
+    measured = {key: runs for key, runs in ours.items() if any("autoattack" in run.counts for run in runs)}
+    for key, runs in measured.items():
+        draw_points(axes, runs, "autoattack", VARIANTS[key].title, COLOURS[0])
+    axes.margins(x=0.25, y=0.15)
+    state = "published, and ours" if measured else "published"
+    axes.set(title=f"{title}: {state}", xlabel="clean accuracy (%)", ylabel="under AutoAttack (%)")
 
 
 def mean_point(rows: Sequence[Row], attack: str) -> tuple[float, float]:

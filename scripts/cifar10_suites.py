@@ -47,7 +47,7 @@ SUITES = {
             "epochs": 3, "limit_train": 10000, "attack_steps": 3, "batch_size": 64, "lr": 0.02,
             "mixed_precision": "bf16", "num_workers": 0,
         },
-        evaluation={"limit_eval": 1000, "batch_size": 32, "channels_last": True, "num_workers": 0},
+        evaluation={"limit_eval": 1000, "batch_size": 32, "channels_last": True, "compile": True, "num_workers": 0},
     ),
     "resnet18": Suite(
         title="ResNet-18",
@@ -98,6 +98,7 @@ VARIANTS = {
     "lambda-3": Variant("λ 3", {"rgkd_weight": 3}, group="lambda"),
     "lambda-30": Variant("λ 30", {"rgkd_weight": 30}, group="lambda"),
     "lambda-100": Variant("λ 100", {"rgkd_weight": 100}, group="lambda"),
+    "lambda-300": Variant("λ 300", {"rgkd_weight": 300}, group="lambda"),
     "tau-0.15": Variant("τ 0.15", {"replay_threshold": 0.15}, group="tau"),
     "tau-0.20": Variant("τ 0.20", {"replay_threshold": 0.2}, group="tau"),
     "tau-0.30": Variant("τ 0.30", {"replay_threshold": 0.3}, group="tau"),

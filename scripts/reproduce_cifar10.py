@@ -4,6 +4,7 @@ AutoAttack, tables and figures. Every figure is one of arrest-eval's, kept in do
     python scripts/reproduce_cifar10.py --suite resnet18                     # ARREST alone, AutoAttack on 10,000 images
     python scripts/reproduce_cifar10.py --suite narrow --runs all --jobs 2   # every variant, on a CPU
     python scripts/reproduce_cifar10.py --suite resnet18 --minutes 9         # as far as nine minutes go; again: go on
+    python scripts/reproduce_cifar10.py --teacher ./my-resnet18              # from a network that is trained already
     python scripts/reproduce_cifar10.py --report                             # tables and figures alone
 
 Each step is a run of arrest-finetune or arrest-eval, resumed where one was stopped and left out where its results are
@@ -54,6 +55,8 @@ class Session:
     deadline: float | None
     attacks: tuple[str, ...] = ("pgd",)
     """The stages whose figures are wanted: a run that has them all kept is not trained again."""
+    teacher: Path | None = None
+    """A standardly pretrained network to start from, in place of one trained here."""
 
     def call(self, command: Sequence[str], log: Path) -> float:
         """Run a command of arrest-hub and wait: the seconds it took. At the deadline it is told to stop.
@@ -94,7 +97,9 @@ def words(flags: Flags) -> list[str]:
 
 
 def teacher_folder(session: Session) -> Path:
-    """The teacher's model folder; trained first, where it is not there."""
+    """The teacher's model folder; trained first, where it is not there and none was given."""
+    if session.teacher is not None:
+        return session.teacher
     run = session.folder / "teacher"
     if not (run / "teacher").is_dir() or not (run / "export" / "results.json").is_file():
         # the clean phase is what is wanted, and one robust step ends the run
@@ -116,9 +121,10 @@ def run_name(key: str, seed: int) -> str:
 def finetune_flags(session: Session, variant: Variant, seed: int, run: Path) -> Flags:
     """What arrest-finetune is told for one run."""
     return {
-        "model": session.folder / "teacher" / "teacher", "dataset": session.dataset, "recipe": session.suite.recipe,
-        "standard_epochs": 0, **session.suite.budget, **METHOD, **variant.flags, "seed": seed, "validation_size": 0,
-        "eval_every": 0, "export_weights": "last", "limit_eval": 100, "log_every": 20, "output_dir": run,
+        "model": session.teacher or session.folder / "teacher" / "teacher",
+        "dataset": session.dataset, "recipe": session.suite.recipe, "standard_epochs": 0,
+        **session.suite.budget, **METHOD, **variant.flags, "seed": seed, "validation_size": 0, "eval_every": 0,
+        "export_weights": "last", "limit_eval": 100, "log_every": 20, "output_dir": run,
     }  # fmt: skip
 
 
@@ -173,6 +179,8 @@ def portable(session: Session, command: Sequence[str]) -> str:
     """A command as anybody types it, from the repository's root."""
     kinds = {"finetune": "arrest-finetune", "eval": "arrest-eval"}
     text = " ".join([kinds[command[0]], *(f"'{word}'" if "[" in word else word for word in command[1:])])
+    if session.teacher is not None:
+        text = text.replace(str(session.teacher), f"./{session.teacher.name}")
     return text.replace(str(session.folder), f"runs/{session.name}").replace(session.dataset, "cifar10")
 
 
@@ -225,6 +233,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", default="best-seed-0", help="all, a group, or variants or runs separated by commas")
     parser.add_argument("--stages", default=",".join(STAGES), help="of train, pgd, autoattack")
     parser.add_argument("--dataset", default="cifar10", help="cifar10, or a folder that holds it")
+    parser.add_argument(
+        "--teacher", type=Path, help="a pretrained network's folder, to start from in place of training one"
+    )
     parser.add_argument("--output-dir", type=Path, help="where the runs are; default: runs/<suite>")
     parser.add_argument("--minutes", type=float, help="stop after so many, with everything kept")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one: a thread each, for a CPU")
@@ -234,6 +245,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.chosen = chosen_runs(args.runs)
     except ValueError as error:
         parser.error(str(error))
+    if args.teacher is not None and not (args.teacher / "config.json").is_file():
+        parser.error(
+            f"--teacher {args.teacher} is no model folder (no config.json): give the folder of a trained network"
+        )
     if unknown := set(args.stages.split(",")) - set(STAGES):
         parser.error(f"--stages {', '.join(sorted(unknown))}: give of {', '.join(STAGES)}")
     return args
@@ -247,7 +262,8 @@ def main() -> int:
     deadline = None if args.minutes is None else time.time() + 60 * args.minutes
     folder = (args.output_dir or Path("runs") / args.suite).resolve()
     attacks = tuple(stage for stage in args.stages.split(",") if stage != "train") or ("pgd",)
-    session = Session(SUITES[args.suite], args.suite, args.dataset, folder, deadline, attacks)
+    teacher = args.teacher.resolve() if args.teacher else None
+    session = Session(SUITES[args.suite], args.suite, args.dataset, folder, deadline, attacks, teacher)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"  # threads of several processes would wait for each other
     steps: list[tuple[Any, ...]] = [

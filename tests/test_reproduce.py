@@ -46,10 +46,22 @@ def test_the_recipe_is_what_the_tables_call_the_recipe():
 
 def test_runs_are_chosen_by_group_variant_and_seed():
     assert reproduce.chosen_runs("best-seed-1,aft") == [("best", 1), ("aft", 0), ("aft", 1), ("aft", 2)]
-    assert {key for key, _ in reproduce.chosen_runs("lambda")} == {"lambda-3", "lambda-30", "lambda-100"}
+    assert {key for key, _ in reproduce.chosen_runs("lambda")} == {"lambda-3", "lambda-30", "lambda-100", "lambda-300"}
     assert len(reproduce.chosen_runs("all")) == sum(len(v.seeds) for v in cifar10_suites.VARIANTS.values())
     with pytest.raises(ValueError, match="'bset' is no variant"):
         reproduce.chosen_runs("bset")
+
+
+def test_a_teacher_that_is_given_is_not_trained(tmp_path):
+    given = tmp_path / "pretrained" / "my-resnet18"
+    session = dataclasses.replace(session_of("narrow", tmp_path / "runs"), teacher=given)
+    assert reproduce.teacher_folder(session) == given, "no command was called"
+    flags = reproduce.finetune_flags(session, cifar10_suites.VARIANTS["arrest"], 0, tmp_path / "runs" / "arrest-seed-0")
+    text = reproduce.portable(session, ["finetune", *reproduce.words(flags)])
+    assert "--model ./my-resnet18 " in text
+    assert str(tmp_path) not in text
+    with pytest.raises(SystemExit):
+        reproduce.parse(["--teacher", str(tmp_path)])
 
 
 @pytest.fixture
@@ -156,13 +168,16 @@ def test_the_report_in_the_docs_is_made_from_the_evidence(tmp_path):
     for folder in sorted(path for path in reproduce.EVIDENCE.iterdir() if path.is_dir()):
         begin, end = cifar10_report.BEGIN.format(folder.name), cifar10_report.END.format(folder.name)
         part = text.partition(begin)[2].partition(end)[0].strip("\n").splitlines()
+        teachers = set()
         assert part == "\n".join(cifar10_report.suite_text(folder.name, folder)).strip("\n").splitlines()
         for run in folder.glob("*-seed-*"):
             facts = json.loads((run / "run.json").read_text())
             for command in facts["commands"]:
                 words = shlex.split(command)
                 assert COMMANDS[words[0]](words[1:])
+            teachers.add(parse_finetune(shlex.split(facts["commands"][0])[1:])[0].model)
             assert (run / "results.json").is_file()
+        assert len(teachers) == 1, "rows that are compared start from one network"
 
 
 def test_figures_can_be_drawn_of_part_of_the_runs(tmp_path):
