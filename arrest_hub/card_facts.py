@@ -31,6 +31,9 @@ FIGURES = {
 }
 """The pictures that a card shows, and what is on them."""
 
+EVALUATION_FIGURES = tuple(name for name in FIGURES if name != "training.png")
+"""Those that an evaluation draws, of its images."""
+
 # not part of what was trained: the reader's machine, not the writer's, or how it was published
 NOT_EXPORTED = ("output_dir", "resume", "overwrite", "dry_run", "num_workers", "ddp_timeout", "log_with", "figures",
                 "push_to_hub", "private", "license", "license_name", "license_link")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ import numpy as np
 import yaml
 from accelerate import Accelerator
 
-from arrest_hub.card_facts import CardFacts, read_publication
+from arrest_hub.card_facts import EVALUATION_FIGURES, CardFacts, read_publication
 from arrest_hub.eval_config import EvalConfig, resume_problems
 from arrest_hub.model_card import card_is_generated, render_card
-from arrest_hub.results import EvalReport, merge_reports, read_results
+from arrest_hub.results import EvalReport, Result, merge_reports, read_results
 from arrest_hub.robustbench import write_robustbench
 from arrest_hub.verdicts import Verdicts, read_verdicts
 
@@ -132,7 +133,8 @@ def training_facts(model: str) -> dict[str, Any] | None:
 def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, figures: Sequence[Path]) -> list[str]:
     """Put figures, verdicts and card into the model's own folder, if `arrest-finetune` wrote it: sentences to print.
 
-    Figures of other weights are not mixed with these, and a card that was edited by hand is left alone.
+    Figures of other weights are not mixed with these, and a card that was edited by hand is left alone. Figures of
+    fewer images give way to the same ones of more.
     """
     folder = Path(config.model)
     if training_facts(config.model) is None or not (folder / "results.json").is_file():
@@ -141,20 +143,25 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     if old.model.get("weights_sha256") != report.model["weights_sha256"]:
         return [f"{folder} is left as it is: its results.json is of other weights than those evaluated."]
     differing = _differences(old, report)
+    superseded = bool(differing) and not config.cascade and _supersedes(report, old)
     if config.cascade:
         differing.append("these are of a cascade")
-    if differing:
+    if differing and not superseded:
         return [f"{folder} is left as it is, its figures would not stand beside these: {'; '.join(differing)}."]
     card = folder / "README.md"
     untouched = card_is_generated(folder)
     published = read_publication(card.read_text(encoding="utf-8")) if card.is_file() else None
-    kept = _merged_verdicts(folder / "verdicts.parquet", verdicts)
+    kept = verdicts if superseded else _merged_verdicts(folder / "verdicts.parquet", verdicts)
+    if superseded:
+        for name in EVALUATION_FIGURES:  # of the images that are no longer spoken of
+            (folder / "figures" / name).unlink(missing_ok=True)
+        report = dataclasses.replace(report, model=old.model | report.model)
     new_figures = "figures/ " if figures else ""
     for figure in figures:
         (folder / "figures").mkdir(exist_ok=True)
         shutil.copyfile(figure, folder / "figures" / figure.name)
     kept.write(folder / "verdicts.parquet")
-    merge_reports(old, report).write(folder / "results.json")
+    (report if superseded else merge_reports(old, report)).write(folder / "results.json")
     if untouched:
         try:
             text = render_card(CardFacts.from_folder(folder, published))
@@ -188,6 +195,17 @@ def _differences(old: EvalReport, new: EvalReport) -> list[str]:
         for name in before
         if before[name] != after[name] and None not in (before[name], after[name])
     ]
+
+
+def _supersedes(new: EvalReport, old: EvalReport) -> bool:
+    """Whether ``new`` has every figure of ``old``, of more images of the same dataset, under the same threat."""
+
+    def figures(rows: Sequence[Result]) -> dict[tuple[Any, ...], int]:
+        return {(row.metric, row.attack, row.norm, row.eps, row.dataset): row.n for row in rows}
+
+    pairs = [(figures(old.results), figures(new.results)), (figures(old.teacher_results), figures(new.teacher_results))]
+    size = [list(report.preprocessing.get("size", [])) for report in (old, new)]
+    return size[0] == size[1] and all(n < after.get(key, 0) for before, after in pairs for key, n in before.items())
 
 
 def _merged_verdicts(path: Path, new: Verdicts) -> Verdicts:

@@ -409,6 +409,16 @@ def test_an_export_is_brought_up_to_date(tmp_path, capsys):
     assert (export / "results.json").read_bytes() == kept
 
 
+def made_up_report(
+    n=48, split="test", norm="linf", eps="40/255", precision="fp32", size=(8, 8), weights="w", attacks=("pgd-20",)
+):
+    place = {"n": n, "dataset": "data", "split": split, "seed": 0, "seconds": 1.0}
+    rows = [Result("clean_accuracy", None, None, None, 10, **place)]
+    rows += [Result("robust_accuracy", name, norm, eps, 5, **place) for name in attacks]
+    model = {"weights_sha256": weights, "library": "timm", "architecture": "x", "steps": 1, "parameters": 9}
+    return EvalReport(rows, precision=precision, preprocessing={"size": list(size)}, model=model)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -422,29 +432,46 @@ def test_an_export_is_brought_up_to_date(tmp_path, capsys):
     ],
 )
 def test_figures_that_would_not_stand_together_stay_off_the_card(tmp_path, change, said):
-    def report(n=48, split="test", norm="linf", eps="40/255", precision="fp32", size=(8, 8), weights="w"):
-        place = {"n": n, "dataset": "data", "split": split, "seed": 0, "seconds": 1.0}
-        rows = [
-            Result("clean_accuracy", None, None, None, 10, **place),
-            Result("robust_accuracy", "pgd-20", norm, eps, 5, **place),
-        ]
-        model = {"weights_sha256": weights, "library": "timm", "architecture": "x", "steps": 1, "parameters": 9}
-        return EvalReport(rows, precision=precision, preprocessing={"size": list(size)}, model=model)
-
     (tmp_path / "training_config.yaml").write_text(FinetuneConfig(model="m", dataset="d").to_yaml())
     (tmp_path / "config.json").write_text('{"num_classes": 3}')
-    report().write(tmp_path / "results.json")
+    made_up_report().write(tmp_path / "results.json")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     config = EvalConfig(model=str(tmp_path), dataset="data", cascade=change.pop("cascade", False))
     verdicts = Verdicts(np.arange(2), np.zeros(2, int), np.zeros(2, int))
-    (sentence,) = update_export(config, report(**change), verdicts, [])
+    (sentence,) = update_export(config, made_up_report(**change), verdicts, [])
     assert "left as it is" in sentence
     assert said in sentence
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert (
         "brought up to date"
-        in update_export(EvalConfig(model=str(tmp_path), dataset="data"), report(), verdicts, [])[0]
+        in update_export(EvalConfig(model=str(tmp_path), dataset="data"), made_up_report(), verdicts, [])[0]
     )
+
+
+def test_figures_of_fewer_images_give_way_to_the_same_of_more(tmp_path):
+    """A quick evaluation at the end of a training does not keep the whole one off the card."""
+    (tmp_path / "training_config.yaml").write_text(FinetuneConfig(model="m", dataset="d").to_yaml())
+    (tmp_path / "config.json").write_text('{"num_classes": 3}')
+    (tmp_path / "figures").mkdir()
+    for name in ("gallery.png", "training.png"):
+        (tmp_path / "figures" / name).write_bytes(b"old")
+    few = made_up_report(n=12, split="test[12]")
+    few.write(tmp_path / "results.json")
+    Verdicts(np.arange(12), np.zeros(12, int), np.zeros(12, int), {"pgd-20": np.full(12, None)}).write(
+        tmp_path / "verdicts.parquet"
+    )
+    verdicts = Verdicts(np.arange(48), np.zeros(48, int), np.zeros(48, int), {"pgd-20": np.full(48, None)})
+    config = EvalConfig(model=str(tmp_path), dataset="data")
+
+    (sentence,) = update_export(config, made_up_report(attacks=("autoattack",), precision="bf16"), verdicts, [])
+    assert "left as it is" in sentence, "it has no PGD figure to put in the earlier one's place"
+    (sentence,) = update_export(config, made_up_report(attacks=("pgd-20", "autoattack")), verdicts, [])
+    assert "brought up to date" in sentence
+    report = read_results(tmp_path / "results.json")
+    assert [(row.attack, row.n) for row in report.results] == [(None, 48), ("pgd-20", 48), ("autoattack", 48)]
+    assert len(read_verdicts(tmp_path / "verdicts.parquet")) == 48
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["training.png"]
+    assert "48 images" in (tmp_path / "README.md").read_text()
 
 
 def test_robustbench_entry_is_refused_before_the_work(folder, tmp_path, capsys):
