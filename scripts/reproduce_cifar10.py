@@ -180,7 +180,9 @@ def portable(session: Session, command: Sequence[str]) -> str:
     kinds = {"finetune": "arrest-finetune", "eval": "arrest-eval"}
     text = " ".join([kinds[command[0]], *(f"'{word}'" if "[" in word else word for word in command[1:])])
     if session.teacher is not None:
-        text = text.replace(str(session.teacher), f"./{session.teacher.name}")
+        inside = session.teacher.is_relative_to(ROOT)
+        shown = session.teacher.relative_to(ROOT) if inside else f"./{session.teacher.name}"
+        text = text.replace(str(session.teacher), str(shown))
     return text.replace(str(session.folder), f"runs/{session.name}").replace(session.dataset, "cifar10")
 
 
