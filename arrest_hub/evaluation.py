@@ -191,12 +191,16 @@ def _finished(config: EvalConfig, paths: EvalPaths, subject: Subject, accelerato
             "with --overwrite, or with another --output-dir."
         )
     accelerator.print(f"{paths.root} is complete: nothing is left to attack")
+    verdicts = read_verdicts(paths.verdicts)
     if accelerator.is_main_process:
-        for line in write_entry(config, report):
+        lines = write_entry(config, report)
+        if config.update_export:
+            lines += update_export(config, report, verdicts, sorted(paths.figures.glob("*.png")))
+        for line in lines:
             accelerator.print(line)
     for line in summary(report, subject.name, str(report.model.get("teacher", "teacher"))):
         accelerator.print(line)
-    return Evaluation(report, read_verdicts(paths.verdicts), paths.root)
+    return Evaluation(report, verdicts, paths.root)
 
 
 def precision_problems(config: EvalConfig) -> list[str]:

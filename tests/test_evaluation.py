@@ -407,6 +407,10 @@ def test_an_export_is_brought_up_to_date(tmp_path, capsys):
         ]
     )
     assert (export / "results.json").read_bytes() == kept
+    fourth = [*again, "--attacks", "noise", "--output-dir", str(tmp_path / "fourth"), *plain, "--seed", "2"]
+    eval_command([*fourth, "--resume"])
+    assert "brought up to date" in capsys.readouterr().out, "a finished evaluation can be put there afterwards"
+    assert read_results(export / "results.json").get("robust_accuracy", attack="noise").seed == 2
 
 
 def made_up_report(
