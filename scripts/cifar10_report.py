@@ -145,17 +145,19 @@ def draw_tradeoff(path: Path, suites: Mapping[str, Mapping[str, Sequence[Row]]])
 def draw_sweeps(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
     """The narrow network: a curve for each sweep, and the methods."""
     curves = {
-        "λ (τ 0.25)": (["lambda-3", "arrest", "lambda-30", "lambda-100", "lambda-300"], COLOURS[0], "o"),
-        "τ (λ 10)": (["tau-0.15", "tau-0.20", "arrest", "tau-0.30", "rgkd"], COLOURS[2], "s"),
+        "λ (τ 0.25)": (["lambda-3", "arrest", "lambda-30", "lambda-100", "lambda-300"], COLOURS[0], "o", (-4, 6)),
+        "τ (λ 10)": (["tau-0.15", "tau-0.20", "arrest", "tau-0.30", "rgkd"], COLOURS[2], "s", (5, -9)),
     }
-    for label, (keys, colour, marker) in curves.items():
+    for label, (keys, colour, marker, place) in curves.items():
         # one seed each, the same for all
         points = {key: mean_point(narrow[key][:1], "pgd-20") for key in keys if key in narrow}
         if len(points) > 1:
             axes.plot(*zip(*points.values(), strict=True), color=colour, marker=marker, linewidth=1.2, label=label)
             for key, point in points.items():
-                name = {"arrest": "λ 10, τ 0.25", "rgkd": "no replay"}.get(key, VARIANTS[key].title)
-                axes.annotate(name, point, (4, 4), textcoords="offset points", fontsize=6, color=colour)
+                if key == "arrest" and marker != "o":
+                    continue  # on both curves, named once
+                name = {"arrest": "λ 10", "rgkd": "no replay"}.get(key, VARIANTS[key].title)
+                axes.annotate(name, point, place, textcoords="offset points", fontsize=6, color=colour)
     for key, colour in (("at", GREY), ("trades", COLOURS[3]), ("aft", COLOURS[1]), ("best", DARK)):
         if key in narrow:
             draw_points(axes, narrow[key], "pgd-20", VARIANTS[key].title, colour)
