@@ -198,14 +198,22 @@ def _differences(old: EvalReport, new: EvalReport) -> list[str]:
 
 
 def _supersedes(new: EvalReport, old: EvalReport) -> bool:
-    """Whether ``new`` has every figure of ``old``, of more images of the same dataset, under the same threat."""
+    """Whether ``new`` has every figure of ``old``, of more images of the same split, with no other threat, size or
+    precision; layout and compilation may differ."""
 
     def figures(rows: Sequence[Result]) -> dict[tuple[Any, ...], int]:
-        return {(row.metric, row.attack, row.norm, row.eps, row.dataset): row.n for row in rows}
+        # a split is named with the number drawn from it: test[100]
+        return {
+            (row.metric, row.attack, row.norm, row.eps, row.dataset, row.split.partition("[")[0]): row.n for row in rows
+        }
+
+    def arithmetic(report: EvalReport) -> tuple[Any, ...]:
+        return list(report.preprocessing.get("size", [])), report.precision.partition(",")[0]
 
     pairs = [(figures(old.results), figures(new.results)), (figures(old.teacher_results), figures(new.teacher_results))]
-    size = [list(report.preprocessing.get("size", [])) for report in (old, new)]
-    return size[0] == size[1] and all(n < after.get(key, 0) for before, after in pairs for key, n in before.items())
+    return arithmetic(old) == arithmetic(new) and all(
+        n < after.get(key, 0) for before, after in pairs for key, n in before.items()
+    )
 
 
 def _merged_verdicts(path: Path, new: Verdicts) -> Verdicts:

@@ -469,6 +469,9 @@ def test_figures_of_fewer_images_give_way_to_the_same_of_more(tmp_path):
 
     (sentence,) = update_export(config, made_up_report(attacks=("autoattack",), precision="bf16"), verdicts, [])
     assert "left as it is" in sentence, "it has no PGD figure to put in the earlier one's place"
+    for change in ({"split": "train"}, {"precision": "bf16"}, {"size": (10, 10)}, {"eps": "20/255"}):
+        (sentence,) = update_export(config, made_up_report(**change), verdicts, [])
+        assert "left as it is" in sentence, f"more images, but {change} is no better answer to the same question"
     (sentence,) = update_export(config, made_up_report(attacks=("pgd-20", "autoattack")), verdicts, [])
     assert "brought up to date" in sentence
     report = read_results(tmp_path / "results.json")

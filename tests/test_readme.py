@@ -41,7 +41,7 @@ def test_commands_parse(command):
 
 def test_flags_that_the_docs_name_exist():
     fields = FIELDS | EVAL_FIELDS | PUSH_FIELDS | CARD_FIELDS
-    known = {flag(name) for name in fields} | {"--help", "--no-channels-last", "--no-update-export"}
+    known = {flag(name) for name in fields} | {"--help", "--no-channels-last", "--no-checks", "--no-figures"}
     # the launchers', and those of the scripts that docs/scaling.md names
     known |= {"--nproc_per_node", "--num_processes", "--config_file", "--num_machines", "--main_process_ip"}
     known |= {"--machine_rank", "--nodes", "--gpus-per-node", "--steps", "--processes", "--models", "--repeats"}
