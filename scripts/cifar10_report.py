@@ -21,7 +21,7 @@ BEGIN, END = "<!-- {0}: made by scripts/reproduce_cifar10.py --report -->", "<!-
 
 @dataclass(frozen=True)
 class Row:
-    """A run: counts of right images by attack ("clean", "pgd-20", "autoattack"), and how it was trained."""
+    """A run: counts of right images by attack ("clean", "pgd-20", "apgd", "autoattack"), and how it was trained."""
 
     seed: int
     counts: dict[str, tuple[int, int]]
@@ -44,9 +44,25 @@ def read_row(folder: Path) -> Row:
     """A run's folder under docs/evidence/."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))["results"]
     counts = {result["attack"] or "clean": (result["correct"], result["n"]) for result in results}
+    if (left := left_by_apgd(results)) is not None:
+        counts["apgd"] = left
     run = folder / "run.json"
     seed = folder.name.rpartition("-seed-")[2]
     return Row(int(seed) if seed.isdigit() else 0, counts, json.loads(run.read_text()) if run.is_file() else {})
+
+
+def left_by_apgd(results: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
+    """Images that APGD-CE and then APGD-T leave right, and of how many: AutoAttack's first two parts, or these two
+    alone after PGD. None where neither was run."""
+    by_attack = {result["attack"]: result for result in results}
+    if whole := by_attack.get("autoattack"):
+        parts = whole.get("attack_parameters", {}).get("parts", [])
+        broken_later = sum(part["broken"] for part in parts if not part["name"].startswith("apgd-"))
+        return (whole["correct"] + broken_later, whole["n"]) if parts else None
+    half = by_attack.get("apgd-t")
+    if half is None or "apgd-ce" not in half["attack_parameters"].get("after", []):
+        return None
+    return half["correct"], half["n"]
 
 
 def read_suite(folder: Path) -> dict[str, list[Row]]:
@@ -61,7 +77,7 @@ def read_suite(folder: Path) -> dict[str, list[Row]]:
 def spread(values: Sequence[float | None], digits: int = 1) -> str:
     """Per cent: the mean, and in brackets the smallest and the largest where there are several; "–" for none."""
     known = [100 * value for value in values if value is not None]
-    if not known or len(known) < len(values):
+    if not known:
         return "–"
     text = f"{statistics.mean(known):.{digits}f}"
     return text if len(known) == 1 else f"{text} ({min(known):.{digits}f}–{max(known):.{digits}f})"
@@ -70,32 +86,47 @@ def spread(values: Sequence[float | None], digits: int = 1) -> str:
 def table(rows: Mapping[str, Sequence[Row]], keys: Iterable[str]) -> list[str]:
     """A line for each variant that was run."""
     lines = [
-        "| | seeds | clean | PGD-20 | AutoAttack | H (PGD-20) | H (AutoAttack) | passes | minutes | runs |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |",
+        "| | seeds | clean | PGD-20 | APGD | AutoAttack | H (PGD-20) | H (APGD) | H (AutoAttack) | passes | minutes "
+        "| runs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |",
     ]
     for key in keys:
         if key not in rows:
             continue
         runs = rows[key]
-        attacked = [run for run in runs if "autoattack" in run.counts]
-        shares = [spread([run.share(name) for run in runs]) for name in ("clean", "pgd-20")]
-        strongest = spread([run.share("autoattack") for run in attacked]) if attacked else "–"
-        means = [spread([run.harmonic("pgd-20") for run in runs])]
-        means.append(spread([run.harmonic("autoattack") for run in attacked]) if attacked else "–")
-        if attacked and len(attacked) < len(runs):
-            strongest += f" of {len(attacked)}"
+        shares = [spread([run.share("clean") for run in runs])]
+        means = []
+        for attack in ("pgd-20", "apgd", "autoattack"):
+            attacked = [run for run in runs if attack in run.counts]
+            few = f" of {len(attacked)}" if 0 < len(attacked) < len(runs) else ""
+            shares.append(spread([run.share(attack) for run in attacked]) + few)
+            means.append(spread([run.harmonic(attack) for run in attacked]))
         minutes = statistics.mean(run.run["train_minutes"] for run in runs)
         lines.append(
-            f"| {VARIANTS[key].title} | {len(runs)} | {shares[0]} | {shares[1]} | {strongest} | {means[0]} "
-            f"| {means[1]} | {runs[0].run['passes']} | {minutes:.1f} | `{key}` |"
+            f"| {VARIANTS[key].title} | {len(runs)} | {' | '.join(shares + means)} "
+            f"| {runs[0].run['passes']} | {minutes:.1f} | `{key}` |"
         )
     return lines
+
+
+def apgd_text(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """How far APGD stands for AutoAttack: what the other two attacks broke where all four were run."""
+    both = [run.counts for runs in rows.values() for run in runs if {"apgd", "autoattack"} <= set(run.counts)]
+    if not both:
+        return []
+    left = sum(counts["apgd"][0] for counts in both)
+    broken = left - sum(counts["autoattack"][0] for counts in both)
+    return [
+        f"APGD is the first half of standard AutoAttack, APGD-CE and then APGD-T. Of the {left:,} images that it left "
+        f"on {len(both)} network{'s' * (len(both) > 1)}, the other half, FAB-T and Square, broke {broken:,}.",
+        "",
+    ]
 
 
 def suite_text(name: str, folder: Path) -> list[str]:
     """The tables of a suite."""
     rows = read_suite(folder)
-    lines: list[str] = []
+    lines = apgd_text(rows)
     titles = {
         "main": "Methods", "ablation": "Ingredients, each added to ARREST", "choices": "What was chosen",
         "lambda": "λ", "tau": "τ",

@@ -11,7 +11,7 @@ import cifar10_suites
 import pytest
 import reproduce_cifar10 as reproduce
 import torch
-from tiny import tiny_config
+from tiny import NAMES, tiny_config, write_images
 
 from arrest_hub import from_pretrained
 from arrest_hub.cli import parse_eval, parse_finetune, run_cli
@@ -75,6 +75,7 @@ def test_a_teacher_that_is_given_is_not_trained(tmp_path):
 @pytest.fixture
 def tiny_session(tmp_path, monkeypatch):
     """A session on tiny images and a tiny network, whose commands run in this process and can be cut short."""
+    write_images(tmp_path / "data", names=[*NAMES, "none of them"])  # APGD-T wants four classes
     config = tiny_config(tmp_path)
     suite = cifar10_suites.Suite(
         title="tiny", recipe="default",
@@ -129,7 +130,13 @@ def test_from_nothing_to_kept_figures_and_on_after_a_stop(tiny_session):
     assert "runs/tiny/teacher/teacher" in facts["commands"][0]
     assert facts["train_minutes"] > 0
     assert facts["log"][0]["step"] >= 1
+    assert not reproduce.has_figure(session, "rgkd", 0, "apgd")
+    reproduce.attack(session, "rgkd", 0, "apgd")
+    assert reproduce.has_figure(session, "rgkd", 0, "pgd")
+    assert reproduce.has_figure(session, "rgkd", 0, "apgd")
     assert not reproduce.has_figure(session, "rgkd", 0, "autoattack")
+    row = cifar10_report.read_row(folder)
+    assert row.counts["clean"] >= row.counts["pgd-20"] >= row.counts["apgd"], "a cascade: the worst case so far"
 
     shutil.rmtree(session.folder / "rgkd-seed-0")  # another machine, which has the figures and not the weights
     made = len(calls)
@@ -162,12 +169,30 @@ def test_the_table_counts_what_is_there(tmp_path):
     lines = cifar10_report.suite_text("narrow", tmp_path)
     (aft,) = [line for line in lines if line.startswith("| AFT |")]
     # the harmonic mean of 61 % and 20 % is 30.1 %
-    assert aft.split("|")[2:8] == [
-        " 3 ", " 61.0 (60.0–62.0) ", " 20.0 (20.0–20.0) ", " 18.0 (18.0–18.0) of 2 ", " 30.1 (30.0–30.2) ",
-        " 27.7 (27.7–27.8) ",
+    assert aft.split("|")[2:10] == [
+        " 3 ", " 61.0 (60.0–62.0) ", " 20.0 (20.0–20.0) ", " – ", " 18.0 (18.0–18.0) of 2 ", " 30.1 (30.0–30.2) ",
+        " – ", " 27.7 (27.7–27.8) ",
     ]  # fmt: skip
     (arrest,) = [line for line in lines if line.startswith("| ARREST (λ 10")]
-    assert arrest.split("|")[5:8] == [" – ", " 31.1 ", " – "], "what is not measured is not guessed"
+    assert arrest.split("|")[5:10] == [" – ", " – ", " 31.1 ", " – ", " – "], "what is not measured is not guessed"
+
+
+def test_what_apgd_leaves_is_read_from_autoattack_and_from_a_cascade(tmp_path):
+    parts = [{"name": name, "attacked": 0, "broken": broken}
+             for name, broken in {"apgd-ce": 300, "apgd-t": 90, "fab-t": 2, "square": 8}.items()]  # fmt: skip
+    whole = {"attack": "autoattack", "correct": 200, "n": 1000, "attack_parameters": {"parts": parts}}
+    assert cifar10_report.left_by_apgd([whole]) == (210, 1000), "600 right, 390 broken by APGD"
+    half = {"attack": "apgd-t", "correct": 205, "n": 1000, "attack_parameters": {"after": ["pgd-20", "apgd-ce"]}}
+    assert cifar10_report.left_by_apgd([half]) == (205, 1000)
+    alone = {"attack": "apgd-t", "correct": 220, "n": 1000, "attack_parameters": {}}
+    assert cifar10_report.left_by_apgd([alone]) is None, "APGD-T alone is a weaker attack"
+    assert cifar10_report.left_by_apgd([{"attack": "pgd-20", "correct": 250, "n": 1000}]) is None
+
+    counts = {"apgd": (2000, 9000), "autoattack": (1990, 9000)}
+    rows = [cifar10_report.Row(0, counts, {}), cifar10_report.Row(1, {"apgd": (100, 1000)}, {})]
+    (text, _) = cifar10_report.apgd_text({"aft": rows})
+    assert "Of the 2,000 images that it left on 1 network, the other half, FAB-T and Square, broke 10." in text
+    assert cifar10_report.apgd_text({"aft": rows[1:]}) == []
 
 
 def test_the_report_in_the_docs_is_made_from_the_evidence(tmp_path):
