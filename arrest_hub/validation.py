@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -152,7 +153,16 @@ def library_versions(library: str = "timm") -> dict[str, str]:
 
 
 def hardware_name(accelerator: Accelerator) -> str:
-    """``2 x NVIDIA H200`` or ``1 x CPU (x86_64, 2 threads)``."""
+    """``2 x NVIDIA H200`` or ``1 x CPU (AMD EPYC 9B14, x86_64, 2 threads)``."""
     if accelerator.device.type == "cuda":
         return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
-    return f"{accelerator.num_processes} x CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    facts = [processor_name(), platform.machine(), f"{torch.get_num_threads()} threads"]
+    return f"{accelerator.num_processes} x CPU ({', '.join(fact for fact in facts if fact)})"
+
+
+def processor_name(facts: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model, where the system says it (Linux: in the file ``facts``); else an empty string."""
+    if not facts.is_file():
+        return "" if platform.processor() == platform.machine() else platform.processor()
+    lines = (line.partition(":") for line in facts.read_text(encoding="utf-8", errors="replace").splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == "model name"), "")

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.checkpoint import derive_seed
-from arrest_hub.validation import PgdSettings, arithmetic, count_correct, to_results
+from arrest_hub.validation import PgdSettings, arithmetic, count_correct, hardware_name, processor_name, to_results
 
 
 @pytest.fixture
@@ -83,3 +83,22 @@ def test_results_name_the_attack(images):
     assert (clean.attack, clean.correct, clean.n) == (None, counts.clean, 21)
     assert (robust.attack, robust.norm, robust.eps, robust.correct) == ("pgd-4", "linf", "5/255", counts.robust)
     assert robust.attack_parameters["step_size"] == 0.01
+
+
+def test_the_hardware_is_named(tmp_path, monkeypatch):
+    facts = tmp_path / "cpuinfo"
+    facts.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 9B14\n\nprocessor\t: 1\n")
+    assert processor_name(facts) == "AMD EPYC 9B14"
+    facts.write_text("processor\t: 0\nFeatures\t: fp asimd\n")  # as on ARM
+    assert processor_name(facts) == ""
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    monkeypatch.setattr("platform.processor", lambda: "Apple M3")
+    assert processor_name(tmp_path / "none") == "Apple M3"
+    monkeypatch.setattr("platform.processor", lambda: "arm64")
+    assert processor_name(tmp_path / "none") == "", "the architecture is said already"
+
+    monkeypatch.setattr("arrest_hub.validation.processor_name", lambda: "")
+    threads = torch.get_num_threads()
+    assert hardware_name(Accelerator(cpu=True)) == f"1 x CPU (arm64, {threads} threads)"
+    monkeypatch.setattr("arrest_hub.validation.processor_name", lambda: "Apple M3")
+    assert hardware_name(Accelerator(cpu=True)) == f"1 x CPU (Apple M3, arm64, {threads} threads)"
