@@ -286,7 +286,7 @@ def test_the_published_model_is_evaluated_and_finetuned_as_any(hub, published, t
     assert f"me/timm-robust@{commit}" in hub.files("lab/again")["training_config.yaml"].decode()
 
 
-@pytest.mark.parametrize("library", ["timm", "transformers"])
+@pytest.mark.parametrize("library", ["timm", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_many_classes_with_odd_names_survive(hub, published, library, tmp_path):
     """21,000 of them: nothing in config, card or header is cut, mixed up or taken for markup."""
     import torch
@@ -776,7 +776,11 @@ else:
 
 @pytest.mark.parametrize(
     ("how", "name"),
-    [("xet", "model.safetensors"), ("lfs", "model.safetensors"), ("lfs", "config.json"), ("lfs", "results.json")],
+    [
+        ("xet", "model.safetensors"),
+        ("lfs", "model.safetensors"),
+        *(pytest.param("lfs", name, marks=pytest.mark.slow) for name in ("config.json", "results.json")),
+    ],
 )
 def test_a_damaged_file_is_refused(hub, published, tmp_path, name, how):
     settings = {} if how == "xet" else WITHOUT_XET
