@@ -128,13 +128,15 @@ def suite_text(name: str, folder: Path) -> list[str]:
     rows = read_suite(folder)
     lines = apgd_text(rows)
     titles = {
-        "main": "Methods", "ablation": "Ingredients, each added to ARREST", "choices": "What was chosen",
+        "main": "Methods", "ablation": "Ingredients, each added to ARREST",
+        "recipe": "Ingredients, each added to the recipe (λ 100)", "choices": "What was chosen",
         "lambda": "λ", "tau": "τ",
     }  # fmt: skip
     for group, title in titles.items():
         keys = [key for key, variant in VARIANTS.items() if variant.group == group]
-        if group != "main" and "arrest" in rows:
-            keys.insert(0, "arrest")
+        compared = "best" if group == "recipe" else "arrest"
+        if group != "main" and compared in rows:
+            keys.insert(0, compared)
         if any(key in rows and VARIANTS[key].group == group for key in keys):
             lines += [f"**{title}**", "", *table(rows, keys), ""]
     return lines

@@ -34,7 +34,7 @@ class Variant:
     flags: Flags
     seeds: tuple[int, ...] = (0,)
     group: str = "ablation"
-    """"main" (the table of methods), "ablation", "choices", "lambda" or "tau"."""
+    """"main" (the table of methods), "ablation", "recipe", "choices", "lambda" or "tau"."""
 
 
 SUITES = {
@@ -92,6 +92,10 @@ VARIANTS = {
     "smoothing": Variant("+ label smoothing 0.1", {"label_smoothing": 0.1}),
     "augment": Variant("+ TrivialAugment", {"augment": "trivialaugment"}),
     "erasing": Variant("+ random erasing 0.5", {"random_erasing": 0.5}),
+    "best-eps-10": Variant("+ eps 10/255 in training", BEST | {"eps_train": "10/255"}, group="recipe"),
+    "best-ema-hold": Variant(
+        "+ averaged, learning rate held at 0.3", BEST | {"ema_decay": 0.99, "lr_hold": 0.3}, group="recipe"
+    ),
     "clean-input": Variant("RGKD with the student at the clean input", {"rgkd_input": "clean"}, group="choices"),
     "replay-batch": Variant("the whole batch replayed by its mean", {"replay_by": "batch"}, group="choices"),
     "replay-clean": Variant("the clean image replayed", {"replay_with": "clean"}, group="choices"),
