@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ class Row:
     seed: int
     counts: dict[str, tuple[int, int]]
     run: dict[str, Any]
+    hardware: str = ""
 
     def share(self, attack: str) -> float | None:
         """The accuracy as a fraction; None where it is not measured."""
@@ -42,13 +44,15 @@ class Row:
 
 def read_row(folder: Path) -> Row:
     """A run's folder under docs/evidence/."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))["results"]
+    report = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = report["results"]
     counts = {result["attack"] or "clean": (result["correct"], result["n"]) for result in results}
     if (left := left_by_apgd(results)) is not None:
         counts["apgd"] = left
     run = folder / "run.json"
     seed = folder.name.rpartition("-seed-")[2]
-    return Row(int(seed) if seed.isdigit() else 0, counts, json.loads(run.read_text()) if run.is_file() else {})
+    facts = json.loads(run.read_text()) if run.is_file() else {}
+    return Row(int(seed) if seed.isdigit() else 0, counts, facts, report.get("hardware", ""))
 
 
 def left_by_apgd(results: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
@@ -83,6 +87,18 @@ def spread(values: Sequence[float | None], digits: int = 1) -> str:
     return text if len(known) == 1 else f"{text} ({min(known):.{digits}f}–{max(known):.{digits}f})"
 
 
+def usual_hardware(rows: Mapping[str, Sequence[Row]]) -> str:
+    """What most of a suite's runs were made on."""
+    return Counter(run.hardware for runs in rows.values() for run in runs).most_common(1)[0][0]
+
+
+def minutes_text(runs: Sequence[Row], usual: str) -> str:
+    """Mean minutes on the usual hardware, and with a star on any other: times of two machines have no mean."""
+    by_place = {star: [run.run["train_minutes"] for run in runs if (run.hardware != usual) == bool(star)]
+                for star in ("", "*")}  # fmt: skip
+    return ", ".join(f"{statistics.mean(times):.1f}{star}" for star, times in by_place.items() if times)
+
+
 def table(rows: Mapping[str, Sequence[Row]], keys: Iterable[str]) -> list[str]:
     """A line for each variant that was run."""
     lines = [
@@ -101,10 +117,10 @@ def table(rows: Mapping[str, Sequence[Row]], keys: Iterable[str]) -> list[str]:
             few = f" of {len(attacked)}" if 0 < len(attacked) < len(runs) else ""
             shares.append(spread([run.share(attack) for run in attacked]) + few)
             means.append(spread([run.harmonic(attack) for run in attacked]))
-        minutes = statistics.mean(run.run["train_minutes"] for run in runs)
+        minutes = minutes_text(runs, usual_hardware(rows))
         lines.append(
             f"| {VARIANTS[key].title} | {len(runs)} | {' | '.join(shares + means)} "
-            f"| {runs[0].run['passes']} | {minutes:.1f} | `{key}` |"
+            f"| {runs[0].run['passes']} | {minutes} | `{key}` |"
         )
     return lines
 

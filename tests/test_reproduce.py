@@ -177,6 +177,14 @@ def test_the_table_counts_what_is_there(tmp_path):
     assert arrest.split("|")[5:10] == [" – ", " – ", " 31.1 ", " – ", " – "], "what is not measured is not guessed"
 
 
+def test_minutes_of_two_machines_are_kept_apart():
+    runs = [cifar10_report.Row(0, {}, {"train_minutes": minutes}, place)
+            for minutes, place in ((4.0, "a"), (5.0, "a"), (9.0, "b"))]  # fmt: skip
+    assert cifar10_report.usual_hardware({"aft": runs}) == "a"
+    assert cifar10_report.minutes_text(runs, "a") == "4.5, 9.0*"
+    assert cifar10_report.minutes_text(runs[2:], "a") == "9.0*"
+
+
 def test_what_apgd_leaves_is_read_from_autoattack_and_from_a_cascade(tmp_path):
     parts = [{"name": name, "attacked": 0, "broken": broken}
              for name, broken in {"apgd-ce": 300, "apgd-t": 90, "fab-t": 2, "square": 8}.items()]  # fmt: skip
