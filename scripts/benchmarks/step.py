@@ -12,8 +12,9 @@ pass, the teacher's, the drift's, the update of the weights. It is compared with
 shares the memory that ours has just used: in every repeat ours runs once untimed, as after a step of training, then
 the step and the floor, or the floor and the step. Random images, all of them attacked.
 
-``--options`` adds our step with options switched off, or on. ``--at-least R`` ends with exit code 1 if ours is not R
-times as fast as the plain loop. ``--output`` writes JSON, which figure.py draws.
+``--options`` adds our step with options switched off, or on. ``--at-least R`` ends with exit code 1 if our fastest step
+is not R times as fast as the plain loop's fastest (what else runs on a machine only ever makes a step slower).
+``--output`` writes JSON, which figure.py draws.
 """
 
 from __future__ import annotations
@@ -246,9 +247,9 @@ def main() -> None:
     if args.output:
         args.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if args.at_least is not None:
-        reached = record["rows"]["ours"]["times_plain loop"]["median"]
+        reached = min(seconds["plain loop"]) / min(seconds["ours"])
         verdict = "at least" if reached >= args.at_least else "NOT at least"
-        print(f"{reached:.2f} times the plain loop: {verdict} {args.at_least}")
+        print(f"fastest against fastest {reached:.2f} times the plain loop: {verdict} {args.at_least}")
         sys.exit(reached < args.at_least)
 
 
