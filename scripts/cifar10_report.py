@@ -153,6 +153,8 @@ def suite_text(name: str, folder: Path) -> list[str]:
         compared = "best" if group == "recipe" else "arrest"
         if group != "main" and compared in rows:
             keys.insert(0, compared)
+        if group == "lambda":  # the recipe is the sweep's λ 100
+            keys.insert(keys.index("lambda-300"), "best")
         if any(key in rows and VARIANTS[key].group == group for key in keys):
             lines += [f"**{title}**", "", *table(rows, keys), ""]
     return lines
@@ -194,7 +196,7 @@ def draw_tradeoff(path: Path, suites: Mapping[str, Mapping[str, Sequence[Row]]])
 def draw_sweeps(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
     """The narrow network: a curve for each sweep, and the methods."""
     curves = {
-        "λ (τ 0.25)": (["lambda-3", "arrest", "lambda-30", "lambda-100", "lambda-300"], COLOURS[0], "o", (-4, 6)),
+        "λ (τ 0.25)": (["lambda-3", "arrest", "lambda-30", "best", "lambda-300"], COLOURS[0], "o", (-4, 6)),
         "τ (λ 10)": (["tau-0.15", "tau-0.20", "arrest", "tau-0.30", "rgkd"], COLOURS[2], "s", (5, -9)),
     }
     for label, (keys, colour, marker, place) in curves.items():
@@ -205,7 +207,7 @@ def draw_sweeps(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
             for key, point in points.items():
                 if key == "arrest" and marker != "o":
                     continue  # on both curves, named once
-                name = {"arrest": "λ 10", "rgkd": "no replay"}.get(key, VARIANTS[key].title)
+                name = {"arrest": "λ 10", "best": "λ 100", "rgkd": "no replay"}.get(key, VARIANTS[key].title)
                 axes.annotate(name, point, place, textcoords="offset points", fontsize=6, color=colour)
     for key, colour in (("at", GREY), ("trades", COLOURS[3]), ("aft", COLOURS[1]), ("best", DARK)):
         if key in narrow:

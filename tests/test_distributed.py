@@ -158,6 +158,7 @@ def test_two_processes_stop_at_sigterm_and_one_goes_on(two, tmp_path, capsys):
     assert read_progress(list_checkpoints(checkpoints, "robust")[-1]).place == 18
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_is_refused_on_two_processes(two):
     _, arguments, _ = two
     refused = launch(*arguments)

@@ -309,6 +309,7 @@ def test_other_weights_cannot_go_on_with_a_journal(folder, tmp_path, capsys):
     assert "other weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(folder, tmp_path):
     options = ["--no-figures", "--attacks", "pgd-20,apgd-ce", "--no-checks", "--eps", "40/255"]
     eval_command([*arguments(folder, tmp_path / "whole"), *options])

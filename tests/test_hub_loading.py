@@ -538,6 +538,7 @@ def test_datasets(hub, tmp_path):
     assert ranges, "a stream reads parts of files"
 
 
+@pytest.mark.slow
 def test_an_evaluation_fetches_one_split(hub, tmp_path):
     known, home = commits(hub, "datasets"), tmp_path / "home"
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

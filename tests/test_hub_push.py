@@ -286,7 +286,8 @@ def test_the_published_model_is_evaluated_and_finetuned_as_any(hub, published, t
     assert f"me/timm-robust@{commit}" in hub.files("lab/again")["training_config.yaml"].decode()
 
 
-@pytest.mark.parametrize("library", ["timm", pytest.param("transformers", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["timm", "transformers"])
 def test_many_classes_with_odd_names_survive(hub, published, library, tmp_path):
     """21,000 of them: nothing in config, card or header is cut, mixed up or taken for markup."""
     import torch
@@ -724,8 +725,8 @@ def test_no_licence_is_made_up(hub, run, license, fragment):
     ("token", "words", "fragment"),
     [
         (None, (), "no access token"),
-        ("hf_other", (), "not your account"),
-        ("hf_me", ("--private",), "is public"),
+        pytest.param("hf_other", (), "not your account", marks=pytest.mark.slow),
+        pytest.param("hf_me", ("--private",), "is public", marks=pytest.mark.slow),
         ("hf_me", ("--model", "org/no-licence"), "--license"),
     ],
 )
@@ -778,8 +779,10 @@ else:
     ("how", "name"),
     [
         ("xet", "model.safetensors"),
-        ("lfs", "model.safetensors"),
-        *(pytest.param("lfs", name, marks=pytest.mark.slow) for name in ("config.json", "results.json")),
+        *(
+            pytest.param("lfs", name, marks=pytest.mark.slow)
+            for name in ("model.safetensors", "config.json", "results.json")
+        ),
     ],
 )
 def test_a_damaged_file_is_refused(hub, published, tmp_path, name, how):

@@ -87,6 +87,7 @@ def test_a_run_told_to_stop_goes_on_bit_for_bit(look, step, batch, to_validate, 
     assert outcome(run) == expected
 
 
+@pytest.mark.slow
 def test_sigterm_to_every_process_of_the_job(whole):
     """As a scheduler sends it: the data loading process gets it too, and must not take the run with it."""
     folder, expected = whole
