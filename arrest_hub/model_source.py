@@ -7,10 +7,8 @@ architecture no library has, a config that wants remote code) is refused before 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,6 +21,7 @@ from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, lis
 
 import arrest_hub.architectures  # noqa: F401  (registers the CIFAR architectures in timm)
 from arrest_hub.errors import ArrestError, BackboneError, HashMismatch, did_you_mean, hub_failure
+from arrest_hub.model_config import check_config, read_config
 
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 _PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -233,8 +232,8 @@ def _from_folder(model_id: str, folder: Path, pretrained: bool, allow_pickle: bo
             f"Model folder {model_id!r} has no config.json, so its architecture is unknown. Give a folder "
             "written by timm (save_for_hf), by transformers (save_pretrained) or by a run's export/."
         )
-    config = _read_config(config_file, model_id)
-    library, architecture = _check_config(config, model_id)
+    config = read_config(config_file, model_id)
+    library, architecture = check_config(config, model_id)
     if pretrained:
         find_weights(folder, model_id, library, allow_pickle)
     source = ModelSource(model_id, library, architecture, None, pretrained, None)
@@ -254,8 +253,8 @@ def _from_hub(
     try:
         config_file = Path(hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache_dir))
         check_hash(config_file, repo_id)
-        config = _read_config(config_file, model_id)
-        library, architecture = _check_config(config, model_id)
+        config = read_config(config_file, model_id)
+        library, architecture = check_config(config, model_id)
         # the cache keeps each commit in a folder of its name: from here on the commit is pinned
         commit = config_file.parent.name
         wanted = ["config.json"]
@@ -340,103 +339,3 @@ def _timm_repo_id(name: str) -> str:
             f"Model 'timm/{name}' has no weights on the Hub. Write {architecture!r} for a random initialisation."
         )
     return str(cfg.hf_hub_id)
-
-
-def _read_config(file: Path, model_id: str) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON or not UTF-8
-        raise BackboneError(
-            f"The config.json of model {model_id!r} cannot be read ({error}). Download or export it again."
-        ) from error
-    if not isinstance(config, dict):
-        raise BackboneError(
-            f"The config.json of model {model_id!r} holds a {type(config).__name__}, not an object. "
-            "Give a config.json written by timm or transformers."
-        )
-    return config
-
-
-def _check_config(config: Mapping[str, Any], model_id: str) -> tuple[str, str]:
-    """(library, architecture) of an image classifier's config.json; BackboneError for anything else."""
-    if config.get("model_type") == "timm_wrapper":
-        raise BackboneError(
-            f"Model {model_id!r} is a timm model wrapped by transformers (model_type 'timm_wrapper'). "
-            "Give the timm model itself, such as 'timm/resnet50.a1_in1k'."
-        )
-    if "architecture" in config:
-        return "timm", _check_timm_config(config, model_id)
-    if "model_type" in config or "architectures" in config:
-        return "transformers", _check_transformers_config(config, model_id)
-    raise BackboneError(
-        f"The config.json of model {model_id!r} has neither 'architecture' (timm) nor 'model_type' "
-        "(transformers). Give an image classifier saved by one of the two."
-    )
-
-
-def _check_timm_config(config: Mapping[str, Any], model_id: str) -> str:
-    architecture = config["architecture"]
-    if not isinstance(architecture, str) or not is_model(architecture):
-        raise BackboneError(
-            f"Model {model_id!r} has the architecture {architecture!r}, which timm {timm.__version__} does not "
-            f"have.{did_you_mean(str(architecture), list_models())} Upgrade timm, or import the module that "
-            "registers it."
-        )
-    cfg = config.get("pretrained_cfg", config)
-    args = config.get("model_args") or {}
-    if not isinstance(cfg, dict) or not isinstance(args, dict):
-        raise BackboneError(
-            f"The config.json of model {model_id!r} is damaged: 'pretrained_cfg' and 'model_args' must be "
-            "objects. Export the model again with timm's save_for_hf."
-        )
-    classes = args.get("num_classes", config.get("num_classes", cfg.get("num_classes", 1000)))
-    _check_classes_and_channels(
-        model_id, classes, args.get("in_chans") or (cfg.get("input_size") or [3])[0], "num_classes"
-    )
-    return architecture
-
-
-def _check_transformers_config(config: Mapping[str, Any], model_id: str) -> str:
-    if config.get("auto_map"):
-        raise BackboneError(
-            f"Model {model_id!r} runs Python code from its repository (auto_map in config.json), which is never "
-            "executed here. Use a model whose architecture is part of transformers or timm."
-        )
-    try:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-    except ModuleNotFoundError as error:
-        raise BackboneError(
-            f"Model {model_id!r} is a transformers model, and transformers is not installed. "
-            'Run: pip install "arrest-hub[transformers]"'
-        ) from error
-    model_type: Any = config.get("model_type")
-    if model_type not in CONFIG_MAPPING_NAMES:
-        raise BackboneError(
-            f"Model {model_id!r} has model_type {model_type!r}, which this version of transformers does not "
-            f"have.{did_you_mean(str(model_type), CONFIG_MAPPING_NAMES)} Upgrade transformers."
-        )
-    classifiers = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(model_type, ())
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    saved_as = config.get("architectures") or classifiers[:1]
-    if not saved_as or saved_as[0] not in classifiers:
-        wanted = f" Finetune {classifiers[0]} first, then give that." if classifiers else ""
-        raise BackboneError(
-            f"Model {model_id!r} is a {saved_as[0] if saved_as else model_type}, not an image classifier.{wanted}"
-        )
-    classes = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
-    channels = config.get("num_channels", (config.get("vision_config") or {}).get("num_channels", 3))
-    _check_classes_and_channels(model_id, classes, channels, "num_labels")
-    return str(saved_as[0])
-
-
-def _check_classes_and_channels(model_id: str, classes: Any, channels: Any, key: str) -> None:
-    if not isinstance(classes, int) or classes < 1:
-        raise BackboneError(
-            f"Model {model_id!r} has no classification head ({key} is {classes}). Choose a model with one."
-        )
-    if channels != 3:
-        raise BackboneError(
-            f"Model {model_id!r} takes images of {channels} channels; only RGB images (3) are supported. "
-            "Choose a model for RGB images."
-        )
