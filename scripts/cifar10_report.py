@@ -183,36 +183,45 @@ def write_report(evidence: Path, docs: Path) -> None:
 
 
 def draw_tradeoff(path: Path, suites: Mapping[str, Mapping[str, Sequence[Row]]]) -> None:
-    """Clean against robust accuracy: the narrow network's sweeps and methods under PGD-20, then, a panel for each of
+    """Clean against robust accuracy: the narrow network's methods and sweeps under PGD-20, then, a panel for each of
     the paper's networks, what is published under AutoAttack, and ours where it is measured."""
-    figure = Figure(figsize=(13.5, 4.2), layout="constrained")
-    sweeps, *published = figure.subplots(1, 1 + len(PAPERS))
+    figure = Figure(figsize=(10.5, 8), layout="constrained")
+    methods, sweeps, *published = figure.subplots(2, 2).flat
+    draw_methods(methods, suites["narrow"])
     draw_sweeps(sweeps, suites["narrow"])
     for axes, (name, points) in zip(published, PAPERS.items(), strict=True):
         draw_published(axes, SUITES[name].title, points, suites.get(name, {}))
     save(figure, path)
 
 
+def draw_methods(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
+    """The narrow network: a point for each seed of a method."""
+    colours = {"at": GREY, "trades": COLOURS[3], "aft": COLOURS[1], "arrest": COLOURS[0], "best": DARK}
+    for key, colour in colours.items():
+        if key in narrow:
+            draw_points(axes, narrow[key], "pgd-20", VARIANTS[key].title, colour)
+    title = f"{SUITES['narrow'].title}: methods"
+    axes.set(title=title, xlabel="clean accuracy (%)", ylabel="under PGD-20 (%)")
+
+
 def draw_sweeps(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
-    """The narrow network: a curve for each sweep, and the methods."""
+    """The narrow network: a curve for each sweep, of one seed."""
     curves = {
-        "λ (τ 0.25)": (["lambda-3", "arrest", "lambda-30", "best", "lambda-300"], COLOURS[0], "o", (-4, 6)),
-        "τ (λ 10)": (["tau-0.15", "tau-0.20", "arrest", "tau-0.30", "rgkd"], COLOURS[2], "s", (5, -9)),
+        "λ (τ 0.25)": (["lambda-3", "arrest", "lambda-30", "best", "lambda-300"], COLOURS[0], "o", (9, 18)),
+        "τ (λ 10)": (["tau-0.15", "tau-0.20", "arrest", "tau-0.30", "rgkd"], COLOURS[2], "s", (-26, -13)),
     }
-    for label, (keys, colour, marker, place) in curves.items():
-        # one seed each, the same for all
+    for label, (keys, colour, marker, heights) in curves.items():
         points = {key: mean_point(narrow[key][:1], "pgd-20") for key in keys if key in narrow}
         if len(points) > 1:
             axes.plot(*zip(*points.values(), strict=True), color=colour, marker=marker, linewidth=1.2, label=label)
-            for key, point in points.items():
+            for number, (key, point) in enumerate(points.items()):
                 if key == "arrest" and marker != "o":
                     continue  # on both curves, named once
                 name = {"arrest": "λ 10", "best": "λ 100", "rgkd": "no replay"}.get(key, VARIANTS[key].title)
-                axes.annotate(name, point, place, textcoords="offset points", fontsize=6, color=colour)
-    for key, colour in (("at", GREY), ("trades", COLOURS[3]), ("aft", COLOURS[1]), ("best", DARK)):
-        if key in narrow:
-            draw_points(axes, narrow[key], "pgd-20", VARIANTS[key].title, colour)
-    axes.set(title=SUITES["narrow"].title, xlabel="clean accuracy (%)", ylabel="under PGD-20 (%)")
+                place = (0, heights[number % 2])  # two heights, since neighbours are close
+                axes.annotate(name, point, place, textcoords="offset points", ha="center", fontsize=8, color=colour)
+    axes.margins(x=0.08, y=0.2)
+    axes.set(title=f"{SUITES['narrow'].title}: sweeps", xlabel="clean accuracy (%)", ylabel="under PGD-20 (%)")
 
 
 def draw_published(
