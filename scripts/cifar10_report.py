@@ -125,6 +125,13 @@ def table(rows: Mapping[str, Sequence[Row]], keys: Iterable[str]) -> list[str]:
     return lines
 
 
+def hardware_text(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """What a star behind minutes means; nothing where all runs were made on one machine."""
+    usual = usual_hardware(rows)
+    others = sorted({run.hardware for runs in rows.values() for run in runs} - {usual})
+    return [f"Minutes are of {usual}; with a star, of {' or '.join(others)}.", ""] if others else []
+
+
 def apgd_text(rows: Mapping[str, Sequence[Row]]) -> list[str]:
     """How far APGD stands for AutoAttack: what the other two attacks broke where all four were run."""
     both = [run.counts for runs in rows.values() for run in runs if {"apgd", "autoattack"} <= set(run.counts)]
@@ -142,7 +149,7 @@ def apgd_text(rows: Mapping[str, Sequence[Row]]) -> list[str]:
 def suite_text(name: str, folder: Path) -> list[str]:
     """The tables of a suite."""
     rows = read_suite(folder)
-    lines = apgd_text(rows)
+    lines = apgd_text(rows) + hardware_text(rows)
     titles = {
         "main": "Methods", "ablation": "Ingredients, each added to ARREST",
         "recipe": "Ingredients, each added to the recipe (λ 100)", "choices": "What was chosen",

@@ -183,6 +183,8 @@ def test_minutes_of_two_machines_are_kept_apart():
     assert cifar10_report.usual_hardware({"aft": runs}) == "a"
     assert cifar10_report.minutes_text(runs, "a") == "4.5, 9.0*"
     assert cifar10_report.minutes_text(runs[2:], "a") == "9.0*"
+    assert cifar10_report.hardware_text({"aft": runs})[0] == "Minutes are of a; with a star, of b."
+    assert cifar10_report.hardware_text({"aft": runs[:2]}) == [], "there is no star"
 
 
 def test_what_apgd_leaves_is_read_from_autoattack_and_from_a_cascade(tmp_path):
