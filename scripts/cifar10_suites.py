@@ -81,6 +81,7 @@ VARIANTS = {
     "best": Variant("ARREST, the recipe (λ 100)", BEST, THREE, "main"),
     "trades-scratch": Variant("TRADES, from nothing", {"method": "trades", "init": "random"}),
     "trades-beta-1": Variant("TRADES, finetuned, β 1", {"method": "trades", "trades_beta": 1}),
+    "trades-beta-3": Variant("TRADES, finetuned, β 3", {"method": "trades", "trades_beta": 3}),
     "rgkd": Variant("AFT + RGKD (λ 10)", {"replay_threshold": "none"}),
     "ema": Variant("+ averaged weights", {"ema_decay": 0.99}),
     "ema-late": Variant("+ averaged from epoch 2", {"ema_decay": 0.99, "ema_start_epoch": 2}),
