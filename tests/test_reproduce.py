@@ -46,6 +46,12 @@ def test_the_recipe_is_what_the_tables_call_the_recipe():
     assert {key: recipe.get(key) for key in cifar10_suites.BEST} == cifar10_suites.BEST
 
 
+def test_the_recipe_stands_for_the_sweeps_lambda_100():
+    """Its runs are a point of the λ sweep and called so in the tables: true as long as nothing else is changed."""
+    assert cifar10_suites.BEST == {"rgkd_weight": 100}
+    assert "λ 100" in cifar10_suites.VARIANTS["best"].title
+
+
 def test_runs_are_chosen_by_group_variant_and_seed():
     assert reproduce.chosen_runs("best-seed-1,aft") == [("best", 1), ("aft", 0), ("aft", 1), ("aft", 2)]
     assert {key for key, _ in reproduce.chosen_runs("lambda")} == {"lambda-3", "lambda-30", "lambda-300"}
