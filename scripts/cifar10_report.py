@@ -190,8 +190,8 @@ def write_report(evidence: Path, docs: Path) -> None:
 
 
 def draw_tradeoff(path: Path, suites: Mapping[str, Mapping[str, Sequence[Row]]]) -> None:
-    """Clean against robust accuracy: the narrow network's methods and sweeps under PGD-20, then, a panel for each of
-    the paper's networks, what is published under AutoAttack, and ours where it is measured."""
+    """Clean against robust accuracy: the narrow network's methods and sweeps under APGD, then, a panel for each of the
+    paper's networks, what is published under AutoAttack, and ours where it is measured."""
     figure = Figure(figsize=(10.5, 8), layout="constrained")
     methods, sweeps, *published = figure.subplots(2, 2).flat
     draw_methods(methods, suites["narrow"])
@@ -206,9 +206,9 @@ def draw_methods(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
     colours = {"at": GREY, "trades": COLOURS[3], "aft": COLOURS[1], "arrest": COLOURS[0], "best": DARK}
     for key, colour in colours.items():
         if key in narrow:
-            draw_points(axes, narrow[key], "pgd-20", VARIANTS[key].title, colour)
+            draw_points(axes, narrow[key], "apgd", VARIANTS[key].title, colour)
     title = f"{SUITES['narrow'].title}: methods"
-    axes.set(title=title, xlabel="clean accuracy (%)", ylabel="under PGD-20 (%)")
+    axes.set(title=title, xlabel="clean accuracy (%)", ylabel="under APGD (%)")
 
 
 def draw_sweeps(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
@@ -218,7 +218,7 @@ def draw_sweeps(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
         "τ (λ 10)": (["tau-0.15", "tau-0.20", "arrest", "tau-0.30", "rgkd"], COLOURS[2], "s", (-26, -13)),
     }
     for label, (keys, colour, marker, heights) in curves.items():
-        points = {key: mean_point(narrow[key][:1], "pgd-20") for key in keys if key in narrow}
+        points = {key: point for key in keys if (point := first_point(narrow.get(key, ()), "apgd")) is not None}
         if len(points) > 1:
             axes.plot(*zip(*points.values(), strict=True), color=colour, marker=marker, linewidth=1.2, label=label)
             for number, (key, point) in enumerate(points.items()):
@@ -228,7 +228,7 @@ def draw_sweeps(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
                 place = (0, heights[number % 2])  # two heights, since neighbours are close
                 axes.annotate(name, point, place, textcoords="offset points", ha="center", fontsize=8, color=colour)
     axes.margins(x=0.08, y=0.2)
-    axes.set(title=f"{SUITES['narrow'].title}: sweeps", xlabel="clean accuracy (%)", ylabel="under PGD-20 (%)")
+    axes.set(title=f"{SUITES['narrow'].title}: sweeps", xlabel="clean accuracy (%)", ylabel="under APGD (%)")
 
 
 def draw_published(
@@ -246,11 +246,10 @@ def draw_published(
     axes.set(title=f"{title}: {state}", xlabel="clean accuracy (%)", ylabel="under AutoAttack (%)")
 
 
-def mean_point(rows: Sequence[Row], attack: str) -> tuple[float, float]:
-    """Per cent: clean, and under the attack, the mean over the seeds."""
-    pairs = [(row.share("clean"), row.share(attack)) for row in rows if row.share(attack) is not None]
-    return (100 * statistics.mean(pair[0] or 0.0 for pair in pairs),
-            100 * statistics.mean(pair[1] or 0.0 for pair in pairs))  # fmt: skip
+def first_point(rows: Sequence[Row], attack: str) -> tuple[float, float] | None:
+    """Per cent: clean, and under the attack, of the first seed; None where that is not measured."""
+    clean, robust = (rows[0].share("clean"), rows[0].share(attack)) if rows else (None, None)
+    return None if clean is None or robust is None else (100 * clean, 100 * robust)
 
 
 def draw_points(axes: Axes, rows: Sequence[Row], attack: str, label: str, colour: str) -> None:
