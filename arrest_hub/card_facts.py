@@ -166,6 +166,11 @@ def _digest(card: str) -> str:
     return hashlib.sha256(text.replace("\r\n", "\n").encode()).hexdigest()[:16]
 
 
+def read_card(path: Path) -> str:
+    """The text of a card; "" if there is none. What is not UTF-8 is replaced: such a card was edited by hand."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
 def read_publication(card: str) -> Publication:
     """Under which id and licence a card says that its model is published; nothing of it for text that is no card."""
     found = _MARK.search(card)

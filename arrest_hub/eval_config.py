@@ -45,7 +45,8 @@ class EvalConfig:
     image_column: str | None = _shared("image_column")
     label_column: str | None = _shared("label_column")
     eval_split: str | None = _field(None, "str", "data",
-        "split to evaluate on; default: test, else validation, else 10 %% held out", optional=True)
+        "split to evaluate on; default: test, else validation, else (also of a "
+        "single split) 10 %% held out", optional=True)
     label_match: str = _shared("label_match")
     limit_eval: int | None = _field(None, "int", "data",
         "use this many images, class-balanced", low=1, optional=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import yaml
 from accelerate import Accelerator
 
-from arrest_hub.card_facts import EVALUATION_FIGURES, CardFacts, read_publication
+from arrest_hub.card_facts import EVALUATION_FIGURES, CardFacts, read_card, read_publication
 from arrest_hub.eval_config import EvalConfig, resume_problems
 from arrest_hub.model_card import card_is_generated, render_card
 from arrest_hub.results import EvalReport, Result, merge_reports, read_results
@@ -137,21 +138,27 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     fewer images give way to the same ones of more.
     """
     folder = Path(config.model)
-    if training_facts(config.model) is None or not (folder / "results.json").is_file():
-        return []
-    old = read_results(folder / "results.json")
+    card = folder / "README.md"
+    try:
+        if training_facts(config.model) is None or not (folder / "results.json").is_file():
+            return []
+        old = read_results(folder / "results.json")
+        old_verdicts = read_verdicts(folder / "verdicts.parquet") if (folder / "verdicts.parquet").is_file() else None
+        untouched = card_is_generated(folder)
+        published = read_publication(read_card(card)) if card.is_file() else None
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        return [f"{folder} is left as it is, since a file in it is damaged: {type(error).__name__}: {error}"]
     if old.model.get("weights_sha256") != report.model["weights_sha256"]:
         return [f"{folder} is left as it is: its results.json is of other weights than those evaluated."]
     differing = _differences(old, report)
     superseded = bool(differing) and not config.cascade and _supersedes(report, old)
     if config.cascade:
         differing.append("these are of a cascade")
+    if not differing and old_verdicts is not None and not np.array_equal(old_verdicts.index, verdicts.index):
+        differing.append("those are of other images of the split, drawn with another --seed or --limit-eval")
     if differing and not superseded:
         return [f"{folder} is left as it is, its figures would not stand beside these: {'; '.join(differing)}."]
-    card = folder / "README.md"
-    untouched = card_is_generated(folder)
-    published = read_publication(card.read_text(encoding="utf-8")) if card.is_file() else None
-    kept = verdicts if superseded else _merged_verdicts(folder / "verdicts.parquet", verdicts)
+    kept = verdicts if superseded else _merged_verdicts(old_verdicts, verdicts)
     if superseded:
         for name in EVALUATION_FIGURES:  # of the images that are no longer spoken of
             (folder / "figures" / name).unlink(missing_ok=True)
@@ -202,9 +209,10 @@ def _supersedes(new: EvalReport, old: EvalReport) -> bool:
     precision; layout and compilation may differ."""
 
     def figures(rows: Sequence[Result]) -> dict[tuple[Any, ...], int]:
-        # a split is named with the number drawn from it: test[100]
+        # a split is named with the number drawn from it: test[100]; train[held-out test] is not a part of train here
         return {
-            (row.metric, row.attack, row.norm, row.eps, row.dataset, row.split.partition("[")[0]): row.n for row in rows
+            (row.metric, row.attack, row.norm, row.eps, row.dataset, re.sub(r"\[\d+\]$", "", row.split)): row.n
+            for row in rows
         }
 
     def arithmetic(report: EvalReport) -> tuple[Any, ...]:
@@ -216,11 +224,10 @@ def _supersedes(new: EvalReport, old: EvalReport) -> bool:
     )
 
 
-def _merged_verdicts(path: Path, new: Verdicts) -> Verdicts:
-    """The new verdicts, with the attacks that an earlier file has on the same images and these have not."""
-    if not path.is_file():
+def _merged_verdicts(old: Verdicts | None, new: Verdicts) -> Verdicts:
+    """The new verdicts, with the attacks that earlier ones have on the same images and these have not."""
+    if old is None:
         return new
-    old = read_verdicts(path)
     threat = ("norm", "eps", "dataset", "split")
     same = all(old.metadata.get(key) == new.metadata.get(key) for key in threat)
     if not (same and np.array_equal(old.index, new.index) and np.array_equal(old.prediction, new.prediction)):

@@ -25,6 +25,7 @@ from arrest_hub.evaluator import Images, TensorImages, as_logits
 from arrest_hub.export import weights_digest
 from arrest_hub.labels import match_labels
 from arrest_hub.model_source import companion_file
+from arrest_hub.pretrained import PretrainedClassifier
 from arrest_hub.processes import main_first
 from arrest_hub.results import read_results
 from arrest_hub.splits import load_eval_split
@@ -100,7 +101,9 @@ def dataset_name(dataset_id: str) -> str:
 
 
 def module_subject(module: nn.Module, name: str) -> Subject:
-    """A network given as an object."""
+    """A network given as an object; of one that `from_pretrained` gave, the backbone, which knows size and classes."""
+    if isinstance(module, PretrainedClassifier):
+        module = module.backbone
     if isinstance(module, Backbone):
         return Subject(module, name, _module_info(module, name), module.preprocessing)
     return Subject(module, name, _module_info(module, name))
@@ -128,6 +131,13 @@ def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) 
         seed=config.seed,
     )
     data = main_first(accelerator, load)
+    if "[held-out test]" in data.split.name:
+        trained = main_first(accelerator, lambda: held_out_seed(config, subject))
+        if trained is not None and trained != config.seed:
+            data = main_first(accelerator, partial(load, held_out_seed=trained))
+            data.notes.append(
+                f"the images are those that training with seed {trained} left out; the others were trained on"
+            )
     notes, split = list(data.notes), data.split
     names = data.class_names
     if subject.backbone is not None:
@@ -149,6 +159,32 @@ def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) 
     made.revision, made.num_classes = data.revision, data.num_classes
     made.notes += notes
     return made
+
+
+def held_out_seed(config: EvalConfig, subject: Subject) -> int | None:
+    """The seed with which the training of a model written by `arrest-finetune` held its test images out; None for any
+    other model.
+
+    Raises:
+        ConfigError: the training streamed this dataset, and so held out its first images.
+        HubError: the file that tells is on the Hub and cannot be fetched. BackboneError: it is damaged.
+    """
+    if subject.backbone is None:
+        return None
+    path = companion_file(subject.backbone.source, "training_config.yaml")
+    if path is None:
+        return None
+    try:
+        training = yaml.safe_load(path.read_text(encoding="utf-8"))
+        seed, streamed = int(training["seed"]), bool(training.get("streaming"))
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise BackboneError(f"{path} is damaged: it tells no seed ({error}).") from error
+    if streamed and dataset_name(str(training.get("dataset"))) == dataset_name(config.dataset):
+        raise ConfigError(
+            f"{config.model} was trained on {config.dataset} as a stream, of which the first images were held out: a "
+            "tenth drawn now would have been trained on. Give --eval-split, or another --dataset."
+        )
+    return seed
 
 
 def split_images(split: ImageSplit, transform: Transform, dataset: str, names: list[str] | None) -> EvalImages:
@@ -173,6 +209,16 @@ class RowImages(Dataset[dict[str, Any]]):
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
         found = self.images.__getitems__(positions)
         return [item | {"index": int(self.rows[place])} for item, place in zip(found, positions, strict=True)]
+
+
+def sample_digest(images: Images, most: int = 32) -> str:
+    """SHA-256 of some of the images, evenly spaced, as the model gets them: to tell other pixels under the same names
+    and labels without reading them all."""
+    digest = hashlib.sha256()
+    for position in np.linspace(0, len(images) - 1, min(most, len(images)), dtype=int):
+        pixels = torch.as_tensor(images[int(position)]["pixels"])
+        digest.update(pixels.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def tensor_images(pair: TensorPair, name: str) -> EvalImages:
@@ -234,6 +280,13 @@ def load_teacher(
             raise ConfigError(
                 f"--teacher {teacher_id} has {backbone.num_classes} outputs and the model {num_classes}: give the "
                 "network that the model was finetuned from, or none."
+            )
+        names = subject.backbone.label_names if subject.backbone else None
+        other = backbone.label_names
+        if names and other and names != other and sorted(names) == sorted(other):
+            raise ConfigError(
+                f"--teacher {teacher_id} has the model's classes in another order: it would be taken for wrong where "
+                "it is right. Give the network that the model was finetuned from, or none."
             )
     except ArrestError as error:
         if named:

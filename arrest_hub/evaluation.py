@@ -14,6 +14,7 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 
 from arrest_hub.autoattack import part_problem
+from arrest_hub.backbones import Backbone
 from arrest_hub.comparison import Entry, comparison_json, comparison_markdown, plain_table
 from arrest_hub.errors import ConfigError
 from arrest_hub.eval_config import EvalConfig
@@ -36,10 +37,13 @@ from arrest_hub.eval_subjects import (
     load_subject,
     load_teacher,
     module_subject,
+    preprocessing_facts,
+    sample_digest,
     tensor_images,
 )
 from arrest_hub.journal import Journal
 from arrest_hub.prepare import launcher_warning, new_accelerator
+from arrest_hub.pretrained import PretrainedClassifier
 from arrest_hub.results import EvalReport, read_results
 from arrest_hub.robustbench import robustbench_problems
 from arrest_hub.verdicts import read_verdicts
@@ -74,9 +78,14 @@ def evaluate(
     module = model if isinstance(model, nn.Module) else None
     pair = dataset if isinstance(dataset, tuple) else None
     teacher_module = teacher if isinstance(teacher, nn.Module) else None
-    unknown = [name for name in options if name not in {f.name for f in dataclasses.fields(EvalConfig)}]
-    if unknown:
-        raise ConfigError([f"evaluate() has no option {name!r}." for name in unknown])
+    known = {f.name for f in dataclasses.fields(EvalConfig)}
+    problems = [f"evaluate() has no option {name!r}." for name in options if name not in known]
+    if pair is not None and options.get("limit_eval") is not None:
+        problems.append("limit_eval is for a dataset with a name: of images given as tensors give fewer.")
+    if isinstance(module, Backbone | PretrainedClassifier) and options.get("image_size") is not None:
+        problems.append("image_size: the network has one already: load it with another, image_size=... there.")
+    if problems:
+        raise ConfigError(problems)
     config = EvalConfig(
         model=type(module).__name__ if module is not None else os.fspath(model),  # type: ignore[arg-type]
         dataset="given images" if pair is not None else os.fspath(dataset),  # type: ignore[arg-type]
@@ -145,7 +154,8 @@ def run_evaluation(
             )
     if paths is not None:
         start_folder(config, paths, accelerator)
-    journal = Journal(paths.progress if paths else None, _identity(config, subject, images, accelerator), accelerator)
+    identity = _identity(config, subject, teacher, images, accelerator)
+    journal = Journal(paths.progress if paths else None, identity, accelerator)
     session = EvalSession(config, accelerator, subject, teacher, images, journal, num_classes)
     try:
         for line in session.describe(images.notes):
@@ -157,6 +167,9 @@ def run_evaluation(
         journal.close()
     for line in summary(measured.report, subject.name, teacher.name if teacher else "teacher"):
         say(line)
+    if paths is None and accelerator.is_main_process:
+        for line in write_entry(config, measured.report):
+            say(line)
     if paths is not None:
         say(f"{paths.root}: results.json, verdicts.parquet" + (", figures/" if config.figures else ""))
     return Evaluation(measured.report, measured.verdicts, paths.root if paths else None)
@@ -213,12 +226,16 @@ def precision_problems(config: EvalConfig) -> list[str]:
     return []
 
 
-def _identity(config: EvalConfig, subject: Subject, images: EvalImages, accelerator: Accelerator) -> dict[str, Any]:
+def _identity(
+    config: EvalConfig, subject: Subject, teacher: Subject | None, images: EvalImages, accelerator: Accelerator
+) -> dict[str, Any]:
     """What every figure depends on; a resumed evaluation must have the same."""
     settings = ("norm", "eps", "attacks", "cascade", "pgd_restarts", "pgd_step_size", "batch_size", "precision",
                 "channels_last", "compile", "seed", "check_images", "curve_images")  # fmt: skip
     return {
-        "weights": subject.info["weights_sha256"], "dataset revision": images.revision, "images": images.digest,
+        "weights": subject.info["weights_sha256"], "preprocessing": preprocessing_facts(subject),
+        "teacher's weights": teacher.info["weights_sha256"] if teacher else None,
+        "dataset revision": images.revision, "images": images.digest, "pixels": sample_digest(images.images),
         "device": accelerator.device.type, "torch": torch.__version__, "pyautoattack": version("pyautoattack"),
         **{name: getattr(config, name) for name in settings},
     }  # fmt: skip

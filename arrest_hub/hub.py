@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from arrest_hub.card_facts import CardFacts, Publication, read_publication
+from arrest_hub.card_facts import CardFacts, Publication, read_card, read_publication
 from arrest_hub.errors import ConfigError, HubError
 from arrest_hub.hub_access import WAITS, check_access, explain, with_retries
 from arrest_hub.licenses import License, choose_license
@@ -113,10 +113,9 @@ def write_card(config: CardConfig) -> Path:
         ConfigError: there is nothing to make it from, or it was edited and ``overwrite`` was not given.
     """
     export = find_export(config.folder)
-    old = _read(export / CARD)
     if not config.overwrite and not card_is_generated(export):
         raise ConfigError(f"{export / CARD} was edited by hand: give --overwrite to replace it.")
-    before = read_publication(old or "")
+    before = read_publication(read_card(export / CARD))
     publication = Publication(config.repo_id or before.repo_id, _given_license(config) or before.license)
     _write_card(export, render_card(_facts(export, publication)).encode())
     return export / CARD
@@ -152,8 +151,7 @@ def card_for(export: Path, repo_id: str, given: License | None) -> bytes:
     Raises:
         ConfigError: no licence is known, or an edited card states another one than ``given``.
     """
-    old = _read(export / CARD)
-    before = read_publication(old or "")
+    before = read_publication(read_card(export / CARD))
     facts = _facts(export, before)
     base = facts.record.base if facts.record else None
     license, problem = choose_license(
@@ -163,7 +161,6 @@ def card_for(export: Path, repo_id: str, given: License | None) -> bytes:
         raise ConfigError(problem)
     if card_is_generated(export):
         return render_card(_facts(export, Publication(repo_id, license))).encode()
-    assert old is not None
     if before.license != license:
         raise ConfigError(
             f"{export / CARD} was edited by hand and states {before.license.id if before.license else 'no licence'}: "
@@ -357,10 +354,6 @@ def _payload(content: Path | bytes) -> str | bytes:
 
 def _given_license(config: PushConfig | CardConfig) -> License | None:
     return None if config.license is None else License(config.license, config.license_name, config.license_link)
-
-
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _write_card(export: Path, card: bytes) -> None:

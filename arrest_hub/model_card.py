@@ -16,7 +16,7 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from arrest_hub.card_facts import FIGURES, CardFacts, is_sealed, publication_mark, seal, threat_tags
+from arrest_hub.card_facts import FIGURES, CardFacts, is_sealed, publication_mark, read_card, seal, threat_tags
 from arrest_hub.results import Result, column_title, escape_markdown, one_line, results_table
 from arrest_hub.training_record import BaseModel
 
@@ -116,7 +116,7 @@ def _epochs(count: int) -> str | None:
 def card_is_generated(folder: Path) -> bool:
     """Whether README.md in ``folder`` is missing, or is as `render_card` wrote it, whatever was measured since."""
     path = folder / "README.md"
-    return not path.is_file() or is_sealed(path.read_text(encoding="utf-8"))
+    return not path.is_file() or is_sealed(read_card(path))
 
 
 def card_data(facts: CardFacts) -> ModelCardData:

@@ -125,13 +125,18 @@ def load_eval_split(
     eval_split: str | None = None,
     limit_eval: int | None = None,
     seed: int = 0,
+    held_out_seed: int | None = None,
     cache_dir: str | None = None,
 ) -> EvalData:
     """The test split that `load_splits` makes with the same options: same images, order, labels and classes.
 
+    ``held_out_seed``: draws a test split that is held out of the training split; default: ``seed``, which draws
+    ``limit_eval`` images.
+
     The other splits are neither downloaded nor converted where the dataset is in Parquet files with the classes
     in them (feature ClassLabel) and has a labelled test or validation split; a note says where they are. A
-    dataset without a train split will do if ``eval_split`` or a usual name says which one is meant.
+    dataset without a train split will do if ``eval_split`` or a usual name says which one is meant; of a dataset of
+    one split a part is held out, whatever its name, unless ``eval_split`` gives it.
 
     Raises what `load_splits` raises.
     """
@@ -142,7 +147,7 @@ def load_eval_split(
         image_column=image_column,
         label_column=label_column,
         eval_split=eval_split,
-        seed=seed,
+        seed=seed if held_out_seed is None else held_out_seed,
     )
     data = settle(open_source(dataset_id, on_demand=True, cache_dir=cache_dir))
     if isinstance(data, str):
