@@ -38,7 +38,8 @@ class Progress:
     to come. ``first_accuracy``: the clean accuracy of the first line of the log. ``layout`` is how the batches are
     dealt out: what it says must be the same for a run to go on in the middle of an epoch. ``offset`` is added to
     ``step`` for the place in the learning rate schedule: not zero once a run went on with other global batches, and so
-    with other steps per epoch."""
+    with other steps per epoch. ``epoch_steps``: the steps of an epoch that warm-up and averaging go by. ``images``: how
+    many were trained on so far, over all phases."""
 
     phase: str
     step: int = 0
@@ -53,6 +54,8 @@ class Progress:
     dataset_revision: str | None = None
     layout: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    epoch_steps: int | None = None
+    images: int = 0
 
     @property
     def place(self) -> int:

@@ -60,7 +60,8 @@ class FinetuneConfig:
         "column that holds the labels; default: found", optional=True)
     train_split: str | None = _field(None, "str", "data", "split to train on; default: train", optional=True)
     eval_split: str | None = _field(None, "str", "data",
-        "split for the final figures; default: test, else validation, else 10 %% held out", optional=True)
+        "split for the final figures; default: test, else validation, else (also of a "
+        "single split) 10 %% held out", optional=True)
     validation_size: float | None = _field(None, "float", "data",
         "training images held out to choose the best weights: a count, or a share below 1; 0: none; default: "
         "10 %%, at most 1,000", low=0, optional=True)
@@ -136,7 +137,8 @@ class FinetuneConfig:
     momentum: float = _field(0.9, "float", "training", "momentum of optimizers that have one", low=0, high=1)
     weight_decay: float = _field(0.0005, "float", "training", "not applied to biases and normalisation", low=0)
     scheduler: str = _field("cosine", "str", "training",
-        "learning rate schedule, updated every step", choices=("cosine", "step", "multistep", "poly", "constant"))
+        "learning rate schedule, updated every step (poly falls evenly)",
+        choices=("cosine", "step", "multistep", "poly", "constant"))
     warmup_epochs: float = _field(0.0, "float", "training", "epochs of linear warm-up", low=0)
     min_lr: float = _field(0.0, "float", "training", "learning rate at the end", low=0)
     lr_hold: float | None = _field(None, "float", "training",

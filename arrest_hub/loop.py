@@ -32,15 +32,15 @@ from arrest_hub.results import harmonic_mean
 from arrest_hub.resume import batch_layout, resume_point
 from arrest_hub.run import Run
 from arrest_hub.run_folder import record_batches
+from arrest_hub.schedule import Schedule
 from arrest_hub.sharding import WholeCopy, choose_blocks, is_sharded
 from arrest_hub.step import (
     attacked_network,
     average_statistics,
     for_eval_passes,
-    hold_learning_rate,
     make_optimizer,
     make_perturbation,
-    make_scheduler,
+    recomputed_statistics,
     refresh,
     train_step,
 )
@@ -81,11 +81,14 @@ def train_phase(
     steps_per_epoch = batches_per_epoch // config.grad_accum_steps if batches_per_epoch else None
     if steps_per_epoch is not None:
         total_steps = min(max_steps or epochs * steps_per_epoch, epochs * steps_per_epoch)
+        by_epochs = total_steps == epochs * steps_per_epoch
     else:
         assert max_steps is not None  # checked in prepare_data
-        total_steps = max_steps
+        total_steps, by_epochs = max_steps, False
+    # where steps set the end, what is given in epochs stays where the run began with it, in steps
+    epoch_steps = steps_per_epoch if saved is None or by_epochs else saved.epoch_steps or steps_per_epoch
     optimizer = make_optimizer(config, student, lr)
-    scheduler = make_scheduler(config, optimizer, total_steps, steps_per_epoch)
+    schedule = Schedule(config, optimizer, total_steps, epoch_steps, robust=phase == "robust")
     size, device, precision = student.preprocessing.size, accelerator.device, config.mixed_precision
     utilisation = Utilisation(student, size, objective.passes, device, precision, accelerator.num_processes)
     if is_sharded(accelerator):
@@ -99,22 +102,18 @@ def train_phase(
         if progress.layout != layout:
             progress.layout = layout
             main_only(accelerator, lambda: record_batches(config, run.paths))
-            if steps_per_epoch and max_steps is None:  # the schedule goes by epochs
+            if by_epochs and steps_per_epoch:
                 progress.offset = progress.epoch * steps_per_epoch - progress.step
         accelerator.print(f"resuming from {checkpoint} ({phase} phase, step {progress.place} of {total_steps})")
+        run.images_logged = progress.images
+    progress.epoch_steps = epoch_steps
     if config.resume:
         run.log.rewind(phase, progress.step)
     began = time.perf_counter() - progress.seconds
-    warmup = config.warmup_epochs * (steps_per_epoch or 0)
-
-    def set_learning_rate() -> None:
-        scheduler.step_update(progress.place)
-        if phase == "robust" and config.lr_hold is not None and progress.place >= warmup:
-            hold_learning_rate(optimizer, config.lr_hold)
-
-    set_learning_rate()
+    schedule.set_learning_rate(progress.place)
     if ema is not None:
-        ema.update_after_step = _averaging_after(config, steps_per_epoch)
+        ema.update_after_step = schedule.average_after
+    recomputed = recomputed_statistics(config, student)
     perturbation = make_perturbation(config, accelerator, student) if phase == "robust" else None
 
     attacked = attacked_network(config, accelerator, student, objective)
@@ -133,7 +132,7 @@ def train_phase(
         if written is None or written[0] != progress:
             report_corrupt(run)
             stop_unless_finite(run, meter, progress, student)
-            progress.seconds = time.perf_counter() - began
+            progress.seconds, progress.images = time.perf_counter() - began, run.images_logged + pace.images
             path = save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
             written = dataclasses.replace(progress), path
         return written[1]
@@ -162,7 +161,7 @@ def train_phase(
                     with pace.stopwatch("step"):
                         parts = train_step(
                             accelerator, model, attacked, objective, optimizer, batch, generator, config.clip_grad,
-                            perturbation,
+                            perturbation, recomputed,
                         )  # fmt: skip
                     average_statistics(accelerator, student)
                     meter.add(parts, progress.place + 1, batch["index"])
@@ -174,7 +173,7 @@ def train_phase(
                     if not accelerator.sync_gradients:
                         continue
                     progress.step += 1
-                    set_learning_rate()
+                    schedule.set_learning_rate(progress.place)
                     if ema is not None:
                         ema.update(student, step=progress.place)
                     finished = progress.place >= total_steps
@@ -195,6 +194,7 @@ def train_phase(
                         if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
                             save()
                         stop_if_asked()
+                _check_epoch(config, progress, steps_per_epoch)
                 if progress.batch % config.grad_accum_steps:  # a stream has ended in the middle of a step
                     model.zero_grad()
                     accelerator.step = 0
@@ -237,20 +237,6 @@ def training_batches(run: Run, student: Backbone, workers: int, phase: str = "ro
     return loader if config.streaming else accelerator.prepare(loader)
 
 
-def _averaging_after(config: FinetuneConfig, steps_per_epoch: int | None) -> int:
-    """`ModelEmaV3.update_after_step` for --ema-start-epoch: until then the average is the weights themselves.
-
-    Raises:
-        ConfigError: it is not known how long an epoch is.
-    """
-    if config.ema_start_epoch and steps_per_epoch is None:
-        raise ConfigError(
-            f"--ema-start-epoch {config.ema_start_epoch:g}: the length of the stream, and so of an epoch, is "
-            "unknown. Give --limit-train N."
-        )
-    return max(0, round(config.ema_start_epoch * (steps_per_epoch or 0)) - 1)  # timm copies one step longer
-
-
 def _batches_per_epoch(run: Run, loader: Any) -> int | None:
     """Batches of an epoch in each process, enough for whole steps; None for a stream of unknown length.
 
@@ -266,6 +252,17 @@ def _batches_per_epoch(run: Run, loader: Any) -> int | None:
             "give fewer, or a smaller --batch-size."
         )
     return len(loader) // accumulated * accumulated
+
+
+def _check_epoch(config: FinetuneConfig, progress: Progress, steps_per_epoch: int | None) -> None:
+    """At the end of an epoch. Raises ConfigError if a stream of unknown length was too short for a single step: no
+    other epoch would be longer."""
+    if steps_per_epoch is None and progress.batch < config.grad_accum_steps:
+        raise ConfigError(
+            f"the stream ended after {progress.batch} whole batches of {config.batch_size} images, and a step takes "
+            f"{config.grad_accum_steps}: give a smaller --batch-size, --grad-accum-steps or --num-workers (each worker "
+            "leaves out its last incomplete batch)."
+        )
 
 
 def _epoch_batches(

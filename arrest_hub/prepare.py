@@ -20,7 +20,8 @@ from accelerate.utils import (
     is_wandb_available,
     set_seed,
 )
-from timm.optim import list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
 
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
@@ -30,19 +31,31 @@ from arrest_hub.fields import flag
 from arrest_hub.labels import match_labels
 from arrest_hub.processes import main_first
 from arrest_hub.run_folder import RunPaths
+from arrest_hub.schedule import length_problems
 from arrest_hub.sharding import is_sharded, set_up_sharding, wants_sharding
 
 
-def optimizer_problem(name: str) -> str | None:
-    """A line for an optimizer that timm does not know, with the nearest that it does."""
+def optimizer_problem(name: str, device: str = "cpu") -> str | None:
+    """A line for an optimizer that timm does not know, with the nearest that it does, or that takes no step here: some
+    want another package, a GPU, or second derivatives."""
     known = [str(optimizer) for optimizer in list_optimizers()]
-    return None if name in known else f"--optimizer {name!r} is not one of timm's.{did_you_mean(name, known)}"
+    if name not in known:
+        return f"--optimizer {name!r} is not one of timm's.{did_you_mean(name, known)}"
+    try:
+        layer = nn.Linear(2, 2, device=device)
+        optimizer = create_optimizer_v2(layer, opt=name, lr=1e-3)
+        layer(torch.ones(1, 2, device=device)).sum().backward()
+        optimizer.step()
+    except Exception as error:  # they fail in as many ways as there are
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        return f"--optimizer {name} does not work here ({why}): give another, such as sgd, adamw or lion."
+    return None
 
 
 def environment_problems(config: FinetuneConfig) -> list[str]:
     """What this machine cannot do of the configuration: optimizer, precision, tracker. A line for each."""
-    problems = [problem for problem in [optimizer_problem(config.optimizer)] if problem]
     cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+    problems = [problem for problem in [optimizer_problem(config.optimizer, "cuda" if cuda else "cpu")] if problem]
     if config.mixed_precision == "fp16" and not cuda:
         problems.append("--mixed-precision fp16 needs a GPU and this machine offers none: give no or bf16.")
     if config.mixed_precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -139,7 +152,8 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:
     """Load the splits, the main process first so that a download happens once.
 
     Raises:
-        DataError, HubError: see `data.load_splits`. ConfigError: batch larger than the training split.
+        DataError, HubError: see `data.load_splits`. ConfigError: batch larger than the training split, or a length
+            that does not fit it (see `length_problems`).
     """
     load = partial(
         load_splits,
@@ -163,12 +177,9 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:
             f"--batch-size {config.batch_size}{each} is larger than the training split of {size} images: "
             f"give at most {size // accelerator.num_processes}."
         )
-    if size is None and config.max_steps is None:
-        raise ConfigError("--streaming: the number of training images is not known, so give --max-steps.")
-    if size is None and config.standard_epochs:
-        raise ConfigError(
-            "--streaming: the number of training images is not known, so --standard-epochs has no length."
-        )
+    problems = length_problems(config, size, accelerator.num_processes)
+    if problems:
+        raise ConfigError(problems)
     return splits
 
 

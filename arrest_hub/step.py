@@ -1,17 +1,15 @@
-"""One training step: the network it attacks, the optimizer and schedule it takes."""
+"""One training step: the network it attacks, the optimizer it takes."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,35 +32,6 @@ def make_optimizer(config: FinetuneConfig, student: nn.Module, lr: float) -> tor
     return create_optimizer_v2(
         student, opt=config.optimizer, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum
     )
-
-
-def make_scheduler(
-    config: FinetuneConfig, optimizer: torch.optim.Optimizer, total_steps: int, steps_per_epoch: int | None
-) -> Scheduler:
-    """The configured learning rate schedule, timm's, over ``total_steps``; call ``step_update`` after every step."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.scheduler,
-        num_epochs=total_steps,  # counted in steps, so that --max-steps and a fractional warm-up just work
-        updates_per_epoch=1,
-        step_on_epochs=False,
-        warmup_epochs=min(round(config.warmup_epochs * (steps_per_epoch or 0)), total_steps - 1),
-        warmup_lr=0.0,
-        warmup_prefix=False,
-        min_lr=config.min_lr,
-        decay_epochs=max(1, total_steps // 3),
-        decay_milestones=[round(total_steps * share) for share in (0.5, 0.75)],
-    )
-    return scheduler
-
-
-def hold_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Raise a learning rate that has fallen below this share of its peak to it.
-
-    A constant learning rate is what averaging the weights is for (Izmailov et al. 2018, arXiv 1803.05407, section 3.2).
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = max(group["lr"], share * group["initial_lr"] * group.get("lr_scale", 1.0))
 
 
 def choose_images_at_once(config: FinetuneConfig, network: Backbone, device: torch.device) -> int | None:
@@ -124,12 +93,13 @@ def train_step(
     generator: torch.Generator,
     clip_grad: float | None,
     perturbation: WeightPerturbation | None = None,
+    recomputed: Sequence[torch.Tensor] = (),
 ) -> dict[str, torch.Tensor]:
     """One batch: attack, training pass, backward pass, and (with the last batch of a step) the update of the weights.
 
     ``attacked``: the student, or what `for_eval_passes` made of it. ``batch``: "pixels" (uint8 [B, 3, H, W]) and
-    "label" ([B]), on the device. ``perturbation``: of the student, for the training pass and its backward pass. Returns
-    the objective's parts.
+    "label" ([B]), on the device. ``perturbation``: of the student, for the training pass and its backward pass.
+    ``recomputed``: see `recomputed_statistics`. Returns the objective's parts.
     """
     refresh(attacked)
     with accelerator.accumulate(model):
@@ -138,7 +108,8 @@ def train_step(
         with worst_case(accelerator, objective, prepared, perturbation):
             with accelerator.autocast():
                 parts = objective.loss(model, prepared)
-            accelerator.backward(parts["loss"])
+            with unchanged(recomputed):
+                accelerator.backward(parts["loss"])
         if accelerator.sync_gradients and clip_grad is not None:
             parts["grad_norm"] = whole(accelerator.clip_grad_norm_(model.parameters(), clip_grad))
         optimizer.step()
@@ -172,6 +143,26 @@ def worst_case(
 
     with perturbation.worst_case(loss):
         yield
+
+
+def recomputed_statistics(config: FinetuneConfig, network: nn.Module) -> list[torch.Tensor]:
+    """The buffers of BatchNorm that a backward pass would update once more, since --grad-checkpointing has it compute
+    the training pass again."""
+    if not config.grad_checkpointing:
+        return []
+    return [buffer for module in network.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
+
+
+@contextmanager
+def unchanged(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """After this context the tensors are again what they were before it."""
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
 
 
 def average_statistics(accelerator: Accelerator, network: nn.Module) -> None:

@@ -281,6 +281,8 @@ def standard_phase(run: Run, backbone: Backbone) -> Backbone:
             write_model_folder(trained, run.paths.teacher)
         accelerator.wait_for_everyone()
         accelerator.free_memory()
+    elif done := readable_progress(run.paths.checkpoints, "standard"):
+        run.images_logged = done[-1].images
     return load_backbone(str(run.paths.teacher))
 
 

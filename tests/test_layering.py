@@ -18,9 +18,9 @@ LEVELS = [
      "processes", "stopping"},
     {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",
      "hub_access", "hub_search", "hub", "pretrained"},
-    {"validation", "provenance", "run_folder", "prepare", "run", "checks", "resume", "step", "loop", "finish",
-     "estimate", "plan", "train", "evaluator", "attack_stages", "masking", "evidence", "eval_subjects", "eval_record",
-     "eval_session", "evaluation"},
+    {"validation", "provenance", "run_folder", "prepare", "run", "checks", "resume", "schedule", "step", "loop",
+     "finish", "estimate", "plan", "train", "evaluator", "attack_stages", "masking", "evidence", "eval_subjects",
+     "eval_record", "eval_session", "evaluation"},
     {"cli", "push_cli", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -270,6 +270,16 @@ def test_checkpointing_changes_nothing_in_a_run(method, tmp_path):
     assert same_weights(tmp_path / "plain", tmp_path / "changed")
 
 
+@pytest.mark.parametrize("changes", [{}, {"grad_accum_steps": 2, "awp_gamma": 0.01}], ids=["plain", "accumulated"])
+def test_checkpointing_leaves_batchnorms_statistics(changes, tmp_path):
+    """The backward pass computes the training pass again, and they are of one pass a batch all the same."""
+    changes = {"max_steps": 2, "export_weights": "last", **changes}
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "plain"), **changes))
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "changed"), grad_checkpointing=True, **changes))
+    assert any("running_var" in name for name in load_file(tmp_path / "plain" / "export" / "model.safetensors"))
+    assert same_weights(tmp_path / "plain", tmp_path / "changed")
+
+
 @pytest.mark.parametrize("method", ["arrest", "at", "trades"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_options_combine(method, precision, tmp_path):

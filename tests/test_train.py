@@ -293,7 +293,7 @@ def test_variants_run(tmp_path, changes):
 
 
 def test_the_plan_says_what_is_beside_the_method(tmp_path, capsys):
-    finetune(tiny_config(tmp_path, max_steps=1, **INGREDIENTS))
+    finetune(tiny_config(tmp_path, max_steps=4, **INGREDIENTS))
     out = capsys.readouterr().out
     assert (
         ", augment trivialaugment, random-erasing 0.5, awp-gamma 0.01, label-smoothing 0.1, lr-hold 0.5, averaged "
@@ -437,6 +437,8 @@ def test_output_folder_is_never_overwritten_unasked(tmp_path):
         ({"batch_size": 64}, ConfigError, "64.*36"),
         ({"mixed_precision": "fp16"}, ConfigError, "fp16"),
         ({"optimizer": "sdg"}, ConfigError, "sgd"),
+        ({"optimizer": "adahessian"}, ConfigError, "--optimizer adahessian does not work here .*require grad"),
+        ({"max_steps": 4, "ema_decay": 0.9, "ema_start_epoch": 1}, ConfigError, "--ema-start-epoch 1 is step 4, .*4"),
         ({"model": "resnet18_cifr"}, BackboneError, "resnet18_cifar"),
         ({"model": "resnet18_cifar", "image_size": 8}, ConfigError, "standard-epochs"),
         ({"dataset": "cifar01"}, DataError, "cifar10"),
