@@ -35,27 +35,40 @@ from arrest_hub.schedule import length_problems
 from arrest_hub.sharding import is_sharded, set_up_sharding, wants_sharding
 
 
-def optimizer_problem(name: str, device: str = "cpu") -> str | None:
+def optimizer_problem(name: str) -> str | None:
     """A line for an optimizer that timm does not know, with the nearest that it does, or that takes no step here: some
     want another package, a GPU, or second derivatives."""
     known = [str(optimizer) for optimizer in list_optimizers()]
     if name not in known:
         return f"--optimizer {name!r} is not one of timm's.{did_you_mean(name, known)}"
+    why = _no_step(name, "cpu")
+    if why is not None and _uses_cuda():  # not before: each process would take memory of a GPU
+        why = _no_step(name, f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
+    if why is None:
+        return None
+    return f"--optimizer {name} does not work here ({why}): give another, such as sgd, adamw or lion."
+
+
+def _uses_cuda() -> bool:
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+
+
+def _no_step(name: str, device: str) -> str | None:
+    """Why an optimizer takes no step with a layer on a device; None: it does."""
     try:
         layer = nn.Linear(2, 2, device=device)
         optimizer = create_optimizer_v2(layer, opt=name, lr=1e-3)
         layer(torch.ones(1, 2, device=device)).sum().backward()
         optimizer.step()
     except Exception as error:  # they fail in as many ways as there are
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        return f"--optimizer {name} does not work here ({why}): give another, such as sgd, adamw or lion."
+        return " ".join(str(error).split())[:200] or type(error).__name__
     return None
 
 
 def environment_problems(config: FinetuneConfig) -> list[str]:
     """What this machine cannot do of the configuration: optimizer, precision, tracker. A line for each."""
-    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
-    problems = [problem for problem in [optimizer_problem(config.optimizer, "cuda" if cuda else "cpu")] if problem]
+    cuda = _uses_cuda()
+    problems = [problem for problem in [optimizer_problem(config.optimizer)] if problem]
     if config.mixed_precision == "fp16" and not cuda:
         problems.append("--mixed-precision fp16 needs a GPU and this machine offers none: give no or bf16.")
     if config.mixed_precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
