@@ -42,7 +42,7 @@ def share_budget(values: Tensor, *, eps: float, spread: float) -> Tensor:
     inverse = 1 / (values / values.mean().clamp_min(1e-30)).clamp_min(1e-6)
     # the mean of clip(c / v) grows with c: at the first everything is at the lower bound, at the second at the upper
     few, many = low / inverse.max(), high / inverse.min()
-    few = few.clamp_min(1e-6 * many)  # a spread of 1 has a lower bound of 0
+    few = few.clamp_min(1e-12 * many)  # a spread of 1 has a lower bound of 0
     for _ in range(HALVINGS):
         middle = (few * many).sqrt()
         above = (middle * inverse).clamp(low, high).mean() > 1

@@ -53,6 +53,15 @@ def test_samples_without_a_gradient_get_the_most(spread):
     assert torch.allclose(share_budget(torch.zeros(4), eps=EPS, spread=spread), torch.full((4,), EPS), rtol=1e-4)
 
 
+@pytest.mark.parametrize("spread", [0.3, 0.5, 1.0])
+def test_the_total_stays_where_most_have_no_gradient(spread):
+    values = torch.cat([torch.zeros(90), torch.linspace(0.5, 1.5, 38)])
+    found = share_budget(values, eps=EPS, spread=spread)
+    assert found.mean().item() == pytest.approx(EPS, rel=1e-4)
+    assert torch.equal(found[:90], found[:1].expand(90))
+    assert (found[90:] <= found[0]).all()
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_sensitivity_is_the_slope_in_the_worst_direction(norm):
     net = robust_net().double()
