@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.data import ImageDataset, ImageSplit, to_pixels
-from arrest_hub.errors import ArrestError, BackboneError, ConfigError
+from arrest_hub.errors import ArrestError, BackboneError, ConfigError, HubError
 from arrest_hub.eval_config import EvalConfig, evaluation_name
 from arrest_hub.evaluator import Images, TensorImages, as_logits
 from arrest_hub.export import weights_digest
@@ -131,8 +131,13 @@ def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) 
         seed=config.seed,
     )
     data = main_first(accelerator, load)
-    if "[held-out test]" in data.split.name:
-        trained = main_first(accelerator, lambda: held_out_seed(config, subject))
+    origin, held_out, _ = data.split.name.partition("[held-out test]")
+    if held_out:
+        try:
+            trained = main_first(accelerator, lambda: held_out_seed(config, subject, origin))
+        except HubError as error:
+            data.notes.append(f"whether {subject.name} was trained on these images cannot be told ({error})")
+            trained = None
         if trained is not None and trained != config.seed:
             data = main_first(accelerator, partial(load, held_out_seed=trained))
             data.notes.append(
@@ -161,25 +166,33 @@ def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) 
     return made
 
 
-def held_out_seed(config: EvalConfig, subject: Subject) -> int | None:
-    """The seed with which the training of a model written by `arrest-finetune` held its test images out; None for any
-    other model.
+def held_out_seed(config: EvalConfig, subject: Subject, origin: str) -> int | None:
+    """The seed with which the training of a model written by `arrest-finetune` held its test images out of the split
+    ``origin`` of this dataset; None for a model that was not trained on it.
 
     Raises:
-        ConfigError: the training streamed this dataset, and so held out its first images.
+        ConfigError: the training held out other images of it, or none.
         HubError: the file that tells is on the Hub and cannot be fetched. BackboneError: it is damaged.
     """
-    if subject.backbone is None:
+    if subject.backbone is None or companion_file(subject.backbone.source, RECORD) is None:
         return None
     path = companion_file(subject.backbone.source, "training_config.yaml")
     if path is None:
         return None
     try:
         training = yaml.safe_load(path.read_text(encoding="utf-8"))
-        seed, streamed = int(training["seed"]), bool(training.get("streaming"))
+        seed, dataset = int(training["seed"]), str(training["dataset"])
+        train_split, eval_split, streamed = (training.get(key) for key in ("train_split", "eval_split", "streaming"))
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise BackboneError(f"{path} is damaged: it tells no seed ({error}).") from error
-    if streamed and dataset_name(str(training.get("dataset"))) == dataset_name(config.dataset):
+        raise BackboneError(f"{path} is damaged: it does not tell what was trained on ({error}).") from error
+    if dataset_name(dataset) != dataset_name(config.dataset) or train_split not in (None, origin):
+        return None
+    if eval_split is not None:
+        raise ConfigError(
+            f"{config.model} was trained on all of {origin!r} of {config.dataset}, of which a tenth would be drawn: "
+            f"give --eval-split {eval_split}, as in its training."
+        )
+    if streamed:
         raise ConfigError(
             f"{config.model} was trained on {config.dataset} as a stream, of which the first images were held out: a "
             "tenth drawn now would have been trained on. Give --eval-split, or another --dataset."

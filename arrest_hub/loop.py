@@ -102,8 +102,8 @@ def train_phase(
         if progress.layout != layout:
             progress.layout = layout
             main_only(accelerator, lambda: record_batches(config, run.paths))
-            if by_epochs and steps_per_epoch:
-                progress.offset = progress.epoch * steps_per_epoch - progress.step
+            # the schedule goes by epochs, or by the steps that --max-steps counts
+            progress.offset = progress.epoch * (steps_per_epoch or 0) - progress.step if by_epochs else 0
         accelerator.print(f"resuming from {checkpoint} ({phase} phase, step {progress.place} of {total_steps})")
         run.images_logged = progress.images
     progress.epoch_steps = epoch_steps

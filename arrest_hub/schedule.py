@@ -77,7 +77,10 @@ def hold_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 def length_problems(config: FinetuneConfig, images: int | None, processes: int) -> list[str]:
-    """What does not fit the number of training images (None: a stream of unknown length): a line for each."""
+    """What does not fit the number of training images (None: a stream of unknown length): a line for each.
+
+    A run that goes on keeps the steps that it began with, and is not asked again.
+    """
     problems = []
     if images is None:
         if config.max_steps is None:
@@ -87,12 +90,12 @@ def length_problems(config: FinetuneConfig, images: int | None, processes: int) 
                 "--streaming: the number of training images is not known, so --standard-epochs has no length."
             )
         for name, value in (("warmup-epochs", config.warmup_epochs), ("ema-start-epoch", config.ema_start_epoch)):
-            if value:
+            if value and not config.resume:
                 problems.append(
                     f"--{name} {value:g}: the length of the stream, and so of an epoch, is unknown. Give --limit-train "
                     "N, or 0 here."
                 )
-    elif config.max_steps is not None and config.ema_start_epoch and config.batch_size != "auto":
+    elif config.max_steps and config.ema_start_epoch and config.batch_size != "auto" and not config.resume:
         epoch = images // processes // config.batch_size // config.grad_accum_steps
         start = round(config.ema_start_epoch * epoch)
         if start >= config.max_steps:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from tiny import NAMES, pretrained_state, tiny_backbone, tiny_config, write_images, write_model
 
@@ -77,7 +77,7 @@ def test_a_damaged_training_configuration_is_one_clear_error(held_out, training)
     before = path.read_text()
     try:
         path.write_text(training)
-        with pytest.raises(BackboneError, match=r"training_config\.yaml is damaged: it tells no seed"):
+        with pytest.raises(BackboneError, match=r"training_config\.yaml is damaged: it does not tell what"):
             arrest_hub.evaluate(str(export), str(folder / "data"), attacks="clean", teacher=None)
     finally:
         path.write_text(before)
@@ -90,6 +90,32 @@ def test_the_held_out_part_of_a_stream_is_not_drawn_again(tmp_path):
     write_images(tmp_path / "other", count=60, splits=("train",))
     report = arrest_hub.evaluate(str(export), str(tmp_path / "other"), attacks="clean", teacher=None, checks=False)
     assert report.results[0].n == 6, "another dataset was not trained on"
+
+
+def test_all_of_a_split_was_trained_on(tmp_path):
+    """The training had another split for its test, so nothing of this one was left out."""
+    write_images(tmp_path / "files", count=120)
+    splits = [Dataset.from_parquet(str(next((tmp_path / "files").glob(f"{name}-*")))) for name in ("train", "test")]
+    DatasetDict(dict(zip(("train", "extra"), splits, strict=True))).save_to_disk(str(tmp_path / "data"))
+    finetune(tiny_config(tmp_path, eval_split="extra", epochs=1, max_steps=1, eps=EPS, attack_steps=1))
+    export = tmp_path / "run" / "export"
+    with pytest.raises(ConfigError, match=r"trained on all of 'train' .* give --eval-split extra"):
+        arrest_hub.evaluate(str(export), str(tmp_path / "data"), attacks="clean", teacher=None)
+    report = arrest_hub.evaluate(
+        str(export), str(tmp_path / "data"), attacks="clean", teacher=None, checks=False, eval_split="extra"
+    )
+    assert report.results[0].n == 120
+
+
+def test_a_training_configuration_of_others_says_nothing(held_out, tmp_path):
+    """A repository may have a file of that name without being ours."""
+    folder, _ = held_out
+    write_model(tmp_path / "model")
+    (tmp_path / "model" / "training_config.yaml").write_text("epochs: 90\n")
+    report = arrest_hub.evaluate(
+        str(tmp_path / "model"), str(folder / "data"), attacks="clean", teacher=None, checks=False
+    )
+    assert report.results[0].n == 12
 
 
 def test_images_of_another_draw_do_not_come_onto_the_card(tmp_path, capsys):

@@ -75,6 +75,8 @@ def test_what_does_not_fit_the_number_of_images():
     (problem,) = problems(100, max_steps=6, **late)
     assert "is step 6, and the training ends at --max-steps 6" in problem
     assert problems(100, **late) == []
+    assert problems(100, max_steps=6, resume=True, **late) == [], "it goes on as it began"
+    assert problems(None, max_steps=6, resume=True, warmup_epochs=0.5) == []
 
 
 def unknown_length(monkeypatch):
@@ -135,6 +137,14 @@ def test_epochs_decide_the_length_with_other_batches_too(tmp_path, monkeypatch, 
     finetune(tiny_config(tmp_path, resume=True, batch_size=16, **changes))
     # 36 images: four steps of 8 in the first epoch, then two of 16 in each of two
     assert (end_of(tmp_path).epoch, end_of(tmp_path).step, end_of(tmp_path).place) == (3, 8, 6)
+
+
+def test_max_steps_end_a_run_whose_batches_changed_twice(tmp_path, monkeypatch):
+    changes = {"epochs": 3, "max_steps": 10, "eval_every": 0}
+    killed(monkeypatch, tmp_path, 5, **changes)  # goes on from the end of the first epoch, after four steps
+    killed(monkeypatch, tmp_path, 3, resume=True, batch_size=16, **changes)  # two steps an epoch: epochs decide
+    finetune(tiny_config(tmp_path, resume=True, batch_size=8, **changes))
+    assert end_of(tmp_path).step == end_of(tmp_path).place == 10
 
 
 def test_with_other_batches_warm_up_and_averaging_stay_at_their_steps(tmp_path, monkeypatch):
