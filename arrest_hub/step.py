@@ -20,7 +20,7 @@ from arrest_hub.folding import FoldedNetwork, foldable
 from arrest_hub.network_options import images_for_the_cache
 from arrest_hub.objective import Objective, Prepared
 from arrest_hub.sharding import is_sharded, whole
-from arrest_hub.weight_perturbation import WeightPerturbation
+from arrest_hub.weight_perturbation import WeightPerturbation, unchanged
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # keeps the gradients that an fp16 attack passes through the network away from underflow
@@ -151,18 +151,6 @@ def recomputed_statistics(config: FinetuneConfig, network: nn.Module) -> list[to
     if not config.grad_checkpointing:
         return []
     return [buffer for module in network.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
-
-
-@contextmanager
-def unchanged(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """After this context the tensors are again what they were before it."""
-    before = [tensor.clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
 
 
 def average_statistics(accelerator: Accelerator, network: nn.Module) -> None:

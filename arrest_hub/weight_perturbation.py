@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """After this context the tensors are again what they were before it."""
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
 
 
 class WeightPerturbation:
@@ -41,11 +53,9 @@ class WeightPerturbation:
 
         ``loss`` makes the scalar to be raised, by a pass through the student; BatchNorm's statistics stay as they were.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
-        gradients = torch.autograd.grad(loss() * self.gradient_scale, self.weights, allow_unused=True)
+        with unchanged(list(self.student.buffers())):
+            gradients = torch.autograd.grad(loss() * self.gradient_scale, self.weights, allow_unused=True)
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
             flat = [
                 torch.zeros_like(weight, dtype=torch.float32).flatten()
                 if gradient is None

@@ -4,10 +4,9 @@ import json
 
 import pytest
 from datasets import Dataset, Features, Image, load_dataset
-from test_resume import Killed, outcome
-from tiny import tiny_config
+from test_resume import outcome
+from tiny import killed_after, tiny_config
 
-from arrest_hub import loop
 from arrest_hub.errors import ArrestError
 from arrest_hub.train import finetune
 
@@ -36,25 +35,14 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_run_skips_lists_and_resumes(config, streaming, tmp_path, monkeypatch, capsys):
+def test_a_run_skips_lists_and_resumes(config, streaming, tmp_path, capsys):
     changes = {"streaming": streaming, "skip_corrupt": 2}
     finetune(config("whole", **changes))
     entries = [json.loads(line) for line in (tmp_path / "whole" / "corrupt.jsonl").read_text().splitlines()]
     assert len(entries) == 2
     assert capsys.readouterr().out.count("skipped image") == 2
-    plain, count = loop.train_step, 0
-
-    def step(*arguments):
-        nonlocal count
-        if count == 8:
-            raise Killed
-        count += 1
-        return plain(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", step)
-        with pytest.raises(Killed):
-            finetune(config("cut", **changes))
+    with killed_after(8):
+        finetune(config("cut", **changes))
     finetune(config("cut", resume=True, **changes))
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
     listed = (tmp_path / "cut" / "corrupt.jsonl").read_text().splitlines()

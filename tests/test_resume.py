@@ -17,7 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
-from tiny import tiny_config
+from tiny import killed_after, tiny_config
 
 from arrest_hub import loop, run_folder
 from arrest_hub.checkpoint import list_checkpoints, read_progress
@@ -116,25 +116,10 @@ def test_sigterm_to_every_process_of_the_job(whole):
     assert outcome(folder / "told") == expected
 
 
-class Killed(BaseException):
-    pass
-
-
 def dead_run(folder, name, *, at, **changes):
     """A run that ended in the step after ``at``; its last checkpoints."""
-    plain, count = loop.train_step, 0
-
-    def step(*arguments):
-        nonlocal count
-        if count == at:
-            raise Killed
-        count += 1
-        return plain(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", step)
-        with pytest.raises(Killed):
-            finetune(run_config(folder, name, **changes))
+    with killed_after(at):
+        finetune(run_config(folder, name, **changes))
     return list_checkpoints(folder / name / "checkpoints", "robust")
 
 

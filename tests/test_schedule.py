@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from test_resume import Killed
 from test_train import log_lines
 from timm.utils import ModelEmaV3
-from tiny import tiny_config
+from tiny import killed_after, tiny_config
 
-from arrest_hub import loop, prepare
+from arrest_hub import prepare
 from arrest_hub.checkpoint import list_checkpoints, read_progress
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError
@@ -108,21 +107,10 @@ def test_a_stream_too_short_for_a_step_ends_the_run(tmp_path, monkeypatch, chang
         finetune(tiny_config(tmp_path, streaming=True, max_steps=2, **changes))
 
 
-def killed(monkeypatch, tmp_path, steps, **changes):
+def killed(tmp_path, steps, **changes):
     """A run that dies in the step after ``steps``."""
-    plain, count = loop.train_step, 0
-
-    def step(*arguments):
-        nonlocal count
-        if count == steps:
-            raise Killed
-        count += 1
-        return plain(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", step)
-        with pytest.raises(Killed):
-            finetune(tiny_config(tmp_path, **changes))
+    with killed_after(steps):
+        finetune(tiny_config(tmp_path, **changes))
 
 
 def end_of(tmp_path):
@@ -130,19 +118,19 @@ def end_of(tmp_path):
 
 
 @pytest.mark.parametrize("max_steps", [None, 100])
-def test_epochs_decide_the_length_with_other_batches_too(tmp_path, monkeypatch, max_steps):
+def test_epochs_decide_the_length_with_other_batches_too(tmp_path, max_steps):
     """Also beside --max-steps, where that is not what ends the run."""
     changes = {"epochs": 3, "max_steps": max_steps, "eval_every": 0}
-    killed(monkeypatch, tmp_path, 5, **changes)
+    killed(tmp_path, 5, **changes)
     finetune(tiny_config(tmp_path, resume=True, batch_size=16, **changes))
     # 36 images: four steps of 8 in the first epoch, then two of 16 in each of two
     assert (end_of(tmp_path).epoch, end_of(tmp_path).step, end_of(tmp_path).place) == (3, 8, 6)
 
 
-def test_max_steps_end_a_run_whose_batches_changed_twice(tmp_path, monkeypatch):
+def test_max_steps_end_a_run_whose_batches_changed_twice(tmp_path):
     changes = {"epochs": 3, "max_steps": 10, "eval_every": 0}
-    killed(monkeypatch, tmp_path, 5, **changes)  # goes on from the end of the first epoch, after four steps
-    killed(monkeypatch, tmp_path, 3, resume=True, batch_size=16, **changes)  # two steps an epoch: epochs decide
+    killed(tmp_path, 5, **changes)  # goes on from the end of the first epoch, after four steps
+    killed(tmp_path, 3, resume=True, batch_size=16, **changes)  # two steps an epoch: epochs decide
     finetune(tiny_config(tmp_path, resume=True, batch_size=8, **changes))
     assert end_of(tmp_path).step == end_of(tmp_path).place == 10
 
@@ -158,7 +146,7 @@ def test_with_other_batches_warm_up_and_averaging_stay_at_their_steps(tmp_path, 
     monkeypatch.setattr(ModelEmaV3, "get_decay", watched)
     changes = {"epochs": 3, "max_steps": 11, "ema_decay": 0.9, "ema_start_epoch": 0.75, "warmup_epochs": 0.75,
                "log_every": 1, "eval_every": 0}  # fmt: skip
-    killed(monkeypatch, tmp_path, 5, **changes)
+    killed(tmp_path, 5, **changes)
     finetune(tiny_config(tmp_path, resume=True, batch_size=4, **changes))
     assert [decays[step] for step in range(1, 12)] == [0.0] * 3 + [0.9] * 8
     rates = [line["lr"] for line in log_lines(tmp_path / "run") if "loss" in line]
@@ -176,7 +164,7 @@ def test_a_trackers_steps_go_on_after_a_resumption(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Log, "write", write)
     changes = {"checkpoint_every": 1, "log_every": 2, "eval_every": 0}
-    killed(monkeypatch, tmp_path, 5, **changes)
+    killed(tmp_path, 5, **changes)
     assert steps == [16, 32]
     finetune(tiny_config(tmp_path, resume=True, **changes))
     assert steps == [16, 32, 48, 64], "of eight images each, the one between two lines too"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch import nn
 
+from arrest_hub import loop
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.backbones import Backbone, BackboneOutput, load_backbone
 from arrest_hub.config import FinetuneConfig
@@ -165,3 +169,25 @@ def tiny_config(tmp_path: Path, **changes: Any) -> FinetuneConfig:
         "figures": False,
     }  # fmt: skip
     return FinetuneConfig(**(values | changes))
+
+
+class Killed(BaseException):
+    """What ends a run that is killed."""
+
+
+@contextmanager
+def killed_after(steps: int) -> Iterator[None]:
+    """The run within dies in the training step after ``steps``."""
+    plain, count = loop.train_step, 0
+
+    def step(*arguments: Any) -> Any:
+        nonlocal count
+        if count == steps:
+            raise Killed
+        count += 1
+        return plain(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", step)
+        with pytest.raises(Killed):
+            yield
