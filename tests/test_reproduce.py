@@ -248,6 +248,14 @@ def test_the_recipe_is_above_the_others_by_more_than_seeds_differ():
         assert min(best) - max(other) > spread, key
 
 
+def test_every_variant_of_the_tables_is_measured_under_apgd():
+    rows = cifar10_report.read_suite(reproduce.EVIDENCE / "narrow")
+    assert list(rows) == list(cifar10_suites.VARIANTS)
+    for key, runs in rows.items():
+        assert [run.seed for run in runs] == list(cifar10_suites.VARIANTS[key].seeds), key
+        assert all(run.counts.get("apgd", (0, 0))[1] == 1000 for run in runs), key
+
+
 def test_figures_can_be_drawn_of_part_of_the_runs(tmp_path):
     for key in ("aft", "best", "lambda-30"):
         evidence(tmp_path / "narrow", key, 0, {"clean": 600, "pgd-20": 200})
