@@ -158,7 +158,9 @@ def num_workers(wanted: int | None, accelerator: Accelerator) -> int:
     if wanted is not None:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores // accelerator.num_processes - 1))
+    # launchers say how many of the processes are on this machine; without one all are
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+    return max(0, min(8, cores // here - 1))
 
 
 def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:
