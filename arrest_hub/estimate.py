@@ -16,7 +16,7 @@ from torch import nn
 from arrest_hub.backbones import Backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError
-from arrest_hub.network_options import freeze_head
+from arrest_hub.network_options import freeze_head, normalise_alone
 from arrest_hub.objective import Objective
 from arrest_hub.processes import any_process
 from arrest_hub.sharding import choose_blocks, is_sharded
@@ -99,8 +99,10 @@ class Rehearsal:
         self.attacked = attacked_network(config, accelerator, self.student, self.objective)
         self.perturbation = None
         if "attack" in self.objective.passes:
-            self.perturbation = make_perturbation(config, accelerator, self.student)
+            self.perturbation = make_perturbation(config, None, self.student)
         self.ema = copy.deepcopy(self.student) if config.ema_decay else None  # for the memory that it takes
+        if not is_sharded(accelerator):
+            normalise_alone(self.student)
         self.batch = random_batch(network, batch_size, device)
         self.generator = torch.Generator(device=device).manual_seed(0)
         self.model.train()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone
@@ -35,6 +36,16 @@ def use_channels_last(network: Backbone) -> None:
             f"--channels-last: {network.source.architecture} does not compute with the channels innermost in memory "
             f"({str(error).splitlines()[0]}). Give --no-channels-last."
         ) from error
+
+
+def miscomputed_on_cpus(network: nn.Module) -> str | None:
+    """The name of a convolution whose weights' gradient oneDNN gets wrong where the channels are innermost, at times
+    writing beyond it: 1x1 and strided, with fewer channels than a vector has numbers (oneDNN issue 6035)."""
+    for name, module in network.named_modules():
+        strided = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and max(module.stride) > 1
+        if strided and module.in_channels < 16:
+            return name
+    return None
 
 
 def images_for_the_cache(network: Backbone, mixed_precision: str) -> int:
@@ -83,6 +94,27 @@ def synchronise_batchnorm(network: Backbone) -> None:
     if any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()):
         return  # converted again, timm's layers would lose their activation
     convert_sync_batchnorm(network)
+
+
+class OwnBatchNorm(_BatchNorm):
+    """What takes the place of a synchronised BatchNorm, timm's with its activation included."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any shape, as what it replaces takes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalised by the batch of this process."""
+        x = super().forward(input)
+        for name in ("drop", "act"):
+            x = getattr(self, name)(x) if hasattr(self, name) else x
+        return x
+
+
+def normalise_alone(network: nn.Module) -> None:
+    """Have synchronised BatchNorm normalise by the batch of its own process, waiting for no other."""
+    for module in network.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = OwnBatchNorm  # type: ignore[assignment]
 
 
 class InFp32(nn.Module):

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     InitProcessGroupKwargs,
+    gather_object,
     is_tensorboard_available,
     is_trackio_available,
     is_wandb_available,
@@ -153,14 +154,18 @@ def launcher_warning(accelerator: Accelerator, command: str) -> str | None:
     )
 
 
-def num_workers(wanted: int | None, accelerator: Accelerator) -> int:
-    """Loader processes: as many as wanted, else the cores of this machine's process less one, at most 8."""
+def num_workers(wanted: int | None, accelerator: Accelerator, *, streaming: bool = False) -> int:
+    """Loader processes: as many as wanted, else the cores of this machine's process less one, at most 8.
+
+    Of a stream, which its readers share out by how many they are, as many in every process: the fewest.
+    """
     if wanted is not None:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # launchers say how many of the processes are on this machine; without one all are
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
-    return max(0, min(8, cores // here - 1))
+    chosen = max(0, min(8, cores // here - 1))
+    return min(gather_object([chosen])) if streaming else chosen
 
 
 def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:

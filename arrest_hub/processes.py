@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.distributed_c10d import _get_default_store
 
 from arrest_hub.errors import AlreadyReported, ArrestError
 
 T = TypeVar("T")
+_calls = itertools.count()
+"""Of `main_only`, in this process."""
 
 
 def main_first(accelerator: Accelerator, load: Callable[[], T]) -> T:
@@ -28,7 +34,8 @@ def main_first(accelerator: Accelerator, load: Callable[[], T]) -> T:
 
 
 def main_only(accelerator: Accelerator, call: Callable[[], T]) -> T | None:
-    """``call()`` in the main process alone; None in the others. Every process must call it.
+    """``call()`` in the main process alone; None in the others, which wait, however long it takes. Every process must
+    call it.
 
     Raises:
         ArrestError: what the main process found; the others raise AlreadyReported.
@@ -40,10 +47,27 @@ def main_only(accelerator: Accelerator, call: Callable[[], T]) -> T | None:
             result = call()
         except ArrestError as found:
             error = found
+    if accelerator.num_processes > 1:
+        _wait_for_main(accelerator)
     (failed,) = broadcast_object_list([error is not None])
     if failed:
         raise error or AlreadyReported
     return result
+
+
+def _wait_for_main(accelerator: Accelerator) -> None:
+    """Until the main process is here too, as often as the others. A collective would end the run when a download takes
+    longer than --ddp-timeout; where the main process dies, its launcher ends the others."""
+    if dist.get_backend() == "mpi":  # which has no store
+        return
+    store, key = _get_default_store(), f"arrest_hub/main/{next(_calls)}"
+    if accelerator.is_main_process:
+        store.set(key, "here")
+        return
+    pause = 0.001
+    while not store.check([key]):
+        time.sleep(pause)
+        pause = min(1.0, 2 * pause)
 
 
 def from_main(accelerator: Accelerator, call: Callable[[], T]) -> T:

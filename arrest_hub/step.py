@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,11 @@ from arrest_hub.weight_perturbation import WeightPerturbation, unchanged
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # keeps the gradients that an fp16 attack passes through the network away from underflow
 GRADIENT_SCALE = 128.0
+
+
+def gradient_scale(config: FinetuneConfig) -> float:
+    """The factor on what an attack maximises, in the configured precision."""
+    return GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
 
 
 def make_optimizer(config: FinetuneConfig, student: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -118,14 +124,14 @@ def train_step(
 
 
 def make_perturbation(
-    config: FinetuneConfig, accelerator: Accelerator, student: nn.Module
+    config: FinetuneConfig, accelerator: Accelerator | None, student: nn.Module
 ) -> WeightPerturbation | None:
-    """The adversarial weight perturbation that --awp-gamma asks for; all processes perturb alike."""
+    """The adversarial weight perturbation that --awp-gamma asks for; all processes perturb alike, or, without an
+    accelerator, each by itself."""
     if not config.awp_gamma:
         return None
-    scale = GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
-    average = partial(accelerator.reduce, reduction="mean")
-    return WeightPerturbation(student, config.awp_gamma, gradient_scale=scale, average=average)
+    options: dict[str, Any] = {} if accelerator is None else {"average": partial(accelerator.reduce, reduction="mean")}
+    return WeightPerturbation(student, config.awp_gamma, gradient_scale=gradient_scale(config), **options)
 
 
 @contextmanager

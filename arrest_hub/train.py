@@ -29,6 +29,7 @@ from arrest_hub.network_options import (
     checkpoint_gradients,
     freeze_head,
     keep_first_convolution_in_fp32,
+    miscomputed_on_cpus,
     synchronise_batchnorm,
     use_channels_last,
 )
@@ -50,7 +51,7 @@ from arrest_hub.push_config import PushConfig
 from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
 from arrest_hub.sample_eps import eps_by_sensitivity
 from arrest_hub.sharding import is_sharded
-from arrest_hub.step import GRADIENT_SCALE, choose_images_at_once, make_teacher
+from arrest_hub.step import choose_images_at_once, gradient_scale, make_teacher
 from arrest_hub.training_record import BaseModel
 
 
@@ -66,7 +67,7 @@ def build_objective(
     ``images_at_once``: what `choose_images_at_once` chose; default: the configuration's.
     """
     numbers: dict[str, Any] = {"norm": config.norm, "eps": config.eps_train_value}
-    scale = GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
+    scale = gradient_scale(config)
     step_size = None if config.attack_step_size is None else config.step_size_value  # None: suits a schedule of steps
     attacked: dict[str, Any] = {"step_size": step_size, "gradient_scale": scale}
     attacked["images_at_once"] = images_at_once or config.images_at_once
@@ -164,6 +165,11 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
         main_only(accelerator, lambda: check_push(push_config, accelerator.print))
     splits = prepare_data(config, accelerator)
     backbone, head_note = prepare_student(config, splits, accelerator)
+    if config.channels_last and accelerator.device.type == "cpu" and (narrow := miscomputed_on_cpus(backbone)):
+        config.channels_last = False
+        accelerator.print(
+            f"note        --channels-last is off: on a CPU the gradient of {narrow} would be wrong (oneDNN issue 6035)"
+        )
     set_options(config, backbone)
     facts = main_only(accelerator, lambda: base_for_run(config, backbone.source))
     base, base_note = facts or (None, None)
@@ -173,7 +179,7 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
         accelerator=accelerator,
         splits=splits,
         log=Log(paths.log, accelerator),
-        num_workers=num_workers(config.num_workers, accelerator),
+        num_workers=num_workers(config.num_workers, accelerator, streaming=config.streaming),
         model_revision=backbone.source.revision,
         images_at_once=choose_images_at_once(config, backbone, accelerator.device),
     )

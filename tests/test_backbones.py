@@ -591,5 +591,7 @@ def test_the_processor_is_reproduced(tmp_path):
 
 def test_loading_under_no_grad_gives_a_trainable_network():
     with torch.no_grad():
-        backbone = load_backbone("resnet18_cifar", num_classes=3, image_size=8, model_args={"channels": [4, 4, 8, 8]})
+        backbone = load_backbone(
+            "resnet18_cifar", num_classes=3, image_size=8, model_args={"channels": [16, 16, 16, 16]}
+        )
     assert all(parameter.requires_grad for parameter in backbone.parameters())

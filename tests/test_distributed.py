@@ -72,8 +72,9 @@ def test_the_teachers_figures_are_those_of_one_process(two, tmp_path):
     assert [row.correct for row in one.report.teacher_results] == [row.correct for row in report.teacher_results]
 
 
-def test_a_step_of_two_processes():
-    """The attack reaches no other process, and none waits for one that has nothing to attack or to count."""
+def test_what_two_processes_do_together():
+    """The attack reaches no other process, and none waits for one that has nothing to attack or to count, or has run
+    out of memory in a rehearsal; all wait for the main one, however long it takes."""
     found = json.loads(launch(file="two_processes.py").stdout.splitlines()[-1])
     calls = found["collectives"]
     assert calls["attack"] == 0
@@ -85,6 +86,10 @@ def test_a_step_of_two_processes():
     assert perturbed["difference"] <= 1e-6 < 1e-4 < min(perturbed["moved"], perturbed["perturbed"])
     for size, (counted, correct, right) in found["counted"].items():
         assert (counted, correct) == (int(size), right)
+    assert found["rehearsed"] == 0
+    # where a stream is shared out by how many workers read it, they must be equally many
+    assert found["workers"] == [[3, 8], [3, 3]]
+    assert found["waited"] == [True, True]
 
 
 def test_two_processes_train_as_one_does(two, tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ def test_measuring_leaves_no_trace(tmp_path):
     "changes",
     [{}, {"mixed_precision": "bf16"}, {"method": "trades", "grad_accum_steps": 2},
      {"streaming": True, "max_steps": 5, "eval_every": 0},
-     {"model": "resnet18_cifar", "model_args": {"channels": [4, 4, 8, 8]}, "image_size": 8, "standard_epochs": 2}],
+     {"model": "resnet18_cifar", "model_args": {"channels": [16, 16, 16, 16]}, "image_size": 8, "standard_epochs": 2}],
     ids=["arrest", "bf16", "trades", "streaming", "standard"],
 )  # fmt: skip
 def test_a_plan_is_said_and_nothing_is_written(changes, tmp_path, capsys):

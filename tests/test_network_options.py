@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from arrest_hub import loop, step, train
 from arrest_hub.attacks import frozen_eval, margin, pgd, project, random_in_ball
 from arrest_hub.backbones import Backbone, load_backbone
-from arrest_hub.config import FinetuneConfig
+from arrest_hub.config import FinetuneConfig, load_config
 from arrest_hub.errors import BackboneError, ConfigError
 from arrest_hub.folding import FoldedNetwork, foldable
 from arrest_hub.network_options import (
@@ -25,6 +25,8 @@ from arrest_hub.network_options import (
     checkpoint_gradients,
     images_for_the_cache,
     keep_first_convolution_in_fp32,
+    miscomputed_on_cpus,
+    normalise_alone,
     synchronise_batchnorm,
     use_channels_last,
 )
@@ -365,3 +367,33 @@ def test_compiled_training_gives_the_same_and_settles(method, kind, tmp_path, mo
     )
     for name in plain:
         torch.testing.assert_close(compiled[name], plain[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18_cifar", "mobilenetv3_small_050"])
+def test_a_network_that_normalises_alone_is_the_one_before_it_was_synchronised(name):
+    """timm's own norm layers, which hold their activation, too."""
+    small = {"channels": [16, 16, 16, 16]} if name == "resnet18_cifar" else {}
+    plain = load_backbone(name, num_classes=3, image_size=32, model_args=small)
+    changed = copy.deepcopy(plain)
+    synchronise_batchnorm(changed)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in changed.modules())
+    normalise_alone(changed)
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in changed.modules())
+    pixels = torch.rand(4, 3, 32, 32)
+    for network in (plain.train(), changed.train()):
+        torch.manual_seed(0)
+        network(pixels).logits.sum().backward()
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.state_dict().values(), changed.state_dict().values(), strict=True)
+    )
+    gradients = [[parameter.grad for parameter in network.parameters()] for network in (plain, changed)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_what_a_cpu_would_miscompute_keeps_the_usual_layout(tmp_path, capsys):
+    changes = {"model_args": {"channels": [8, 16, 16, 16]}, "image_size": 8, "standard_epochs": 1, "epochs": 1}
+    finetune(tiny_config(tmp_path, model="resnet18_cifar", **changes))
+    assert "--channels-last is off: on a CPU the gradient of body.layer2.0.downsample.0" in capsys.readouterr().out
+    assert load_config(tmp_path / "run" / "config.yaml").channels_last is False
+    assert miscomputed_on_cpus(tiny_backbone()) is None, "wide enough, and what other tests have"
+    assert miscomputed_on_cpus(load_backbone("vit_tiny_patch16_224", num_classes=3, pretrained=False)) is None

@@ -205,7 +205,12 @@ def test_resume_equals_uninterrupted(tmp_path, monkeypatch, step, changes):
     assert [row.correct for row in first.results] == [row.correct for row in second.results]
 
 
-SCRATCH = {"model": "resnet18_cifar", "model_args": {"channels": [4, 4, 8, 8]}, "image_size": 8, "standard_epochs": 2}
+SCRATCH = {
+    "model": "resnet18_cifar",
+    "model_args": {"channels": [16, 16, 16, 16]},
+    "image_size": 8,
+    "standard_epochs": 2,
+}
 
 
 def test_standard_phase_makes_the_teacher_and_resumes(tmp_path, monkeypatch):

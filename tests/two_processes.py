@@ -1,22 +1,33 @@
 """What test_distributed.py has two processes do together; prints a line of JSON, and so does no test by itself."""
 
 import json
+import os
+import time
+from datetime import timedelta
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from tiny import NAMES, TinyClassifier, patterns
+from accelerate.utils import gather_object
+from tiny import NAMES, TinyClassifier, patterns, tiny_backbone
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from arrest_hub.arrest import ArrestObjective
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.backbones import load_backbone
+from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
-from arrest_hub.prepare import new_accelerator
+from arrest_hub.estimate import measure_steps
+from arrest_hub.network_options import synchronise_batchnorm
+from arrest_hub.prepare import new_accelerator, num_workers
+from arrest_hub.processes import main_only
 from arrest_hub.progress import Meter
 from arrest_hub.step import train_step, worst_case
+from arrest_hub.train import build_objective
 from arrest_hub.validation import PgdSettings, count_correct
 from arrest_hub.weight_perturbation import WeightPerturbation
 
@@ -78,6 +89,31 @@ def collectives(accelerator: Accelerator) -> dict[str, int]:
     model.register_forward_pre_hook(lambda *_: wrapped.append(1))
     found = {"attack": count(attack), "step": step(1), "long step": step(7)}
     return found | {"wrapped": len(wrapped), "is wrapped": int(model is not net)}
+
+
+def rehearsed(accelerator: Accelerator) -> int:
+    """How many calls reach another process where a step is rehearsed, of a network whose weights are perturbed and
+    whose BatchNorm is synchronised: a process may run out of memory in it, and none may wait for that one."""
+    config = FinetuneConfig(model="m", dataset="d", method="at", attack_steps=1, awp_gamma=0.01).validate()
+    network = tiny_backbone()
+    synchronise_batchnorm(network)
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        measure_steps(config, accelerator, network, partial(build_objective, config), 4, steps=1)
+    return sum(event.count for event in trace.key_averages() if event.key.startswith("c10d::"))
+
+
+def workers_chosen(accelerator: Accelerator, *, streaming: bool) -> list[int]:
+    """Loader processes that each process chooses, where the first may use eight cores and the second twenty."""
+    cores = set(range((8, 20)[accelerator.process_index]))
+    with patch.object(os, "sched_getaffinity", lambda pid: cores, create=True):
+        return gather_object([num_workers(None, accelerator, streaming=streaming)])
+
+
+def waited_for_main(accelerator: Accelerator) -> list[bool]:
+    """Whether each process is there after the main one has taken longer than processes wait for each other."""
+    _set_pg_timeout(timedelta(seconds=2))
+    main_only(accelerator, lambda: time.sleep(4))
+    return gather_object([True])
 
 
 def one_rank_replays_all(accelerator: Accelerator) -> dict[str, float]:
@@ -161,6 +197,9 @@ if __name__ == "__main__":
         "replay": one_rank_replays_all(together),
         "perturbed": perturbed_together(together),
         "counted": counted(together),
+        "rehearsed": rehearsed(together),
+        "workers": [workers_chosen(together, streaming=streaming) for streaming in (False, True)],
+        "waited": waited_for_main(together),  # the last: the others would have little time after it
     }
     together.print(json.dumps(found))
     together.end_training()
