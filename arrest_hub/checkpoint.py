@@ -39,7 +39,8 @@ class Progress:
     dealt out: what it says must be the same for a run to go on in the middle of an epoch. ``offset`` is added to
     ``step`` for the place in the learning rate schedule: not zero once a run went on with other global batches, and so
     with other steps per epoch. ``epoch_steps``: the steps of an epoch that warm-up and averaging go by. ``images``: how
-    many were trained on so far, over all phases."""
+    many were trained on so far, over all phases. ``skipped``: steps that changed nothing, since their fp16 gradients
+    were not finite."""
 
     phase: str
     step: int = 0
@@ -56,6 +57,7 @@ class Progress:
     seconds: float = 0.0
     epoch_steps: int | None = None
     images: int = 0
+    skipped: int = 0
 
     @property
     def place(self) -> int:

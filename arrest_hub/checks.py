@@ -15,6 +15,9 @@ from arrest_hub.processes import any_process, raise_together
 from arrest_hub.progress import Meter
 from arrest_hub.run import Run
 
+FUTILE = 64
+"""Skipped steps after which the gradients' scale, 2^16 at first and halved by each, is next to nothing."""
+
 
 def report_corrupt(run: Run) -> None:
     """Say which images were skipped since the last call, and list them. Every process must call it.
@@ -55,6 +58,19 @@ def stop_unless_finite(run: Run, meter: Meter, progress: Progress, student: nn.M
         if problem is None
         else f"{problem} of the {progress.phase} phase{where}: training diverged. Checkpoints "
         f"from before are untouched, and lead here again with --resume: start anew with {cure}.",
+    )
+
+
+def stop_if_all_skipped(run: Run, progress: Progress, finished: bool) -> None:
+    """Every process must call it. Raises ArrestError when no step of a phase that is finished, or has had `FUTILE`
+    of them, changed the weights: their fp16 gradients were not finite, at any scale."""
+    if progress.skipped < progress.step or not (finished or progress.step >= FUTILE):
+        return
+    raise_together(
+        run.accelerator,
+        f"none of the {progress.step} steps of the {progress.phase} phase changed the weights: in fp16 their gradients "
+        "were infinite or NaN, and such steps are skipped. Start anew with --mixed-precision bf16, a smaller --lr, or, "
+        "where there were but a few, more steps: each halves the scale of the gradients.",
     )
 
 

@@ -133,6 +133,9 @@ def measure_steps(
     """
     device = accelerator.device
     accumulated, accelerator.gradient_accumulation_steps = accelerator.gradient_accumulation_steps, 1
+    scaler = accelerator.scaler
+    if not is_sharded(accelerator):  # scaled gradients may overflow, and nothing here would skip their step
+        accelerator.scaler = None
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -147,7 +150,7 @@ def measure_steps(
             kept = sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
             return Cost(seconds[1:] or seconds, peak_memory(device), kept)
     finally:
-        accelerator.gradient_accumulation_steps = accumulated
+        accelerator.gradient_accumulation_steps, accelerator.scaler = accumulated, scaler
         accelerator.step = 0
         if is_sharded(accelerator):
             accelerator.free_memory()
@@ -163,15 +166,24 @@ def measure_evaluation(
     """Seconds an image takes to be evaluated, clean and under PGD, on one process: as the final evaluation does it, or,
     given ``training``, a validation of that training."""
     copied = copy.deepcopy(network).to(accelerator.device)
+    native, accelerator.native_amp = accelerator.native_amp, accelerator.native_amp and training is not None
+    if training is None:  # the export is loaded anew, and evaluated in fp32
+        copied.memory_format = torch.contiguous_format
+        copied.to(memory_format=torch.contiguous_format)
+    elif training.compile:
+        copied.compile()
     student = copied if training is None else for_eval_passes(training, copied)
     batch = random_batch(network, batch_size, accelerator.device)
-    with torch.no_grad(), accelerator.autocast():
-        batch["label"] = student.eval()(batch["pixels"] / 255).logits.argmax(dim=1)  # all right, and so all attacked
-    started = time.perf_counter()
-    count_correct(
-        student, [batch], accelerator, settings, seed=0, description="estimate", total=batch_size, nested=True
-    )
-    return (time.perf_counter() - started) / batch_size
+    try:
+        with torch.no_grad(), accelerator.autocast():
+            batch["label"] = student.eval()(batch["pixels"] / 255).logits.argmax(dim=1)  # right, and so all attacked
+        started = time.perf_counter()
+        count_correct(
+            student, [batch], accelerator, settings, seed=0, description="estimate", total=batch_size, nested=True
+        )
+        return (time.perf_counter() - started) / batch_size
+    finally:
+        accelerator.native_amp = native
 
 
 def random_batch(network: Backbone, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from arrest_hub.backbones import Backbone
 from arrest_hub.checkpoint import Progress, best_folder, derive_seed, flush_to_disk, load_checkpoint, save_checkpoint
-from arrest_hub.checks import report_corrupt, stop_unless_finite, warn
+from arrest_hub.checks import report_corrupt, stop_if_all_skipped, stop_unless_finite, warn
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import ImageSplit, StreamingImages, eval_loader, train_loader
 from arrest_hub.errors import ArrestError, ConfigError, DataError, Terminated
@@ -43,11 +43,12 @@ from arrest_hub.step import (
     recomputed_statistics,
     refresh,
     train_step,
+    validation_attack,
 )
 from arrest_hub.stopping import watch_for_termination
 from arrest_hub.throughput import Pace, Utilisation
 from arrest_hub.transforms import eval_transform, train_transform
-from arrest_hub.validation import Counts, PgdSettings, count_correct
+from arrest_hub.validation import Counts, count_correct
 
 # far above the cross-entropy that a confident network can have at its first adversarial batch
 DIVERGED = 1e5
@@ -173,6 +174,7 @@ def train_phase(
                     if not accelerator.sync_gradients:
                         continue
                     progress.step += 1
+                    progress.skipped += accelerator.optimizer_step_was_skipped
                     schedule.set_learning_rate(progress.place)
                     if ema is not None:
                         ema.update(student, step=progress.place)
@@ -180,9 +182,12 @@ def train_phase(
                     if progress.step % config.log_every == 0 or finished:
                         report_corrupt(run)
                         stop_unless_finite(run, meter, progress, student)
+                        stop_if_all_skipped(run, progress, finished)
                         values = meter.reduce(accelerator)
                         run.images_logged += pace.images
                         values["lr"] = optimizer.param_groups[0]["lr"]
+                        if accelerator.scaler is not None:
+                            values["skipped_steps"] = progress.skipped
                         values |= pace.read(values.get("attack_steps", 0.0))
                         _log(run, phase, progress, values, bar)
                         if progress.first_accuracy is None:
@@ -380,9 +385,7 @@ def count_validation(
         run.validation_loader = run.accelerator.prepare(
             eval_loader(split, transform, batch_size=config.batch_size, num_workers=run.num_workers)
         )
-    settings = PgdSettings(
-        config.norm, config.eps_value, config.step_size_for(config.eps_value), config.attack_steps, run.images_at_once
-    )
+    settings = validation_attack(config, run.images_at_once)
     return count_correct(
         network,
         run.validation_loader,

@@ -16,7 +16,7 @@ from arrest_hub.objective import Objective
 from arrest_hub.prepare import planned_steps, plural
 from arrest_hub.run import Run
 from arrest_hub.sharding import is_sharded
-from arrest_hub.validation import PgdSettings
+from arrest_hub.step import validation_attack
 
 STEPS = 3
 DATA_SECONDS = 2.0
@@ -51,8 +51,7 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
         of_clean = config.standard_epochs * (splits.train.num_examples // images) * standard.median
         parts["clean phase"] = (of_clean, plural(config.standard_epochs, "epoch"))
     evaluated = min(EVALUATED, config.batch_size)
-    eps = config.eps_value
-    settings = PgdSettings(config.norm, eps, config.step_size_for(eps), config.attack_steps, run.images_at_once)
+    settings = validation_attack(config, run.images_at_once)
     if not is_sharded(accelerator):  # the network evaluated would have to be gathered first
         if splits.validation is not None and config.eval_every:
             each = measure_evaluation(accelerator, network, evaluated, settings, config)
@@ -60,7 +59,7 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
             count = splits.validation.num_examples or 0
             parts["validation"] = (times * count * each / processes, f"{times} x {plural(count, 'image')}")
         if splits.test.num_examples:
-            final = settings._replace(steps=config.eval_attack_steps, images_at_once=None)
+            final = settings._replace(steps=config.eval_attack_steps, images_at_once=None, gradient_scale=1.0)
             each = measure_evaluation(accelerator, network, evaluated, final)
             networks = 2 if network.source.pretrained or config.standard_epochs else 1
             count = splits.test.num_examples

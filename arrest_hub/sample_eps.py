@@ -21,6 +21,7 @@ def sensitivity(
     """By how much a perturbation of size 1 raises the margin, to first order: its gradient's norm, L1 for linf and L2
     for l2. [B, C, H, W] in [0, 1], [B] -> [B]. One forward pass and one backward pass to the pixels.
 
+    Where the gradient overflows, as it may in half precision, the largest of those that do not.
     Raises ValueError for an unknown norm.
     """
     if norm not in ("linf", "l2"):
@@ -29,8 +30,10 @@ def sensitivity(
     with torch.enable_grad():
         loss = margin(logits_fn(here), labels).sum() * gradient_scale
     (gradient,) = torch.autograd.grad(loss, here)
-    gradient = gradient.float().nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4) / gradient_scale
-    return torch.linalg.vector_norm(gradient.flatten(1), ord=1 if norm == "linf" else 2, dim=1)
+    gradient = gradient.float() / gradient_scale
+    values = torch.linalg.vector_norm(gradient.flatten(1), ord=1 if norm == "linf" else 2, dim=1)
+    finite = values.isfinite()
+    return torch.where(finite, values, torch.where(finite, values, 0.0).max())
 
 
 def share_budget(values: Tensor, *, eps: float, spread: float) -> Tensor:

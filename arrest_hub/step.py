@@ -21,6 +21,7 @@ from arrest_hub.folding import FoldedNetwork, foldable
 from arrest_hub.network_options import images_for_the_cache
 from arrest_hub.objective import Objective, Prepared
 from arrest_hub.sharding import is_sharded, whole
+from arrest_hub.validation import PgdSettings
 from arrest_hub.weight_perturbation import WeightPerturbation, unchanged
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,6 +32,15 @@ GRADIENT_SCALE = 128.0
 def gradient_scale(config: FinetuneConfig) -> float:
     """The factor on what an attack maximises, in the configured precision."""
     return GRADIENT_SCALE if config.mixed_precision == "fp16" else 1.0
+
+
+def validation_attack(config: FinetuneConfig, images_at_once: int | None) -> PgdSettings:
+    """The attack of a validation: the training's, at the eps that the figures are of. ``images_at_once``: what
+    `choose_images_at_once` chose."""
+    eps = config.eps_value
+    return PgdSettings(
+        config.norm, eps, config.step_size_for(eps), config.attack_steps, images_at_once, gradient_scale(config)
+    )
 
 
 def make_optimizer(config: FinetuneConfig, student: nn.Module, lr: float) -> torch.optim.Optimizer:

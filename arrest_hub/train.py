@@ -225,6 +225,8 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
     ema = ModelEmaV3(student, decay=config.ema_decay) if config.ema_decay else None
     if config.compile:
         student.compile()
+        if ema is not None:
+            ema.module.compile()
     objective = _objective(run, teacher)
     progress = train_phase(
         run, "robust", student, objective, epochs=config.epochs, lr=config.lr, max_steps=config.max_steps, ema=ema

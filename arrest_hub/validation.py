@@ -40,6 +40,7 @@ class PgdSettings(NamedTuple):
     step_size: float
     steps: int
     images_at_once: int | None = None
+    gradient_scale: float = 1.0
 
 
 def count_correct(
@@ -90,6 +91,7 @@ def count_correct(
                         step_size=settings.step_size,
                         steps=settings.steps,
                         images_at_once=settings.images_at_once,
+                        gradient_scale=settings.gradient_scale,
                         generator=generator,
                     ).adversarial
                     with torch.no_grad():

@@ -12,9 +12,10 @@ from arrest_hub import estimate, train
 from arrest_hub.cli import finetune_command, parse_finetune, run_cli
 from arrest_hub.config import FinetuneConfig, load_config, resume_config
 from arrest_hub.errors import ConfigError
-from arrest_hub.estimate import idle_optimizer, largest_batch, measure_steps
+from arrest_hub.estimate import idle_optimizer, largest_batch, measure_evaluation, measure_steps
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.train import dry_run, finetune
+from arrest_hub.validation import PgdSettings
 
 
 def said(lines, subject):
@@ -205,3 +206,33 @@ def test_the_flag(tmp_path, capsys):
     assert run_cli(finetune_command, words) == 0
     assert "nothing was written" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_gradients_are_not_scaled_where_only_time_is_measured(tmp_path, monkeypatch):
+    """As fp16 has it: one that overflowed would make the weights NaN, and no step would be as in the run."""
+    made = []
+
+    class Kept(estimate.Rehearsal):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(estimate, "Rehearsal", Kept)
+    config, accelerator, network = tiny_config(tmp_path).validate(), new_accelerator(), tiny_backbone(len(NAMES))
+    scaler = accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=float("inf"))
+    measure_steps(config, accelerator, network, lambda teacher: train.build_objective(config, teacher), 4, steps=1)
+    assert accelerator.scaler is scaler
+    pairs = zip(made[0].student.parameters(), network.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_an_evaluation_is_timed_in_the_precision_that_it_will_have(tmp_path):
+    """The final one in fp32, whatever the training's."""
+    config = tiny_config(tmp_path, mixed_precision="bf16", fold_batchnorm=False).validate()
+    accelerator, network, seen = new_accelerator(mixed_precision="bf16"), tiny_backbone(len(NAMES)), []
+    network.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    for training, lower in ((None, False), (config, True)):
+        seen.clear()
+        assert measure_evaluation(accelerator, network, 4, PgdSettings("linf", 0.1, 0.1, 1), training) > 0
+        assert set(seen) == {lower}
+    assert accelerator.native_amp

@@ -33,9 +33,9 @@ def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     write_images(folder / "data", count=28)
     write_model(folder / "model")
-    arguments = [str(folder / "model"), "--dataset", str(folder / "data"), "--eps", "40/255", "--batch-size", "8",
+    arguments = [str(folder / "model"), "--dataset", str(folder / "data"), "--eps", "32/255", "--batch-size", "8",
                  "--attacks", "noise,pgd-5,apgd-ce", "--num-workers", "0", "--no-checks",
-                 "--eps-curve", "0:40/255:2", "--teacher", str(folder / "model")]  # fmt: skip
+                 "--eps-curve", "0:32/255:2", "--teacher", str(folder / "model")]  # fmt: skip
     eval_command([*arguments, "--output-dir", str(folder / "one")])
     return folder, arguments
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from arrest_hub import arrest, loop, step
+from arrest_hub import arrest, loop, step, train
 from arrest_hub.checkpoint import list_checkpoints
 from arrest_hub.errors import ArrestError
 from arrest_hub.guards import at_chance, collapse_warning, first_not_finite, not_finite_tensor
@@ -117,3 +117,36 @@ def test_without_a_clean_pass_the_validation_images_tell(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "at_chance", lambda correct, n, classes: seen.append(n))
     finetune(tiny_config(tmp_path, epochs=1, method="at"))
     assert seen == [12]
+
+
+def with_scale(monkeypatch, scale):
+    """Runs from now on scale their gradients, as in fp16, which a CPU does not offer."""
+    make = train.make_accelerator
+
+    def scaled(*args):
+        accelerator = make(*args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return accelerator
+
+    monkeypatch.setattr(train, "make_accelerator", scaled)
+
+
+@pytest.mark.parametrize("epochs", [2, 1000])
+def test_a_run_whose_every_step_is_skipped_fails(epochs, tmp_path, monkeypatch):
+    """At its end, or once it is futile; it would export the weights that it began with."""
+    with_scale(monkeypatch, math.inf)
+    with pytest.raises(ArrestError, match=r"none of the (8|64) steps of the robust phase.*--mixed-precision bf16"):
+        finetune(tiny_config(tmp_path, epochs=epochs, eval_every=0, log_every=2))
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_skipped_steps_are_counted(tmp_path, monkeypatch):
+    with_scale(monkeypatch, 3e38)
+    finetune(tiny_config(tmp_path, log_every=1, checkpoint_every=1, max_steps=6))
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    counts = [line["skipped_steps"] for line in map(json.loads, text.splitlines()) if "loss" in line]
+    assert 1 == counts[0] <= counts[-1] < 6
+    assert counts == sorted(counts)
+    finetune(tiny_config(tmp_path, log_every=1, checkpoint_every=1, max_steps=7, resume=True))
+    last = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [line["skipped_steps"] for line in map(json.loads, last) if "loss" in line][-1] == counts[-1]

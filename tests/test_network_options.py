@@ -207,8 +207,9 @@ def confident_network():
     """Right and sure of it: cross-entropy far below what fp16 can tell from zero."""
     from tiny import pretrained_state
 
-    model = tiny_backbone()
-    model.load_state_dict(pretrained_state(3))
+    narrow = (4, 4, 8, 8)
+    model = tiny_backbone(3, narrow)
+    model.load_state_dict(pretrained_state(3, narrow))
     with torch.no_grad():
         for layer in model.head.classifiers:
             layer.weight.mul_(8)
@@ -310,7 +311,7 @@ def test_as_much_is_folded_in_lower_precision(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["arrest", "at", "trades"])
 def test_folding_and_layout_change_nothing_in_a_run(method, tmp_path, monkeypatch):
     """Validation of averaged weights included."""
-    changes = {"method": method, "ema_decay": 0.5, "log_every": 1}
+    changes = {"method": method, "ema_decay": 0.5, "log_every": 1, "lr": 0.02}
     made = []
 
     class Counted(FoldedNetwork):
@@ -397,3 +398,20 @@ def test_what_a_cpu_would_miscompute_keeps_the_usual_layout(tmp_path, capsys):
     assert load_config(tmp_path / "run" / "config.yaml").channels_last is False
     assert miscomputed_on_cpus(tiny_backbone()) is None, "wide enough, and what other tests have"
     assert miscomputed_on_cpus(load_backbone("vit_tiny_patch16_224", num_classes=3, pretrained=False)) is None
+
+
+def test_averaged_weights_are_validated_compiled(tmp_path, monkeypatch):
+    """Also where nothing can be folded."""
+    validate, seen = loop._validate, []
+
+    def kept(run, phase, model, validated, *rest):
+        seen.append(validated)
+        return validate(run, phase, model, validated, *rest)
+
+    monkeypatch.setattr(loop, "_validate", kept)
+    monkeypatch.setattr(Backbone, "compile", lambda self: nn.Module.compile(self, backend="eager"))
+    changes = {"model": vit_folder(tmp_path / "vit"), "max_steps": 1, "validation_size": 4, "limit_eval": 8}
+    finetune(tiny_config(tmp_path, ema_decay=0.9, compile=True, **changes))
+    (network,) = seen
+    assert isinstance(network, Backbone)
+    assert network._compiled_call_impl is not None

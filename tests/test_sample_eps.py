@@ -157,3 +157,20 @@ def test_arrest_shares_the_budget_over_the_batch_before_it_replays(static_shapes
     assert objective.passes["sensitivity"] == 1
     expected = whole if static_shapes else whole[parts["replayed"] == 0]
     assert torch.allclose(seen[0], expected)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_sample_whose_gradient_overflows_is_as_sensitive_as_any(norm):
+    """As in fp16, where it would be steepest; not as one without a gradient, which gets the largest eps."""
+    net, (pixels, labels) = robust_net(), patterns(6, 4)
+    steep = torch.tensor([1e38, 1.0, 1.0, 1.0, 1.0, 1.0]).unsqueeze(1)
+    plain = sensitivity(net, pixels, labels, norm=norm)
+    found = sensitivity(lambda x: net(x) * steep, pixels, labels, norm=norm, gradient_scale=128.0)
+    assert torch.allclose(found[1:], plain[1:], rtol=1e-4)
+    assert found[0] == found[1:].max()
+    eps = eps_by_sensitivity(
+        lambda x: net(x) * steep, pixels, labels, eps=EPS, spread=0.5, norm=norm, gradient_scale=128.0
+    )
+    assert eps[0] == eps.min() < EPS
+    none = sensitivity(lambda x: net(x) * 1e38, pixels, labels, norm=norm, gradient_scale=128.0)
+    assert torch.equal(none, torch.zeros(6)), "nothing is known: an eps for all"

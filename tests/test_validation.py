@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -5,7 +7,10 @@ from tiny import TinyClassifier
 from torch.utils.data import DataLoader
 
 from arrest_hub.attacks import frozen_eval, pgd
+from arrest_hub.backbones import BackboneOutput
 from arrest_hub.checkpoint import derive_seed
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.step import GRADIENT_SCALE, validation_attack
 from arrest_hub.validation import PgdSettings, arithmetic, count_correct, hardware_name, processor_name, to_results
 
 
@@ -102,3 +107,29 @@ def test_the_hardware_is_named(tmp_path, monkeypatch):
     assert hardware_name(Accelerator(cpu=True)) == f"1 x CPU (arm64, {threads} threads)"
     monkeypatch.setattr("arrest_hub.validation.processor_name", lambda: "Apple M3")
     assert hardware_name(Accelerator(cpu=True)) == f"1 x CPU (Apple M3, arm64, {threads} threads)"
+
+
+class Faint(torch.nn.Module):
+    """A linear network in part in fp16, whose gradient to the pixels is next to nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(1e-4 * torch.randn(192, 3, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, pixels):
+        hidden = ((pixels - 0.5).flatten(1).half() * 1e-4).float()
+        return BackboneOutput(hidden @ self.weight, hidden)
+
+
+def test_an_attack_in_half_precision_does_not_underflow(images):
+    """With the factor on the loss that training has in fp16."""
+    settings = PgdSettings("linf", 0.1, 0.05, 4)
+    blind = count(Faint(), images, settings)
+    seeing = count(Faint(), images, settings._replace(gradient_scale=GRADIENT_SCALE))
+    assert blind.clean == seeing.clean >= 5
+    assert seeing.robust < blind.robust
+    assert seeing.robust == 0
+    config = FinetuneConfig(model="m", dataset="d", eps="8/255", eps_train="10/255", attack_steps=7)
+    for precision, scale in (("no", 1.0), ("bf16", 1.0), ("fp16", GRADIENT_SCALE)):
+        chosen = validation_attack(dataclasses.replace(config, mixed_precision=precision), 3)
+        assert chosen == PgdSettings("linf", 8 / 255, config.step_size_for(8 / 255), 7, 3, scale)

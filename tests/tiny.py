@@ -22,7 +22,7 @@ from arrest_hub.config import FinetuneConfig
 from arrest_hub.export import write_model_folder
 
 NAMES = ["dark", "middle", "light"]
-CHANNELS = [16, 16, 16, 16]  # fewer are not computed with the channels innermost on a CPU (`miscomputed_on_cpus`)
+CHANNELS = (16, 16, 16, 16)  # fewer are not computed with the channels innermost on a CPU (`miscomputed_on_cpus`)
 
 
 class TinyClassifier(nn.Module):
@@ -123,9 +123,9 @@ def write_images(
 
 
 @cache
-def pretrained_state(classes: int) -> dict[str, torch.Tensor]:
+def pretrained_state(classes: int, channels: tuple[int, ...] = CHANNELS) -> dict[str, torch.Tensor]:
     """A narrow `resnet18_cifar` after a few steps on images like those of `write_images`: right, and not robust."""
-    backbone = tiny_backbone(classes)
+    backbone = tiny_backbone(classes, channels)
     optimizer = torch.optim.Adam(backbone.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(0)
     backbone.train()
@@ -139,11 +139,11 @@ def pretrained_state(classes: int) -> dict[str, torch.Tensor]:
     return backbone.state_dict()
 
 
-def tiny_backbone(classes: int = 3) -> Backbone:
+def tiny_backbone(classes: int = 3, channels: tuple[int, ...] = CHANNELS) -> Backbone:
     """`resnet18_cifar` with a few channels, for 8x8 pixels, seeded."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return load_backbone("resnet18_cifar", num_classes=classes, image_size=8, model_args={"channels": CHANNELS})
+        return load_backbone("resnet18_cifar", num_classes=classes, image_size=8, model_args={"channels": channels})
 
 
 def write_model(folder: Path, label_names: list[str] | None = None) -> Path:
