@@ -12,6 +12,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+LONGEST = ("hub_push", "train", "network_options", "hub_loading", "resume", "distributed", "evaluation", "reproduce")
+"""Files whose tests take longest, those first, so that no process ends long before the other."""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first; the rest stay in their order."""
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+
+
 @pytest.fixture(autouse=True)
 def no_sleep_of_datasets(monkeypatch):
     """`datasets` sleeps for five seconds when a stream is not read to its end."""
