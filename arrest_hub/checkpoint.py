@@ -100,7 +100,10 @@ def save_checkpoint(
             _remove(final)
         temporary.rename(final)
         _flush(folder)
-        for old in list_checkpoints(folder, progress.phase)[:-keep]:
+        # later ones are of a course that was given up: the run went on from an earlier one
+        every = list_checkpoints(folder, progress.phase)
+        place = every.index(final) + 1
+        for old in every[place:] + every[: max(0, place - keep)]:
             _remove(old)
         _drop_best(folder)
 

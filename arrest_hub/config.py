@@ -404,6 +404,8 @@ def resume_config(saved: FinetuneConfig, flags: Mapping[str, Any]) -> FinetuneCo
         if key in RESUME_MAY_DIFFER:
             if new != "auto":  # the batch that the run began with
                 changes[key] = new
+        elif key == "channels_last" and not old:
+            continue  # the run itself switches it off where it would be wrong
         elif new != old:
             problems.append(
                 f"{flag(key)} is {new} but the run to resume has {old}: leave the flag out to continue it, "

@@ -55,6 +55,14 @@ class EvalPaths:
     def figures(self) -> Path:
         return self.root / "figures"
 
+    def remove(self) -> None:
+        """Delete what an evaluation writes; other evaluations and files in the folder stay."""
+        shutil.rmtree(self.progress, ignore_errors=True)
+        for path in (self.results, self.verdicts, self.config, *(self.figures / name for name in EVALUATION_FIGURES)):
+            path.unlink(missing_ok=True)
+        if self.figures.is_dir() and not any(self.figures.iterdir()):
+            self.figures.rmdir()
+
 
 def folder_problems(config: EvalConfig, paths: EvalPaths) -> list[str]:
     """Why the output folder cannot be used: it holds something that is neither to be resumed nor overwritten.
@@ -79,7 +87,7 @@ def folder_problems(config: EvalConfig, paths: EvalPaths) -> list[str]:
                 ("--dataset", config.dataset),
                 ("--teacher", config.teacher),
             )
-            if source and Path(source).exists() and Path(source).resolve().is_relative_to(root.resolve())
+            if source and (path := Path(source).expanduser()).exists() and path.resolve().is_relative_to(root.resolve())
         ]
     if config.resume:
         saved = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
@@ -94,11 +102,12 @@ def folder_problems(config: EvalConfig, paths: EvalPaths) -> list[str]:
 
 
 def start_folder(config: EvalConfig, paths: EvalPaths, accelerator: Accelerator) -> None:
-    """Create the folder and write `eval_config.yaml`, deleting an earlier evaluation if `--overwrite` was given."""
+    """Create the folder and write `eval_config.yaml`, deleting what an earlier evaluation wrote there if
+    `--overwrite` was given, and nothing else."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if config.overwrite and paths.root.is_dir():
-            shutil.rmtree(paths.root)
+            paths.remove()
         if not paths.has_work:  # the first line of its journal may be of other settings
             shutil.rmtree(paths.progress, ignore_errors=True)
         paths.root.mkdir(parents=True, exist_ok=True)
@@ -124,7 +133,7 @@ def write_entry(config: EvalConfig, report: EvalReport) -> list[str]:
 
 def training_facts(model: str) -> dict[str, Any] | None:
     """The `training_config.yaml` of a folder that `arrest-finetune` wrote; None for any other model."""
-    path = Path(model) / "training_config.yaml"
+    path = Path(model).expanduser() / "training_config.yaml"
     if not path.is_file():
         return None
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -137,7 +146,7 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     Figures of other weights are not mixed with these, and a card that was edited by hand is left alone. Figures of
     fewer images give way to the same ones of more.
     """
-    folder = Path(config.model)
+    folder = Path(config.model).expanduser()
     card = folder / "README.md"
     try:
         if training_facts(config.model) is None or not (folder / "results.json").is_file():
@@ -150,6 +159,9 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
         return [f"{folder} is left as it is, since a file in it is damaged: {type(error).__name__}: {error}"]
     if old.model.get("weights_sha256") != report.model["weights_sha256"]:
         return [f"{folder} is left as it is: its results.json is of other weights than those evaluated."]
+    another = _another_teacher(config, old, report)
+    if another:  # the card's teacher is the network that was finetuned
+        report, figures = _without_teacher(report), []
     differing = _differences(old, report)
     superseded = bool(differing) and not config.cascade and _supersedes(report, old)
     if config.cascade:
@@ -176,11 +188,26 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
             return [f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md is not, "
                     f"since a file beside it is damaged ({error})"]  # fmt: skip
         card.write_text(text, encoding="utf-8")
-        return [f"{folder}: results.json, verdicts.parquet, {new_figures}and README.md are brought up to date"]
+        left = f"; without figures of {config.teacher}, not known to be where it came from, and pictures" * another
+        return [f"{folder}: results.json, verdicts.parquet, {new_figures}and README.md are brought up to date{left}"]
     return [
         f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md was edited "
         "and is left as it is"
     ]
+
+
+def _another_teacher(config: EvalConfig, old: EvalReport, new: EvalReport) -> bool:
+    """Whether figures of a teacher are there that is not the one whose figures ``old`` has, as far as is known."""
+    if not new.teacher_results:
+        return False
+    before = old.model.get("teacher_sha256")
+    return config.teacher != "auto" if before is None else before != new.model.get("teacher_sha256")
+
+
+def _without_teacher(report: EvalReport) -> EvalReport:
+    curve = {name: points for name, points in report.eps_curve.items() if name != "teacher"}
+    model = {name: value for name, value in report.model.items() if name not in ("teacher", "teacher_sha256")}
+    return dataclasses.replace(report, teacher_results=[], eps_curve=curve, model=model)
 
 
 def _differences(old: EvalReport, new: EvalReport) -> list[str]:

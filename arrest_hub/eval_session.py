@@ -103,7 +103,7 @@ class EvalSession:
             versions=library_versions(self.subject.info.get("library", "timm"))
             | {"pyautoattack": version("pyautoattack")},
             hardware=hardware_name(self.accelerator),
-            model=self.subject.info | ({"teacher": teacher.hub_id} if teacher and teacher.hub_id else {}),
+            model=self.subject.info | self.teacher_facts(),
             images_per_second=round(clean.images_per_second, 1),
         )
         other = self._evaluator(teacher.module, "teacher") if teacher else None
@@ -116,6 +116,13 @@ class EvalSession:
         if config.eps_curve is not None:
             self.curve(report, other, positions)
         return Measured(report, verdicts, self.drifts(positions))
+
+    def teacher_facts(self) -> dict[str, str]:
+        """What results.json says of the teacher: where it is on the Hub, if it is, and which weights it has."""
+        if self.teacher is None:
+            return {}
+        found = {"teacher": self.teacher.hub_id, "teacher_sha256": self.teacher.info["weights_sha256"]}
+        return {name: value for name, value in found.items() if value}
 
     def attack(self, clean: CleanOutcome) -> tuple[Verdicts, dict[str, AttackOutcome]]:
         """Every attack on every image that is right when clean (with --cascade: and still stands)."""

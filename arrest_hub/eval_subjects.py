@@ -260,10 +260,13 @@ def find_teacher(subject: Subject) -> str | None:
     run = record.parent.parent
     if (run / "teacher" / "config.json").is_file():
         return str(run / "teacher")
-    if not (run / "config.yaml").is_file():  # the folder was moved away from its run
+    if record.parent.name != "export" or not (run / "config.yaml").is_file():  # the folder was moved from its run
         return None
-    training = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return None if training.get("standard_epochs") else str(training["model"])
+    try:
+        training = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        return None if training.get("standard_epochs") else str(training["model"])
+    except (yaml.YAMLError, AttributeError, KeyError, UnicodeDecodeError):  # somebody else's
+        return None
 
 
 def load_teacher(

@@ -153,6 +153,8 @@ def measure_export(
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "weights_sha256": weights_digest(student),
     }  # fmt: skip
+    if teacher is not None:
+        report.model["teacher_sha256"] = weights_digest(teacher)
     if teacher_id is not None and "@" in teacher_id:  # on the Hub: another machine can find it too
         report.model["teacher"] = teacher_id
     return report

@@ -100,6 +100,7 @@ def train_phase(
     progress = Progress(phase, model_revision=run.model_revision, dataset_revision=run.splits.revision, layout=layout)
     if checkpoint is not None:
         progress = load_checkpoint(accelerator, Path(checkpoint), ema)
+        accelerator.step = 0  # a checkpoint is of whole steps, and --grad-accum-steps may be another now
         if progress.layout != layout:
             progress.layout = layout
             main_only(accelerator, lambda: record_batches(config, run.paths))

@@ -1,6 +1,7 @@
 """`arrest_hub.evaluate` and `arrest-eval`: figures, verdicts, resumption, the record, bad input."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,14 +30,18 @@ from tiny import (
 
 import arrest_hub
 from arrest_hub.attacks import frozen_eval
+from arrest_hub.backbones import load_backbone
 from arrest_hub.cli import eval_command, run_cli
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ArrestError, ConfigError
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.eval_record import update_export
+from arrest_hub.eval_subjects import find_teacher
 from arrest_hub.evaluation import run_evaluation
+from arrest_hub.export import write_model_folder
 from arrest_hub.results import EvalReport, Result, read_results
 from arrest_hub.train import finetune
+from arrest_hub.training_record import FILE_NAME as RECORD
 from arrest_hub.verdicts import Verdicts, read_verdicts
 
 EPS = "26/255"
@@ -559,3 +565,61 @@ def test_model_and_teacher_are_left_as_they_were():
         assert net.training
         assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
         assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
+
+
+def test_overwriting_leaves_what_is_not_of_this_evaluation(folder, tmp_path):
+    quick = [str(folder / "model"), "--dataset", str(folder / "data"), "--attacks", "noise", "--num-workers", "0",
+             "--no-checks", "--teacher", "none", "--limit-eval", "6"]  # fmt: skip
+    for out in ("evals", "evals/other"):
+        eval_command([*quick, "--output-dir", str(tmp_path / out)])
+    (tmp_path / "evals" / "notes.txt").write_text("mine")
+    (tmp_path / "evals" / "figures" / "mine.png").write_text("mine")
+    eval_command([*quick, "--no-figures", "--overwrite", "--seed", "3", "--output-dir", str(tmp_path / "evals")])
+    left = {path.relative_to(tmp_path / "evals").as_posix() for path in (tmp_path / "evals").rglob("*")}
+    own = {"eval_config.yaml", "results.json", "verdicts.parquet"}
+    assert {path for path in left if "other/" not in path} == {
+        *own,
+        "notes.txt",
+        "figures",
+        "figures/mine.png",
+        "other",
+    }
+    assert {f"other/{name}" for name in own} < left
+    assert read_results(tmp_path / "evals" / "results.json").results[0].seed == 3
+
+
+def test_the_cards_teacher_is_the_network_that_was_finetuned(tmp_path, capsys, monkeypatch):
+    """Another one that --teacher names is compared with, and does not take its place; a home may be written as ~."""
+    export = finetune(tiny_config(tmp_path, max_steps=1)).export
+    other = tiny_backbone(3)
+    other.label_names = NAMES
+    write_model_folder(other, tmp_path / "other")
+    before = read_results(export / "results.json")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = EvalConfig(
+        model="~/run/export", dataset=str(tmp_path / "data"), teacher=str(tmp_path / "other"), attacks="noise",
+        output_dir=str(tmp_path / "first"), checks=False, figures=False, num_workers=0, eps_curve="0:8/255:2",
+    )  # fmt: skip
+    found = run_evaluation(config).report
+    assert "without figures of" in capsys.readouterr().out
+    after = read_results(export / "results.json")
+    assert [row.attack for row in after.results] == [None, "pgd-3", "noise"]
+    assert after.teacher_results == before.teacher_results
+    assert after.model == before.model | {key: after.model[key] for key in after.model.keys() - before.model.keys()}
+    assert set(after.eps_curve) == {"student"}
+    assert found.teacher_results, "in the record they are"
+    config = dataclasses.replace(config, teacher=str(tmp_path / "model"), output_dir=str(tmp_path / "second"))
+    run_evaluation(config)
+    last = read_results(export / "results.json")
+    assert [row.attack for row in last.teacher_results] == [None, "pgd-3", "noise"]
+    assert set(last.eps_curve) == {"student", "teacher"}
+
+
+@pytest.mark.parametrize("text", ["trainer:\n  epochs: 3\n", "- a\n- b\n", "!!python/none x: [", "model: mine\n"])
+def test_a_config_that_is_somebody_elses_names_no_teacher(text, tmp_path):
+    for name in ("export", "robust"):
+        model = write_model(tmp_path / name / name)
+        (model / RECORD).write_text("{}")
+        (tmp_path / name / "config.yaml").write_text(text)
+        subject = SimpleNamespace(backbone=load_backbone(str(model)))
+        assert find_teacher(subject) == ("mine" if (text, name) == ("model: mine\n", "export") else None)

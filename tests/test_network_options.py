@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from arrest_hub import loop, step, train
 from arrest_hub.attacks import frozen_eval, margin, pgd, project, random_in_ball
 from arrest_hub.backbones import Backbone, load_backbone
-from arrest_hub.config import FinetuneConfig, load_config
+from arrest_hub.config import FinetuneConfig, load_config, resume_config
 from arrest_hub.errors import BackboneError, ConfigError
 from arrest_hub.folding import FoldedNetwork, foldable
 from arrest_hub.network_options import (
@@ -395,7 +395,9 @@ def test_what_a_cpu_would_miscompute_keeps_the_usual_layout(tmp_path, capsys):
     changes = {"model_args": {"channels": [8, 16, 16, 16]}, "image_size": 8, "standard_epochs": 1, "epochs": 1}
     finetune(tiny_config(tmp_path, model="resnet18_cifar", **changes))
     assert "--channels-last is off: on a CPU the gradient of body.layer2.0.downsample.0" in capsys.readouterr().out
-    assert load_config(tmp_path / "run" / "config.yaml").channels_last is False
+    saved = load_config(tmp_path / "run" / "config.yaml")
+    assert saved.channels_last is False
+    assert resume_config(saved, {"channels_last": True}).channels_last is False, "the same flags and --resume"
     assert miscomputed_on_cpus(tiny_backbone()) is None, "wide enough, and what other tests have"
     assert miscomputed_on_cpus(load_backbone("vit_tiny_patch16_224", num_classes=3, pretrained=False)) is None
 
