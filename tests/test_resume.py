@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from tiny import killed_after, tiny_config
 
 from arrest_hub import loop, run_folder
-from arrest_hub.checkpoint import list_checkpoints, read_progress
+from arrest_hub.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
 from arrest_hub.config import load_config
 from arrest_hub.errors import ArrestError, ConfigError, Terminated
+from arrest_hub.prepare import new_accelerator
 from arrest_hub.throughput import TIMED
 from arrest_hub.train import finetune
 
@@ -296,3 +297,28 @@ def test_a_folder_that_another_node_does_not_see(tmp_path, monkeypatch):
     paths.root.mkdir()
     paths.config.touch()
     assert run_folder._not_shared(paths, 3) is None
+
+
+def test_another_accumulation_begins_with_a_whole_step(tmp_path, monkeypatch):
+    """Where the batches before the checkpoint are no multiple of the new number."""
+    changes = {"batch_size": 6, "epochs": 3, "eval_every": 0}
+    with killed_after(5):
+        finetune(tiny_config(tmp_path, grad_accum_steps=4, **changes))
+    plain, updates = loop.train_step, []
+
+    def noted(accelerator, *rest):
+        parts = plain(accelerator, *rest)
+        updates.append(accelerator.sync_gradients)
+        return parts
+
+    monkeypatch.setattr(loop, "train_step", noted)
+    finetune(tiny_config(tmp_path, grad_accum_steps=3, resume=True, **changes))
+    assert updates == [False, False, True] * 4, "two epochs of two steps"
+
+
+def test_checkpoints_of_a_course_given_up_are_not_the_newest(tmp_path):
+    accelerator = new_accelerator(project_dir=str(tmp_path))
+    for step in (2, 4, 6):
+        save_checkpoint(accelerator, tmp_path, Progress("robust", step=step), None, 9)
+    save_checkpoint(accelerator, tmp_path, Progress("robust", step=3), None, 2)
+    assert [path.name for path in list_checkpoints(tmp_path, "robust")] == ["step-000002", "step-000003"]
