@@ -36,6 +36,7 @@ from arrest_hub.network_options import (
 from arrest_hub.objective import Objective
 from arrest_hub.plan import describe_plan
 from arrest_hub.prepare import (
+    check_accumulation,
     describe_run,
     environment_problems,
     launcher_warning,
@@ -189,6 +190,7 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
             config, accelerator, backbone, partial(_costly_objective, run), splits.train.num_examples
         )
         accelerator.print(f"--batch-size auto: {config.batch_size}")
+    check_accumulation(config, splits.train.num_examples, accelerator.num_processes)
     passes = build_objective(config, backbone).passes
     for line in describe_run(config, paths, accelerator, splits, backbone, head_note, passes):
         accelerator.print(line)

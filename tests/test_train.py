@@ -614,3 +614,11 @@ def test_a_stream_of_unknown_length_drops_half_a_step(tmp_path, monkeypatch):
     # four batches an epoch: a step of three, one that is dropped, and a step of three
     assert len(seen) == 7
     assert [number for number, dirty in enumerate(seen) if dirty] == [1, 2, 5, 6]
+
+
+def test_too_much_accumulation_is_said_before_anything_is_overwritten(tmp_path):
+    finetune(tiny_config(tmp_path, max_steps=1, limit_eval=6))
+    before = files(tmp_path)
+    with pytest.raises(ConfigError, match="--grad-accum-steps 100 is more than the 4 batches of an epoch"):
+        finetune(tiny_config(tmp_path, overwrite=True, grad_accum_steps=100))
+    assert files(tmp_path) == before
