@@ -166,7 +166,6 @@ def measure_evaluation(
     """Seconds an image takes to be evaluated, clean and under PGD, on one process: as the final evaluation does it, or,
     given ``training``, a validation of that training."""
     copied = copy.deepcopy(network).to(accelerator.device)
-    native, accelerator.native_amp = accelerator.native_amp, accelerator.native_amp and training is not None
     if training is None:  # the export is loaded anew, and evaluated in fp32
         copied.memory_format = torch.contiguous_format
         copied.to(memory_format=torch.contiguous_format)
@@ -174,6 +173,7 @@ def measure_evaluation(
         copied.compile()
     student = copied if training is None else for_eval_passes(training, copied)
     batch = random_batch(network, batch_size, accelerator.device)
+    native, accelerator.native_amp = accelerator.native_amp, accelerator.native_amp and training is not None
     try:
         with torch.no_grad(), accelerator.autocast():
             batch["label"] = student.eval()(batch["pixels"] / 255).logits.argmax(dim=1)  # right, and so all attacked
