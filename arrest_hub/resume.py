@@ -9,8 +9,11 @@ from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError
 from arrest_hub.run_folder import RunPaths
 
-NAMES = {"processes": "number of processes", "batch_size": "--batch-size", "grad_accum_steps": "--grad-accum-steps",
-         "workers": "number of data loading processes"}  # fmt: skip
+NAMES = {
+    "processes": "number of processes",
+    "batch_size": "--batch-size",
+    "grad_accum_steps": "--grad-accum-steps",
+}
 
 
 def batch_layout(config: FinetuneConfig, accelerator: Accelerator, workers: int) -> dict[str, int]:
@@ -30,7 +33,8 @@ def resume_point(
     """Where a phase goes on: (progress, its checkpoint, sentences to print); None where it starts from the beginning.
 
     Damaged checkpoints are passed over. Where the batches are dealt out in another way than before, the run goes on
-    from the end of an epoch.
+    from the end of an epoch. A stream goes on with the data loading processes it began with, whatever ``workers`` is
+    now: a machine with other cores has another default.
 
     Raises:
         ConfigError: there is no such checkpoint.
@@ -43,7 +47,10 @@ def resume_point(
             notes.append("no checkpoint is whole: starting this phase from the beginning")
         return None, None, notes
     progress = read_progress(checkpoint)
-    layout = batch_layout(config, accelerator, workers)
+    before = progress.layout.get("workers", workers)
+    if config.streaming and before != workers:
+        notes.append(f"data loading processes: {before}, as before, and not {workers}: a stream's order depends on them")
+    layout = batch_layout(config, accelerator, before)
     if progress.layout == layout:
         return progress, str(checkpoint), notes
     changes = ", ".join(

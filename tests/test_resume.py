@@ -229,6 +229,20 @@ def test_another_batch_size_goes_on_at_the_end_of_an_epoch(tmp_path, capsys):
     assert rates[4] > rates[5] > rates[22] == 0, "the schedule stays with the epochs"
 
 
+def test_a_stream_goes_on_on_a_machine_with_other_cores(tmp_path, capsys):
+    """The default number of loading processes is another there, and the order of a stream depends on it."""
+    changes = {"streaming": True, "max_steps": 6, "keep_checkpoints": 1}
+    finetune(run_config(tmp_path, "whole", num_workers=1, **changes))
+    expected = outcome(tmp_path / "whole")
+    dead_run(tmp_path, "run", at=3, num_workers=1, **changes)
+    capsys.readouterr()
+    finetune(run_config(tmp_path, "run", num_workers=0, resume=True, **changes))
+    out = capsys.readouterr().out
+    assert "data loading processes: 1, as before, and not 0" in out
+    assert "no longer that of a run without the change" not in out
+    assert outcome(tmp_path / "run") == expected
+
+
 def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
     finetune(run_config(tmp_path, "run", epochs=1))
