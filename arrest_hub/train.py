@@ -183,6 +183,7 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
         num_workers=num_workers(config.num_workers, accelerator, streaming=config.streaming),
         model_revision=backbone.source.revision,
         images_at_once=choose_images_at_once(config, backbone, accelerator.device),
+        corrupt=CorruptImages(config.skip_corrupt, read_entries(paths.corrupt) if config.resume else []),
     )
     _check_revisions(run)
     if config.batch_size == "auto":
@@ -210,7 +211,6 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
         }
         accelerator.init_trackers("arrest-hub", config=values)
 
-    run.corrupt = CorruptImages(config.skip_corrupt, read_entries(paths.corrupt))
     if config.standard_epochs:
         if config.compile:
             backbone.compile()

@@ -8,7 +8,7 @@ from test_resume import outcome
 from tiny import killed_after, tiny_config
 
 from arrest_hub.errors import ArrestError
-from arrest_hub.train import finetune
+from arrest_hub.train import dry_run, finetune
 
 
 def damage(folder, images):
@@ -47,6 +47,13 @@ def test_a_run_skips_lists_and_resumes(config, streaming, tmp_path, capsys):
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
     listed = (tmp_path / "cut" / "corrupt.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["key"] for line in listed) == sorted(entry["key"] for entry in entries)
+
+
+def test_a_dry_run_skips_what_the_run_would(config, tmp_path):
+    with pytest.raises(ArrestError, match="cannot be decoded"):
+        dry_run(config("none", num_workers=0))
+    assert any(line.startswith("data ") for line in dry_run(config("some", skip_corrupt=2, num_workers=0)))
+    assert not (tmp_path / "some").exists()
 
 
 def test_more_than_allowed_ends_the_run(config, tmp_path):
