@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -236,3 +237,22 @@ def test_an_evaluation_is_timed_in_the_precision_that_it_will_have(tmp_path):
         assert measure_evaluation(accelerator, network, 4, PgdSettings("linf", 0.1, 0.1, 1), training) > 0
         assert set(seen) == {lower}
     assert accelerator.native_amp
+
+
+def test_compiling_is_not_taken_for_evaluating(tmp_path, monkeypatch):
+    """It is done once, for the passes with and without gradients, and would be counted for every image."""
+
+    def compile_slowly(module):
+        known = set()
+
+        def once(*_):
+            if torch.is_grad_enabled() not in known:
+                known.add(torch.is_grad_enabled())
+                time.sleep(2)
+
+        module.register_forward_hook(once)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_slowly)
+    config = tiny_config(tmp_path, compile=True, fold_batchnorm=False).validate()
+    settings = PgdSettings("linf", 0.1, 0.1, 2)
+    assert 4 * measure_evaluation(new_accelerator(), tiny_backbone(len(NAMES)), 4, settings, config) < 1.9
