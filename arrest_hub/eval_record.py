@@ -21,6 +21,8 @@ from arrest_hub.results import EvalReport, Result, merge_reports, read_results
 from arrest_hub.robustbench import write_robustbench
 from arrest_hub.verdicts import Verdicts, read_verdicts
 
+PER_CLASS = "per_class.png"
+
 
 @dataclass
 class EvalPaths:
@@ -166,8 +168,10 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     superseded = bool(differing) and not config.cascade and _supersedes(report, old)
     if config.cascade:
         differing.append("these are of a cascade")
-    if not differing and old_verdicts is not None and not np.array_equal(old_verdicts.index, verdicts.index):
-        differing.append("those are of other images of the split, drawn with another --seed or --limit-eval")
+    if not differing and not _same_images(old, old_verdicts, verdicts):
+        differing.append(
+            "those are of other images of the split, drawn with another --seed or --limit-eval, or streamed"
+        )
     if differing and not superseded:
         return [f"{folder} is left as it is, its figures would not stand beside these: {'; '.join(differing)}."]
     kept = verdicts if superseded else _merged_verdicts(old_verdicts, verdicts)
@@ -175,12 +179,16 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
         for name in EVALUATION_FIGURES:  # of the images that are no longer spoken of
             (folder / "figures" / name).unlink(missing_ok=True)
         report = dataclasses.replace(report, model=old.model | report.model)
+    merged = report if superseded else merge_reports(old, report)
+    figures = [figure for figure in figures if figure.name != PER_CLASS or merged.strongest() == report.strongest()]
+    if _attack(merged.strongest()) != _attack(old.strongest()):
+        (folder / "figures" / PER_CLASS).unlink(missing_ok=True)  # of an attack that is no longer the strongest
     new_figures = "figures/ " if figures else ""
     for figure in figures:
         (folder / "figures").mkdir(exist_ok=True)
         shutil.copyfile(figure, folder / "figures" / figure.name)
     kept.write(folder / "verdicts.parquet")
-    (report if superseded else merge_reports(old, report)).write(folder / "results.json")
+    merged.write(folder / "results.json")
     if untouched:
         try:
             text = render_card(CardFacts.from_folder(folder, published))
@@ -251,13 +259,23 @@ def _supersedes(new: EvalReport, old: EvalReport) -> bool:
     )
 
 
+def _same_images(old: EvalReport, before: Verdicts | None, after: Verdicts) -> bool:
+    """Whether figures are of the same images, as far as is known: a stream's have no verdicts, and the part that is
+    taken or held out of a split is another one there."""
+    if before is None:
+        return "[" not in old.results[0].split
+    return np.array_equal(before.index, after.index) and np.array_equal(before.label, after.label)
+
+
+def _attack(row: Result | None) -> str | None:
+    return None if row is None else row.attack
+
+
 def _merged_verdicts(old: Verdicts | None, new: Verdicts) -> Verdicts:
-    """The new verdicts, with the attacks that earlier ones have on the same images and these have not."""
-    if old is None:
-        return new
-    threat = ("norm", "eps", "dataset", "split")
-    same = all(old.metadata.get(key) == new.metadata.get(key) for key in threat)
-    if not (same and np.array_equal(old.index, new.index) and np.array_equal(old.prediction, new.prediction)):
-        return new
-    earlier = {name: column for name, column in old.broken_by.items() if name not in new.broken_by}
+    """The new verdicts, with the attacks that earlier ones have on the same images and these have not.
+
+    An earlier column stays as it was, so that its figure can be counted again: on other hardware the clean prediction
+    of an image may have changed since.
+    """
+    earlier = {} if old is None else old.broken_by
     return Verdicts(new.index, new.label, new.prediction, earlier | new.broken_by, new.metadata)

@@ -49,7 +49,9 @@ def resume_point(
     progress = read_progress(checkpoint)
     before = progress.layout.get("workers", workers)
     if config.streaming and before != workers:
-        notes.append(f"data loading processes: {before}, as before, and not {workers}: a stream's order depends on them")
+        notes.append(
+            f"data loading processes: {before}, as before, and not {workers}: a stream's order depends on them"
+        )
     layout = batch_layout(config, accelerator, before)
     if progress.layout == layout:
         return progress, str(checkpoint), notes

@@ -488,6 +488,71 @@ def test_figures_of_fewer_images_give_way_to_the_same_of_more(tmp_path):
     assert "48 images" in (tmp_path / "README.md").read_text()
 
 
+@pytest.fixture
+def export(tmp_path):
+    """The least that `update_export` takes for a folder of arrest-finetune's."""
+    (tmp_path / "training_config.yaml").write_text(FinetuneConfig(model="m", dataset="d").to_yaml())
+    (tmp_path / "config.json").write_text('{"num_classes": 3}')
+    return tmp_path
+
+
+def made_up_verdicts(prediction, **broken_by):
+    columns = {name.replace("_", "-"): np.array(column, dtype=object) for name, column in broken_by.items()}
+    return Verdicts(np.arange(len(prediction)), np.zeros(len(prediction), int), np.array(prediction), columns)
+
+
+def test_a_stream_counted_other_images(export):
+    """Those held out of a stream, or taken from it, are not those of the same number drawn from the whole split."""
+    config = EvalConfig(model=str(export), dataset="data")
+    for split, said in (("test[12]", "or streamed"), ("train[held-out test]", "or streamed"), ("test", "up to date")):
+        made_up_report(n=12, split=split).write(export / "results.json")
+        verdicts = made_up_verdicts([0] * 12, pgd_20=[None] * 12)
+        (sentence,) = update_export(config, made_up_report(n=12, split=split, attacks=("noise",)), verdicts, [])
+        assert said in sentence
+        attacks = [row.attack for row in read_results(export / "results.json").results]
+        assert attacks == [None, "pgd-20", *(["noise"] if split == "test" else [])]
+
+
+def test_every_figure_can_be_counted_again_where_a_clean_prediction_changed(export):
+    """On another device that happens; the columns of earlier attacks stay with their figures."""
+    made_up_report(n=40, attacks=("pgd-20",)).write(export / "results.json")
+    made_up_verdicts([0, 0, 0, 1], pgd_20=[None, "pgd-20", None, "clean"]).write(export / "verdicts.parquet")
+    config = EvalConfig(model=str(export), dataset="data")
+    new = made_up_verdicts([0, 0, 1, 0], noise=[None, None, "clean", "noise"])
+    update_export(config, made_up_report(n=40, attacks=("noise",)), new, [])
+    assert {row.attack for row in read_results(export / "results.json").results} == {None, "pgd-20", "noise"}
+    kept = read_verdicts(export / "verdicts.parquet")
+    assert kept.stands("pgd-20").tolist() == [True, False, True, False]
+    assert kept.stands("noise").tolist() == [True, True, False, False]
+    assert kept.clean_correct.tolist() == [True, True, False, True]
+
+
+def test_accuracy_by_class_is_drawn_of_the_strongest_attack(export, tmp_path):
+    """As its caption says, whatever is measured later and in which order."""
+    config = EvalConfig(model=str(export), dataset="data")
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    kept = export / "figures" / "per_class.png"
+
+    def update(attack, correct, *, figures=True):
+        report = made_up_report(n=40, attacks=(attack,))
+        report.results[1] = dataclasses.replace(report.results[1], correct=correct)
+        if not (export / "results.json").exists():
+            report.write(export / "results.json")
+        for name in ("per_class.png", "gallery.png"):
+            (drawn / name).write_text(attack)
+        update_export(config, report, made_up_verdicts([0] * 4), sorted(drawn.iterdir()) if figures else [])
+        return kept.read_text() if kept.exists() else None
+
+    assert update("pgd-20", 2) == "pgd-20"
+    assert update("noise", 4) == "pgd-20"
+    assert (export / "figures" / "gallery.png").read_text() == "noise"
+    assert update("apgd-ce", 1) == "apgd-ce"
+    assert update("pgd-20", 2) == "apgd-ce"
+    assert update("apgd-t", 0, figures=False) is None, "no picture is better than that of another attack"
+    assert update("autoattack", 1) == "autoattack"
+
+
 def test_robustbench_entry_is_refused_before_the_work(folder, tmp_path, capsys):
     argv = arguments(folder, tmp_path / "out", "--robustbench-json", str(tmp_path / "entry.json"))
     assert run_cli(eval_command, argv) == 2
