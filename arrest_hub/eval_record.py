@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from arrest_hub.card_facts import EVALUATION_FIGURES, CardFacts, read_card, read_publication
 from arrest_hub.eval_config import EvalConfig, resume_problems
 from arrest_hub.model_card import card_is_generated, render_card
+from arrest_hub.processes import from_main
 from arrest_hub.results import EvalReport, Result, merge_reports, read_results
 from arrest_hub.robustbench import write_robustbench
 from arrest_hub.verdicts import Verdicts, read_verdicts
@@ -105,16 +106,20 @@ def folder_problems(config: EvalConfig, paths: EvalPaths) -> list[str]:
 
 def start_folder(config: EvalConfig, paths: EvalPaths, accelerator: Accelerator) -> None:
     """Create the folder and write `eval_config.yaml`, deleting what an earlier evaluation wrote there if
-    `--overwrite` was given, and nothing else."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    `--overwrite` was given, and nothing else. Nodes need not share a disk: journals are deleted on each."""
+
+    def start() -> bool:
         if config.overwrite and paths.root.is_dir():
             paths.remove()
-        if not paths.has_work:  # the first line of its journal may be of other settings
-            shutil.rmtree(paths.progress, ignore_errors=True)
+        goes_on = config.resume and paths.has_work
         paths.root.mkdir(parents=True, exist_ok=True)
-        if not (config.resume and paths.has_work):
+        if not goes_on:
             paths.config.write_text(config.to_yaml(), encoding="utf-8")
+        return goes_on
+
+    goes_on = from_main(accelerator, start)
+    if not goes_on and accelerator.is_local_main_process:  # the first line of a journal may be of other settings
+        shutil.rmtree(paths.progress, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 

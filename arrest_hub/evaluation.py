@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ from arrest_hub.eval_subjects import (
 from arrest_hub.journal import Journal
 from arrest_hub.prepare import launcher_warning, new_accelerator
 from arrest_hub.pretrained import PretrainedClassifier
+from arrest_hub.processes import from_main, main_only
 from arrest_hub.results import EvalReport, read_results
 from arrest_hub.robustbench import robustbench_problems
-from arrest_hub.verdicts import read_verdicts
+from arrest_hub.verdicts import Verdicts, read_verdicts
 
 
 def evaluate(
@@ -120,21 +122,24 @@ def run_evaluation(
             "--dataset is missing: give digits, cifar10, cifar100, imagenet, a `datasets` id or a folder."
         )
     paths = EvalPaths(Path(config.output_dir)) if write else None
-    problems = precision_problems(config) + (folder_problems(config, paths) if paths else [])
-    if config.robustbench_json is not None:
-        problems += robustbench_problems(config.dataset, config.norm, config.attack_names)
-    if problems:
-        raise ConfigError(problems)
-    # a stage may keep one process waiting for another for long
-    accelerator = new_accelerator(timeout=2 * 86400, mixed_precision="no")
+    accelerator = _accelerator()
+
+    def check() -> None:
+        problems = precision_problems(config) + (folder_problems(config, paths) if paths else [])
+        if config.robustbench_json is not None:
+            problems += robustbench_problems(config.dataset, config.norm, config.attack_names)
+        if problems:
+            raise ConfigError(problems)
+
+    main_only(accelerator, check)  # on another node the folder may be another one
     say = accelerator.print
     warning = launcher_warning(accelerator, "eval")
     for note in (*notes, *([warning] if warning else [])):
         say(note)
     subject = module_subject(module, config.model) if module is not None else load_subject(config, accelerator)
     images = tensor_images(pair, config.dataset) if pair is not None else load_images(config, subject, accelerator)
-    if paths is not None and config.resume and paths.results.is_file():
-        return _finished(config, paths, subject, accelerator)
+    if paths is not None and config.resume and (done := from_main(accelerator, partial(_read_record, paths))):
+        return _finished(config, paths, subject, accelerator, *done)
     num_classes = count_classes(subject, images, accelerator)
     problems = [problem for name in config.attack_names if (problem := part_problem(name, num_classes))]
     if problems:
@@ -187,24 +192,41 @@ def _write(config: EvalConfig, paths: EvalPaths, session: EvalSession, measured:
             lines += update_export(config, report, measured.verdicts, figures)
         for line in lines:
             accelerator.print(line)
+    accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process:  # nodes need not share a disk
         session.journal.remove()
     accelerator.wait_for_everyone()
 
 
-def _finished(config: EvalConfig, paths: EvalPaths, subject: Subject, accelerator: Accelerator) -> Evaluation:
+def _accelerator() -> Accelerator:
+    # a stage may keep one process waiting for another for long
+    return new_accelerator(timeout=2 * 86400, mixed_precision="no")
+
+
+def _read_record(paths: EvalPaths) -> tuple[EvalReport, Verdicts] | None:
+    """A finished evaluation; None where there is none."""
+    return (read_results(paths.results), read_verdicts(paths.verdicts)) if paths.results.is_file() else None
+
+
+def _finished(
+    config: EvalConfig,
+    paths: EvalPaths,
+    subject: Subject,
+    accelerator: Accelerator,
+    report: EvalReport,
+    verdicts: Verdicts,
+) -> Evaluation:
     """What --resume finds where there is nothing left to do.
 
     Raises:
         ConfigError: the record is of other weights.
     """
-    report = read_results(paths.results)
     if report.model.get("weights_sha256") != subject.info["weights_sha256"]:
         raise ConfigError(
             f"cannot resume: {paths.root} is the evaluation of other weights than {subject.name} has now. Start anew "
             "with --overwrite, or with another --output-dir."
         )
     accelerator.print(f"{paths.root} is complete: nothing is left to attack")
-    verdicts = read_verdicts(paths.verdicts)
     if accelerator.is_main_process:
         lines = write_entry(config, report)
         if config.update_export:
@@ -247,11 +269,15 @@ def evaluate_all(configs: Sequence[EvalConfig]) -> list[Evaluation]:
     Raises:
         ArrestError: see `run_evaluation`.
     """
-    problems = [
-        problem for config in configs for problem in folder_problems(config, EvalPaths(Path(config.output_dir)))
-    ]
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+
+    def check() -> None:
+        problems = [
+            problem for config in configs for problem in folder_problems(config, EvalPaths(Path(config.output_dir)))
+        ]
+        if problems:
+            raise ConfigError(list(dict.fromkeys(problems)))
+
+    main_only(_accelerator(), check)
     done = []
     for number, config in enumerate(configs, 1):
         notes = [f"\n== {number} of {len(configs)}: {config.model}"] if len(configs) > 1 else []

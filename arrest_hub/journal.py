@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from arrest_hub.errors import ConfigError
+from arrest_hub.errors import AlreadyReported, ConfigError
 
 Entry = dict[str, Any]
 
@@ -23,9 +23,10 @@ class Journal:
     """Finished batches by (stage, number). ``folder`` None: kept in memory alone.
 
     ``identity`` says what the figures depend on (settings, weights, data); a journal of something else is refused.
+    Every process must construct one.
 
     Raises:
-        ConfigError: from the constructor, naming what differs.
+        ConfigError: from the constructor, naming what differs; in other processes than the main one AlreadyReported.
     """
 
     def __init__(self, folder: Path | None, identity: dict[str, Any], accelerator: Accelerator) -> None:
@@ -37,17 +38,22 @@ class Journal:
             return
         identity = json.loads(json.dumps(identity))  # as it comes back from a file: tuples are lists there
         path = folder / f"rank-{accelerator.process_index:05d}.jsonl"
-        begun = path in self._read(folder, identity)
+        begun, problems = self._read(folder, identity)
+        problems = list(dict.fromkeys(gather_object(problems)))
+        if problems:
+            raise ConfigError(problems) if accelerator.is_main_process else AlreadyReported
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _end_last_line(path)
         self._file = path.open("a", encoding="utf-8")
-        if not begun:
+        if path not in begun:
             self._write({"identity": identity})
 
-    def _read(self, folder: Path, identity: dict[str, Any]) -> set[Path]:
-        """Take the entries of all files; which files say whose they are (one may have been cut before it did)."""
-        begun = set()
+    def _read(self, folder: Path, identity: dict[str, Any]) -> tuple[set[Path], list[str]]:
+        """Take the entries of all files; which files say whose they are (one may have been cut before it did), and why
+        some are of something else."""
+        begun: set[Path] = set()
+        problems: list[str] = []
         for path in sorted(folder.glob("rank-*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
@@ -57,12 +63,11 @@ class Journal:
                 if not isinstance(entry, dict):
                     continue
                 if isinstance(old := entry.get("identity"), dict):
-                    if problems := _differences(old, identity):
-                        raise ConfigError(problems)
+                    problems += _differences(old, identity)
                     begun.add(path)
                 elif path in begun and {"stage", "batch"} <= entry.keys():
                     self.entries[entry.pop("stage"), entry.pop("batch")] = entry
-        return begun
+        return begun, problems
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:
@@ -99,7 +104,7 @@ class Journal:
             self._file = None
 
     def remove(self) -> None:
-        """Delete the folder: everything is in the results now. For the main process."""
+        """Delete the folder: everything is in the results now. For one process of each node."""
         self.close()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Two processes give what one gives, verdict for verdict, and a run may change their number when it goes on."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,14 +18,16 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # it starts as many as it is asked for
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(Path(__file__).parent.parent),
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+}
 
 
 def launch(arguments, launcher) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *launcher, "-m", "arrest_hub", "eval", *arguments]
-    environment = dict(
-        os.environ, PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true"
-    )
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,24 @@ def test_one_clear_error_on_two_processes(one, tmp_path):
     assert result.stderr.count("error: ") == 1
     assert "none" in result.stderr
     assert "[rank" not in result.stderr
+
+
+@pytest.mark.slow
+def test_two_nodes_that_share_no_disk(one, tmp_path):
+    """Each keeps its own journal, under the same relative path; the record is the main one's. See two_nodes.py."""
+    folder, arguments = one
+    script = str(Path(__file__).parent / "two_nodes.py")
+    command = [sys.executable, "-m", *TORCHRUN, script, str(tmp_path), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout.splitlines()[-1])
+    assert said["journals"] == ["out", "out/progress", "out/progress/rank-00001.jsonl"]
+    assert said["again"][1] == "AlreadyReported"
+    assert "holds an unfinished evaluation" in said["again"][0]
+    for name in ("resumed", "complete", "overwritten"):
+        assert said[name] == ["done", "done"]
+    assert "nothing is left to attack" in result.stdout
+    assert said["left"] == ["out"]
+    paths = folder / "one", tmp_path / "node-0" / "out"
+    first, second = (read_verdicts(path / "verdicts.parquet").broken_by["noise"].tolist() for path in paths)
+    assert first == second
