@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from arrest_hub.images import ImageError, decode_image
+from arrest_hub.images import ImageError, UnreachableImage, decode_image
 
 ENTRY_BYTES = 512
 SHOWN = 20
@@ -77,16 +77,19 @@ def read_image(
     """The image ``value`` (bytes, or a dict of ``bytes`` and ``path``) at position ``index`` of ``split``, RGB; None if
     it is skipped. ``fixed``: the position tells the image from all others.
 
-    Raises ImageError naming split, position and path if it cannot be read and is not skipped.
+    Raises ImageError naming split, position and path if it cannot be read and is not skipped, UnreachableImage, never
+    skipped, if its storage does not answer.
     """
     path = value.get("path") if isinstance(value, dict) else None
+    where = f" ({path})" if path else ""
     try:
         if value is None:
             raise ImageError("it is missing")
         return decode_image(value)
+    except UnreachableImage as error:
+        raise UnreachableImage(f"split {split!r}, image {index}{where}: {error}.") from error
     except ImageError as error:
         reason = str(error)
-    where = f" ({path})" if path else ""
     message = f"split {split!r}, image {index}{where}: {reason}. Repair or remove it"
     if corrupt is None:  # an image that is evaluated
         raise ImageError(f"{message}.")

@@ -318,9 +318,14 @@ def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator
     """The model's number of outputs; of a network given as an object by a look at one image.
 
     Raises:
-        ConfigError: it does not return logits.
+        ConfigError: it does not return logits, or takes colour images and these are of other channels.
     """
     if subject.backbone is not None:
+        if isinstance(images.images, TensorImages) and (channels := images.images.pixels.shape[1]) != 3:
+            # its normalisation would make three of one, and an attack could change but that one
+            raise ConfigError(
+                f"images of {channels} channels: {subject.name} takes RGB ones. Give pixels [N, 3, H, W]."
+            )
         return subject.backbone.num_classes
     pixels = torch.as_tensor(images.images[0]["pixels"]).to(accelerator.device)[None]
     pixels = to_pixels(pixels) if pixels.dtype == torch.uint8 else pixels

@@ -82,7 +82,7 @@ def read_preprocessing(processor: Any) -> Preprocessing:
         mean, std = np.array(stated)  # exact, where the measurement carries a rounding error
     crop_mode, edge = _resize_rule(processor)
     crop_pct = _fraction(height, edge)
-    _check_geometry(processor, crop_mode, crop_pct, mean, std)
+    _check_geometry(processor, (height, width), crop_mode, crop_pct, mean, std)
     return Preprocessing(
         size=(height, width),
         mean=(float(mean[0]), float(mean[1]), float(mean[2])),
@@ -146,12 +146,19 @@ def _fraction(size: int, edge: int) -> float:
     return fraction
 
 
-def _check_geometry(processor: Any, crop_mode: str, crop_pct: float, mean: np.ndarray, std: np.ndarray) -> None:
-    """ValueError unless a graded 2:1 image comes out showing the part that mode and crop_pct imply."""
+def _check_geometry(
+    processor: Any, size: tuple[int, int], crop_mode: str, crop_pct: float, mean: np.ndarray, std: np.ndarray
+) -> None:
+    """ValueError unless a graded 2:1 image comes out in ``size``, showing the part that mode and crop_pct imply."""
     rows, columns = np.meshgrid(np.linspace(0, 255, 256), np.linspace(0, 255, 512), indexing="ij")
     image = np.stack([columns, rows, rows], axis=-1).astype(np.uint8)
     out = _apply(processor, image) * std[:, None, None] + mean[:, None, None]
     height, width = out.shape[-2:]
+    if (height, width) != size:
+        raise ValueError(
+            f"gives images of different sizes ({size[0]}x{size[1]} of a square one, {height}x{width} of a wide one): "
+            "its do_center_crop would have to be true"
+        )
 
     def shown(line: np.ndarray) -> float:  # the share of the ramp that a line of the output spans
         a, b = len(line) // 4, len(line) - 1 - len(line) // 4

@@ -28,12 +28,17 @@ class ImageError(DataError):
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
+class UnreachableImage(ImageError):
+    """The storage of an image does not answer, which says nothing of the image."""
+
+
 def decode_image(value: bytes | dict[str, Any]) -> Image.Image:
     """Encoded image -> RGB image, 8 bits a channel, turned upright by its EXIF orientation.
 
     ``value`` is the bytes of a file, or a dict of ``bytes`` and ``path`` as `datasets` stores it (``path`` is
     read when ``bytes`` is None). Greyscale, 1-bit, palette and CMYK images are converted; 16-bit greyscale is
-    scaled to 8 bits; an alpha channel is dropped. Raises ImageError when this is no image that can be read.
+    scaled to 8 bits; an alpha channel is dropped. Raises ImageError when this is no image that can be read,
+    UnreachableImage when its storage does not answer.
     """
     try:
         opened = Image.open(_open(value))
@@ -69,8 +74,14 @@ def _open(value: bytes | dict[str, Any]) -> BytesIO | str:
         raise ImageError("it is missing (no bytes and no path)")
     if "://" not in path:
         return str(path)
-    with fsspec.open(path, "rb") as file:  # streams of image folders on the Hub hold hf:// paths
-        return BytesIO(file.read())
+    try:
+        with fsspec.open(path, "rb") as file:  # streams of image folders on the Hub hold hf:// paths
+            return BytesIO(file.read())
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each storage has errors of its own, some of which are an OSError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreachableImage(f"it cannot be fetched ({reason}). Go on with --resume when it can") from error
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

@@ -32,7 +32,7 @@ from arrest_hub.results import harmonic_mean
 from arrest_hub.resume import batch_layout, resume_point
 from arrest_hub.run import Run
 from arrest_hub.run_folder import record_batches
-from arrest_hub.schedule import Schedule
+from arrest_hub.schedule import Schedule, check_accumulation
 from arrest_hub.sharding import WholeCopy, choose_blocks, is_sharded
 from arrest_hub.step import (
     attacked_network,
@@ -252,11 +252,7 @@ def _batches_per_epoch(run: Run, loader: Any) -> int | None:
     if run.splits.train.num_examples is None:
         return None
     accumulated = run.config.grad_accum_steps
-    if len(loader) < accumulated:
-        raise ConfigError(
-            f"--grad-accum-steps {accumulated} is more than the {len(loader)} batches of an epoch in each process: "
-            "give fewer, or a smaller --batch-size."
-        )
+    check_accumulation(accumulated, len(loader))
     return len(loader) // accumulated * accumulated
 
 

@@ -100,7 +100,8 @@ def _check_transformers_config(config: Mapping[str, Any], model_id: str) -> str:
         raise BackboneError(
             f"Model {model_id!r} is a {saved_as[0] if saved_as else model_type}, not an image classifier.{wanted}"
         )
-    classes = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    named = config.get("id2label")  # transformers takes null for none
+    classes = config.get("num_labels", 2) if named is None else len(named)
     channels = config.get("num_channels", (config.get("vision_config") or {}).get("num_channels", 3))
     _check_classes_and_channels(model_id, classes, channels, "num_labels")
     return str(saved_as[0])

@@ -203,18 +203,6 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:
     return splits
 
 
-def check_accumulation(config: FinetuneConfig, num_examples: int | None, processes: int) -> None:
-    """Before anything is overwritten. Raises ConfigError where an epoch has too few batches for one step."""
-    if num_examples is None or config.batch_size == "auto":
-        return
-    batches = num_examples // (config.batch_size * processes)
-    if batches < config.grad_accum_steps:
-        raise ConfigError(
-            f"--grad-accum-steps {config.grad_accum_steps} is more than the {batches} batches of an epoch in each "
-            "process: give fewer, or a smaller --batch-size."
-        )
-
-
 def prepare_student(config: FinetuneConfig, splits: Splits, accelerator: Accelerator) -> tuple[Backbone, str]:
     """The pretrained network with a head that fits the dataset, and a sentence about its label space.
 

@@ -7,6 +7,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 
 from arrest_hub.config import FinetuneConfig
+from arrest_hub.errors import ConfigError
 
 POLY_POWER = 1.0
 """Of --scheduler poly, as PyTorch's PolynomialLR and transformers have it."""
@@ -76,6 +77,15 @@ def hold_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = max(group["lr"], share * group["initial_lr"] * group.get("lr_scale", 1.0))
 
 
+def check_accumulation(accumulated: int, batches: int) -> None:
+    """Raises ConfigError where the batches that an epoch has in each process are too few for one step."""
+    if batches < accumulated:
+        raise ConfigError(
+            f"--grad-accum-steps {accumulated} is more than the {batches} batches of an epoch in each process: give "
+            "fewer, or a smaller --batch-size."
+        )
+
+
 def length_problems(config: FinetuneConfig, images: int | None, processes: int) -> list[str]:
     """What does not fit the number of training images (None: a stream of unknown length): a line for each.
 
@@ -83,6 +93,11 @@ def length_problems(config: FinetuneConfig, images: int | None, processes: int) 
     """
     problems = []
     if images is None:
+        if processes > 1:
+            problems.append(
+                f"--streaming: the number of training images is not known, so {processes} processes cannot agree on "
+                "the length of an epoch. Give --limit-train N."
+            )
         if config.max_steps is None:
             problems.append("--streaming: the number of training images is not known, so give --max-steps.")
         if config.standard_epochs:

@@ -36,7 +36,6 @@ from arrest_hub.network_options import (
 from arrest_hub.objective import Objective
 from arrest_hub.plan import describe_plan
 from arrest_hub.prepare import (
-    check_accumulation,
     describe_run,
     environment_problems,
     launcher_warning,
@@ -51,6 +50,7 @@ from arrest_hub.provenance import base_for_run
 from arrest_hub.push_config import PushConfig
 from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
 from arrest_hub.sample_eps import eps_by_sensitivity
+from arrest_hub.schedule import check_accumulation
 from arrest_hub.sharding import is_sharded
 from arrest_hub.step import choose_images_at_once, gradient_scale, make_teacher
 from arrest_hub.training_record import BaseModel
@@ -191,7 +191,9 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
             config, accelerator, backbone, partial(_costly_objective, run), splits.train.num_examples
         )
         accelerator.print(f"--batch-size auto: {config.batch_size}")
-    check_accumulation(config, splits.train.num_examples, accelerator.num_processes)
+    if splits.train.num_examples is not None:  # a stream's loader processes may take a batch less, and are asked again
+        batches = splits.train.num_examples // (config.batch_size * accelerator.num_processes)
+        check_accumulation(config.grad_accum_steps, batches)
     passes = build_objective(config, backbone).passes
     for line in describe_run(config, paths, accelerator, splits, backbone, head_note, passes):
         accelerator.print(line)

@@ -391,6 +391,15 @@ def test_transformers_labels_and_preprocessing(tmp_path):
     fails(tmp_path / "vit", "64", "image size", image_size=64)
 
 
+def test_classes_without_names(tmp_path):
+    folder = transformers_folder("vit", tmp_path / "vit")
+    config = json.loads((folder / "config.json").read_text())
+    for changes in ({"id2label": None, "num_labels": 5}, {"id2label": None, "label2id": None, "num_labels": 5}):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        backbone = load_backbone(folder)
+        assert (backbone.num_classes, backbone.label_names) == (5, None)
+
+
 def test_unusable_transformers_folders(tmp_path):
     good = transformers_folder("vit", tmp_path / "good")
     tensors = load_file(good / "model.safetensors")
@@ -585,6 +594,8 @@ def test_the_processor_is_reproduced(tmp_path):
     assert read_preprocessing(offset).std == pytest.approx((0.5,) * 3)
     with pytest.raises(ValueError, match="colour channels"):
         read_preprocessing(t.MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}))
+    with pytest.raises(ValueError, match=r"different sizes \(64x64 of a square one, 64x128 of a wide one\)"):
+        read_preprocessing(t.CLIPImageProcessor(size={"shortest_edge": 64}, do_center_crop=False))
     with pytest.raises(ValueError, match="does not resize"):
         read_preprocessing(t.ViTImageProcessor(do_resize=False))
 

@@ -1,13 +1,17 @@
 """--skip-corrupt in whole runs: the list, the limit over all processes, resumption."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 from datasets import Dataset, Features, Image, load_dataset
+from fsspec.implementations.memory import MemoryFileSystem
 from test_resume import outcome
 from tiny import killed_after, tiny_config
 
+from arrest_hub.corrupt import CorruptImages, read_image
 from arrest_hub.errors import ArrestError
+from arrest_hub.images import UnreachableImage
 from arrest_hub.train import dry_run, finetune
 
 
@@ -54,6 +58,17 @@ def test_a_dry_run_skips_what_the_run_would(config, tmp_path):
         dry_run(config("none", num_workers=0))
     assert any(line.startswith("data ") for line in dry_run(config("some", skip_corrupt=2, num_workers=0)))
     assert not (tmp_path / "some").exists()
+
+
+def test_an_image_whose_storage_does_not_answer_is_not_a_damaged_one(monkeypatch):
+    found = CorruptImages(2)
+    image = {"bytes": None, "path": "memory://images/1.png"}
+    assert read_image(image, "train", 1, found) is None, "there is none"
+    for error in (OSError("503 Server Error"), ConnectionError("refused"), RuntimeError("Client has been closed")):
+        monkeypatch.setattr(MemoryFileSystem, "_open", Mock(side_effect=error))
+        with pytest.raises(UnreachableImage, match=rf"image 2 \(.*1.png\): it cannot be fetched \({error}\)"):
+            read_image(image, "train", 2, found)
+    assert [entry["index"] for entry in found.entries()] == [1]
 
 
 def test_more_than_allowed_ends_the_run(config, tmp_path):

@@ -255,3 +255,19 @@ def test_options_that_would_do_nothing_are_refused(tmp_path):
     pair = torch.rand(4, 3, 8, 8), torch.arange(4) % 3
     with pytest.raises(ConfigError, match=r"(?s)limit_eval is for a dataset with a name.*image_size: the network has"):
         arrest_hub.evaluate(network, pair, limit_eval=2, image_size=16)
+
+
+def test_grey_images_are_not_taken_for_coloured_ones(tmp_path):
+    """The normalisation of a colour model would broadcast them, and an attack change one channel instead of three."""
+    write_model(tmp_path / "model")
+    grey = torch.rand(4, 1, 8, 8), torch.arange(4) % 3
+    network = arrest_hub.from_pretrained(str(tmp_path / "model"))
+    for model, teacher in ((str(tmp_path / "model"), None), (network, None), (GreyNet(), network)):
+        with pytest.raises(ConfigError, match=r"images of 1 channels: .* takes RGB ones"):
+            arrest_hub.evaluate(model, grey, teacher=teacher)
+    arrest_hub.evaluate(GreyNet(), grey, teacher=None, attacks="noise", checks=False)
+
+
+class GreyNet(torch.nn.Module):
+    def forward(self, pixels):
+        return pixels.mean((2, 3)) * torch.ones(3)

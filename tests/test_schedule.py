@@ -61,21 +61,23 @@ def test_warm_up_then_held():
 
 
 def test_what_does_not_fit_the_number_of_images():
-    def problems(images, **changes):
-        return length_problems(FinetuneConfig(model="m", dataset="d", **changes), images, 2)
+    def problems(images, processes=2, **changes):
+        return length_problems(FinetuneConfig(model="m", dataset="d", **changes), images, processes)
 
-    found = problems(None, standard_epochs=1, warmup_epochs=0.5, ema_decay=0.9, ema_start_epoch=1)
+    found = problems(None, 1, standard_epochs=1, warmup_epochs=0.5, ema_decay=0.9, ema_start_epoch=1)
     assert [problem.split(":")[0] for problem in found] == [
         "--streaming", "--streaming", "--warmup-epochs 0.5", "--ema-start-epoch 1"
     ]  # fmt: skip
-    assert problems(None, max_steps=5) == []
+    assert problems(None, 1, max_steps=5) == []
+    (problem,) = problems(None, max_steps=5)
+    assert "2 processes cannot agree on the length of an epoch. Give --limit-train N" in problem
     late = {"batch_size": 8, "grad_accum_steps": 2, "ema_decay": 0.9, "ema_start_epoch": 2}
     assert problems(100, max_steps=7, **late) == [], "an epoch has 3 steps"
     (problem,) = problems(100, max_steps=6, **late)
     assert "is step 6, and the training ends at --max-steps 6" in problem
     assert problems(100, **late) == []
     assert problems(100, max_steps=6, resume=True, **late) == [], "it goes on as it began"
-    assert problems(None, max_steps=6, resume=True, warmup_epochs=0.5) == []
+    assert problems(None, 1, max_steps=6, resume=True, warmup_epochs=0.5) == []
 
 
 def unknown_length(monkeypatch):
