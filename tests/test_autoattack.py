@@ -41,7 +41,7 @@ def ours(net, pair, **options):
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_verdicts_are_those_of_a_direct_call(norm, few_queries):
-    net, (pixels, labels) = robust_net(4), patterns(24 if norm == "l1" else 50, 4, seed=7)
+    net, (pixels, labels) = robust_net(4), patterns(20 if norm == "l1" else 32, 4, seed=7)
     labels[3] = (labels[3] + 1) % 4  # one that is wrong when clean
     eps = EvalConfig(norm=norm, eps=RADII[norm]).eps_value
     suite = AutoAttack(net, norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[norm], eps=eps, seed=5, version="standard")
@@ -51,7 +51,7 @@ def test_verdicts_are_those_of_a_direct_call(norm, few_queries):
         stands = (net(adversarial).argmax(1) == labels) & (net(pixels).argmax(1) == labels)
     found = ours(net, (pixels, labels), norm=norm, eps=RADII[norm], seed=5, batch_size=16)
     assert torch.equal(torch.from_numpy(found.verdicts.stands("autoattack")), stands)
-    assert 3 < stands.sum() < 45
+    assert 3 < stands.sum() < len(labels) - 3
     row = found.report.get("robust_accuracy")
     assert row.correct == stands.sum()
     parts = row.attack_parameters["parts"]

@@ -171,6 +171,7 @@ def test_a_folder_with_a_run_is_refused_on_two_processes(two):
     assert refused.stderr.count("error: --output-dir") == 1
 
 
+@pytest.mark.slow
 def test_one_clear_error_on_two_processes(two, tmp_path):
     _, arguments, _ = two
     arguments = list(arguments)

@@ -187,14 +187,14 @@ def test_the_time_that_is_said_is_the_time_it_takes(tmp_path):
     """Within a factor of three: this is a machine that does other things, too."""
     changes = {
         "model": vit_folder(tmp_path / "vit"),
-        "attack_steps": 100,
+        "attack_steps": 50,
         "batch_size": 18,
         "eval_every": 0,
         "lr": 1e-6,
     }
     lines = dry_run(tiny_config(tmp_path, dry_run=True, **changes))
     predicted = float(re.search(r"images: ([\d.e-]+) s", said(lines, "estimate"))[1])
-    finetune(tiny_config(tmp_path, epochs=8, log_every=8, checkpoint_every=1000, limit_eval=3, **changes))
+    finetune(tiny_config(tmp_path, epochs=4, log_every=8, checkpoint_every=1000, limit_eval=3, **changes))
     lines = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     real = 18 / next(line["images_per_second"] for line in lines if "images_per_second" in line)
     assert predicted / 3 < real < 3 * predicted

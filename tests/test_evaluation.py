@@ -250,7 +250,7 @@ def test_the_record(folder, tmp_path):
         "--teacher",
         str(folder / "model"),
         "--limit-eval",
-        "30",
+        "18",
         "--check-images",
         "6",
     ]
@@ -264,9 +264,9 @@ def test_the_record(folder, tmp_path):
     # every figure can be counted again from the verdicts
     for row in report.results:
         right = verdicts.clean_correct if row.attack is None else verdicts.stands(row.attack)
-        assert (row.correct, row.n) == (int(right.sum()), 30)
+        assert (row.correct, row.n) == (int(right.sum()), 18)
     assert set(verdicts.broken_by) == {"pgd-5", "apgd-ce"}
-    assert verdicts.index.max() > 29, "rows of the split on disk, not places in the selection"
+    assert verdicts.index.max() > 17, "rows of the split on disk, not places in the selection"
     assert [point.eps for point in report.eps_curve["student"]] == ["0", "20/255", "40/255"]
     curve = [point.correct for point in report.eps_curve["student"]]
     assert curve == sorted(curve, reverse=True)
@@ -369,7 +369,8 @@ def test_several_models_are_compared(folder, tmp_path, capsys):
 
 def test_an_export_is_brought_up_to_date(tmp_path, capsys):
     """What arrest-eval finds goes into the folder that arrest-finetune wrote, its card included."""
-    run = finetune(tiny_config(tmp_path, max_steps=2, epochs=1, eps="40/255"))
+    write_images(tmp_path / "data", count=24)
+    run = finetune(tiny_config(tmp_path, max_steps=2, epochs=1, eps="40/255", validation_size=8))
     export = run.export
     again = [str(export), "--dataset", str(tmp_path / "data"), "--eps", "40/255", "--batch-size", "8", "--num-workers",
              "0", "--teacher", str(tmp_path / "model"), "--check-images", "4"]  # fmt: skip

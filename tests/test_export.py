@@ -48,7 +48,11 @@ def trained(backbone: Backbone) -> Backbone:
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("resnet18", PLAIN_TIMM), ("vit_tiny_patch16_224", PLAIN_TIMM), ("hf-vit", PLAIN_TRANSFORMERS)],
+    [
+        ("resnet18", PLAIN_TIMM),
+        pytest.param("vit_tiny_patch16_224", PLAIN_TIMM, marks=pytest.mark.slow),
+        ("hf-vit", PLAIN_TRANSFORMERS),
+    ],
 )
 def test_the_plain_library_gives_the_same_logits(name, code, tmp_path):
     if name == "hf-vit":
