@@ -172,7 +172,7 @@ def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
         flags["model_args"] = _read_mapping(flags["model_args"], problems)
 
     if flags.get("resume") and "recipe" not in flags:
-        saved = Path(flags.get("output_dir", "")) / "config.yaml"
+        saved = Path(flags.get("output_dir", "")).expanduser() / "config.yaml"
         if flags.get("output_dir") and saved.is_file():
             config = _collect(problems, lambda: resume_config(load_config(saved), flags), flags)
             return config, [f"resuming with the configuration of {saved}"]

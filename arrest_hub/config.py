@@ -5,6 +5,7 @@ valid. No torch here, so that `--help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -247,6 +248,7 @@ class FinetuneConfig:
             raise ConfigError(problems)
         if not self.output_dir:
             self.output_dir = default_output_dir(self)
+        self.output_dir = os.path.expanduser(self.output_dir)
         return self
 
     def to_yaml(self) -> str:

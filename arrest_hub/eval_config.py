@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -148,6 +149,9 @@ class EvalConfig:
             raise ConfigError(problems)
         if not self.output_dir:
             self.output_dir = "evals/" + evaluation_name(self.model, self.dataset, self.norm, self.eps)
+        self.output_dir = os.path.expanduser(self.output_dir)
+        if self.robustbench_json is not None:
+            self.robustbench_json = os.path.expanduser(self.robustbench_json)
         return self
 
     def to_yaml(self) -> str:

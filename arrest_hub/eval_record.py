@@ -139,7 +139,15 @@ def write_entry(config: EvalConfig, report: EvalReport) -> list[str]:
 
 
 def training_facts(model: str) -> dict[str, Any] | None:
-    """The `training_config.yaml` of a folder that `arrest-finetune` wrote; None for any other model."""
+    """The `training_config.yaml` of a folder that `arrest-finetune` wrote; None for any other model, whatever such a
+    file beside it may hold."""
+    try:
+        return _read_training(model)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+
+
+def _read_training(model: str) -> dict[str, Any] | None:
     path = Path(model).expanduser() / "training_config.yaml"
     if not path.is_file():
         return None
@@ -156,7 +164,7 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     folder = Path(config.model).expanduser()
     card = folder / "README.md"
     try:
-        if training_facts(config.model) is None or not (folder / "results.json").is_file():
+        if _read_training(config.model) is None or not (folder / "results.json").is_file():
             return []
         old = read_results(folder / "results.json")
         old_verdicts = read_verdicts(folder / "verdicts.parquet") if (folder / "verdicts.parquet").is_file() else None

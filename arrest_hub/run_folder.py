@@ -82,7 +82,7 @@ def output_dir_problems(config: FinetuneConfig, paths: RunPaths) -> list[str]:
         return [
             f"--overwrite would delete {name} {source}, which is inside --output-dir {root}: give another --output-dir."
             for name, source in (("--model", config.model), ("--dataset", config.dataset))
-            if Path(source).exists() and Path(source).resolve().is_relative_to(root.resolve())
+            if (path := Path(source).expanduser()).exists() and path.resolve().is_relative_to(root.resolve())
         ]
     if not config.resume and paths.has_work:
         return [

@@ -689,3 +689,15 @@ def test_a_config_that_is_somebody_elses_names_no_teacher(text, tmp_path):
         (tmp_path / name / "config.yaml").write_text(text)
         subject = SimpleNamespace(backbone=load_backbone(str(model)))
         assert find_teacher(subject) == ("mine" if (text, name) == ("model: mine\n", "export") else None)
+
+
+@pytest.mark.parametrize("content", [b"lr: !Param 0.1", b"\xff\xfe", b"- a\n"])
+def test_a_training_configuration_that_is_somebody_elses_spoils_nothing(content, folder, tmp_path):
+    model = write_model(tmp_path / "model")
+    (model / "training_config.yaml").write_bytes(content)
+    config = EvalConfig(
+        model=str(model), dataset=str(folder / "data"), attacks="noise", teacher="none", limit_eval=6, num_workers=0,
+        output_dir=str(tmp_path / "out"), checks=False, figures=False,
+    )  # fmt: skip
+    run_evaluation(config)
+    assert (tmp_path / "out" / "results.json").is_file()

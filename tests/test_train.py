@@ -17,6 +17,7 @@ import arrest_hub.loop as loop
 import arrest_hub.step as step_module
 from arrest_hub import train
 from arrest_hub.backbones import load_backbone
+from arrest_hub.cli import eval_command, parse_finetune
 from arrest_hub.config import load_config
 from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError
 from arrest_hub.export import write_model_folder
@@ -614,6 +615,26 @@ def test_a_stream_of_unknown_length_drops_half_a_step(tmp_path, monkeypatch):
     # four batches an epoch: a step of three, one that is dropped, and a step of three
     assert len(seen) == 7
     assert [number for number, dirty in enumerate(seen) if dirty] == [1, 2, 5, 6]
+
+
+def test_a_home_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    """A shell leaves it where it stands behind an equals sign, and a recipe always."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    changes = {"max_steps": 1, "limit_eval": 6, "standard_epochs": 1}
+    run = finetune(tiny_config(tmp_path, output_dir="~/runs/mine", **changes))
+    assert run.export == tmp_path / "runs" / "mine" / "export"
+    finetune(tiny_config(tmp_path, output_dir="~/runs/mine", resume=True, **changes))
+    command = ["--resume", "--output-dir=~/runs/mine"]
+    assert parse_finetune(command)[0].output_dir == str(tmp_path / "runs" / "mine")
+    (tmp_path / "runs" / "config.yaml").touch()
+    with pytest.raises(ConfigError, match="--overwrite would delete --model ~/runs/mine/teacher"):
+        finetune(tiny_config(tmp_path, model="~/runs/mine/teacher", output_dir=str(tmp_path / "runs"), overwrite=True))
+    evaluation = ["--dataset", str(tmp_path / "data"), "--attacks", "noise", "--output-dir=~/evals", "--num-workers=0",
+                  "--limit-eval=6", "--no-checks", "--no-figures", "--teacher=none"]  # fmt: skip
+    eval_command(["~/runs/mine/export", *evaluation])
+    assert (tmp_path / "evals" / "results.json").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_too_much_accumulation_is_said_before_anything_is_overwritten(tmp_path):
