@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from arrest_hub.card_facts import EVALUATION_FIGURES, CardFacts, read_card, read_publication
 from arrest_hub.eval_config import EvalConfig, resume_problems
 from arrest_hub.model_card import card_is_generated, render_card
-from arrest_hub.processes import from_main
+from arrest_hub.processes import from_main, raise_together
 from arrest_hub.results import EvalReport, Result, merge_reports, read_results
 from arrest_hub.robustbench import write_robustbench
+from arrest_hub.run_folder import make_folder
 from arrest_hub.verdicts import Verdicts, read_verdicts
 
 PER_CLASS = "per_class.png"
@@ -93,8 +94,13 @@ def folder_problems(config: EvalConfig, paths: EvalPaths) -> list[str]:
             if source and (path := Path(source).expanduser()).exists() and path.resolve().is_relative_to(root.resolve())
         ]
     if config.resume:
-        saved = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
-        return resume_problems(saved, config) if isinstance(saved, dict) else [f"{paths.config} is damaged."]
+        try:
+            saved = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            saved = None
+        if isinstance(saved, dict):
+            return resume_problems(saved, config)
+        return [f"cannot resume: {paths.config} is damaged. Start anew with --overwrite, or with another --output-dir."]
     if not paths.has_work:
         return []
     state = "holds an evaluation" if paths.results.is_file() else "holds an unfinished evaluation"
@@ -106,21 +112,28 @@ def folder_problems(config: EvalConfig, paths: EvalPaths) -> list[str]:
 
 def start_folder(config: EvalConfig, paths: EvalPaths, accelerator: Accelerator) -> None:
     """Create the folder and write `eval_config.yaml`, deleting what an earlier evaluation wrote there if
-    `--overwrite` was given, and nothing else. Nodes need not share a disk: journals are deleted on each."""
+    `--overwrite` was given, and nothing else. Nodes need not share a disk: each has journals, and the settings beside.
+
+    Raises:
+        ArrestError: the folder cannot be made.
+    """
 
     def start() -> bool:
         if config.overwrite and paths.root.is_dir():
             paths.remove()
-        goes_on = config.resume and paths.has_work
-        paths.root.mkdir(parents=True, exist_ok=True)
-        if not goes_on:
-            paths.config.write_text(config.to_yaml(), encoding="utf-8")
-        return goes_on
+        return config.resume and paths.has_work
 
     goes_on = from_main(accelerator, start)
-    if not goes_on and accelerator.is_local_main_process:  # the first line of a journal may be of other settings
-        shutil.rmtree(paths.progress, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    if config.resume and not goes_on:
+        accelerator.print(f"resume      there is nothing in {paths.root} yet: starting from the beginning")
+    problem = None
+    if accelerator.is_local_main_process:
+        if not goes_on:  # the first line of a journal may be of other settings
+            shutil.rmtree(paths.progress, ignore_errors=True)
+        problem = make_folder(paths.root)
+        if problem is None and not (goes_on and paths.config.is_file()):
+            paths.config.write_text(config.to_yaml(), encoding="utf-8")
+    raise_together(accelerator, problem)
 
 
 def write_record(config: EvalConfig, paths: EvalPaths, report: EvalReport, verdicts: Verdicts) -> list[str]:

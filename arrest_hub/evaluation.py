@@ -204,8 +204,16 @@ def _accelerator() -> Accelerator:
 
 
 def _read_record(paths: EvalPaths) -> tuple[EvalReport, Verdicts] | None:
-    """A finished evaluation; None where there is none."""
-    return (read_results(paths.results), read_verdicts(paths.verdicts)) if paths.results.is_file() else None
+    """A finished evaluation; None where there is none. Raises ConfigError for one that is damaged."""
+    if not paths.results.is_file():
+        return None
+    try:
+        return read_results(paths.results), read_verdicts(paths.verdicts)
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"cannot resume: the evaluation in {paths.root} is damaged ({error}). Start anew with --overwrite, or with "
+            "another --output-dir."
+        ) from error
 
 
 def _finished(

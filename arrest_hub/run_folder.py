@@ -104,8 +104,7 @@ def hold_run_folder(config: FinetuneConfig, paths: RunPaths, accelerator: Accele
     try:
         problem = None
         if accelerator.is_main_process:
-            paths.root.mkdir(parents=True, exist_ok=True)
-            problem = _lock(lock, paths.root)
+            problem = make_folder(paths.root) or _lock(lock, paths.root)
             if problem is None:
                 _start(config, paths)
         raise_together(accelerator, problem)
@@ -113,6 +112,15 @@ def hold_run_folder(config: FinetuneConfig, paths: RunPaths, accelerator: Accele
         yield
     finally:
         lock.release()
+
+
+def make_folder(path: Path) -> str | None:
+    """Make the output folder; if that is impossible, why."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"--output-dir {path} cannot be made: {error.strerror or type(error).__name__}. Give another folder."
+    return None
 
 
 def _lock(lock: FileLock, root: Path) -> str | None:

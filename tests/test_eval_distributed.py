@@ -107,20 +107,21 @@ def test_one_clear_error_on_two_processes(one, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_that_share_no_disk(one, tmp_path):
-    """Each keeps its own journal, under the same relative path; the record is the main one's. See two_nodes.py."""
+    """Each keeps its own journal, under the same relative path; the record is the main one's, which may be another one
+    when it goes on. See two_nodes.py."""
     folder, arguments = one
     script = str(Path(__file__).parent / "two_nodes.py")
     command = [sys.executable, "-m", *TORCHRUN, script, str(tmp_path), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout.splitlines()[-1])
-    assert said["journals"] == ["out", "out/progress", "out/progress/rank-00001.jsonl"]
+    assert said["journals"] == ["out", "out/eval_config.yaml", "out/progress", "out/progress/rank-00001.jsonl"]
     assert said["again"][1] == "AlreadyReported"
     assert "holds an unfinished evaluation" in said["again"][0]
     for name in ("resumed", "complete", "overwritten"):
         assert said[name] == ["done", "done"]
     assert "nothing is left to attack" in result.stdout
-    assert said["left"] == ["out"]
-    paths = folder / "one", tmp_path / "node-0" / "out"
+    assert said["left"] == ["out", "out/eval_config.yaml"]
+    paths = folder / "one", tmp_path / "node-1" / "out"
     first, second = (read_verdicts(path / "verdicts.parquet").broken_by["noise"].tolist() for path in paths)
     assert first == second

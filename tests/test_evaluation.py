@@ -701,3 +701,24 @@ def test_a_training_configuration_that_is_somebody_elses_spoils_nothing(content,
     )  # fmt: skip
     run_evaluation(config)
     assert (tmp_path / "out" / "results.json").is_file()
+
+
+def test_a_damaged_record_is_one_clear_error(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    quick = [str(folder / "model"), "--dataset", str(folder / "data"), "--attacks", "noise", "--num-workers", "0",
+             "--no-checks", "--no-figures", "--teacher", "none", "--limit-eval", "6"]  # fmt: skip
+    assert run_cli(eval_command, [*quick, "--output-dir", str(out), "--resume"]) == 0
+    assert "starting from the beginning" in capsys.readouterr().out
+    for name, content in (("verdicts.parquet", None), ("results.json", b"{"), ("eval_config.yaml", b"a: [")):
+        path, kept = out / name, (out / name).read_bytes()
+        path.write_bytes(content) if content else path.unlink()
+        assert run_cli(eval_command, [*quick, "--output-dir", str(out), "--resume"]) == 2
+        error = capsys.readouterr().err
+        assert "error: cannot resume: " in error
+        assert "damaged" in error
+        assert "--overwrite" in error
+        path.write_bytes(kept)
+    assert run_cli(eval_command, [*quick, "--output-dir", "/proc/no/such"]) == 2
+    assert "--output-dir /proc/no/such cannot be made" in capsys.readouterr().err
+    with pytest.raises(ArrestError, match="--output-dir /proc/no/such cannot be made"):
+        finetune(tiny_config(tmp_path, output_dir="/proc/no/such"))

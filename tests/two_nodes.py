@@ -51,6 +51,9 @@ if rank == 0:  # as after a kill: the settings and a journal, and no results
     for name in ("results.json", "verdicts.parquet"):
         Path("out", name).unlink()
 said["again"] = evaluate()
+# the main process goes on on the other node, as a scheduler may have it
+node = Path(root) / f"node-{1 - rank}"
+os.chdir(node)
 said["resumed"] = evaluate("--resume")
 said["left"] = second_nodes_files()
 said["complete"] = evaluate("--resume")
