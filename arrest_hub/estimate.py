@@ -250,7 +250,7 @@ def choose_batch_size(
     device = accelerator.device
     cap = MOST.get(device.type, MOST["cuda"])
     if num_examples is not None:
-        cap = min(cap, num_examples // accelerator.num_processes)
+        cap = min(cap, num_examples // accelerator.num_processes // config.grad_accum_steps)  # an epoch has a step
     buckets = sum(p.numel() * p.element_size() for p in network.parameters()) if accelerator.num_processes > 1 else 0
 
     def peak_of(batch_size: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import nn
@@ -42,8 +43,9 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
     training = images / cost.median
     pace = training if data is None else min(training, data)
 
-    batches = planned_steps(config, splits.train.num_examples, processes) * config.grad_accum_steps
-    parts = {"training": (batches * images / pace, plural(batches // config.grad_accum_steps, "step"))}
+    steps = planned_steps(config, splits.train.num_examples, processes)
+    batches = steps * config.grad_accum_steps
+    parts = {"training": (batches * images / pace, plural(steps, "step"))}
     if config.standard_epochs and splits.train.num_examples:
         standard = measure_steps(
             config, accelerator, network, lambda teacher: StandardObjective(), config.batch_size, steps=STEPS,
@@ -55,7 +57,9 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
     if not is_sharded(accelerator):  # the network evaluated would have to be gathered first
         if splits.validation is not None and config.eval_every:
             each = measure_evaluation(accelerator, network, evaluated, settings, config)
-            times = max(1, config.epochs // config.eval_every)
+            an_epoch = (splits.train.num_examples or 0) // images // config.grad_accum_steps  # 0: not known
+            epochs = math.ceil(steps / an_epoch) if an_epoch else 1
+            times = math.ceil(epochs / config.eval_every)  # the last epoch is always followed by one
             count = splits.validation.num_examples or 0
             parts["validation"] = (times * count * each / processes, f"{times} x {plural(count, 'image')}")
         if splits.test.num_examples:

@@ -50,7 +50,7 @@ from arrest_hub.provenance import base_for_run
 from arrest_hub.push_config import PushConfig
 from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
 from arrest_hub.sample_eps import eps_by_sensitivity
-from arrest_hub.schedule import check_accumulation
+from arrest_hub.schedule import check_accumulation, length_problems
 from arrest_hub.sharding import is_sharded
 from arrest_hub.step import choose_images_at_once, gradient_scale, make_teacher
 from arrest_hub.training_record import BaseModel
@@ -191,6 +191,8 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
             config, accelerator, backbone, partial(_costly_objective, run), splits.train.num_examples
         )
         accelerator.print(f"--batch-size auto: {config.batch_size}")
+        if problems := length_problems(config, splits.train.num_examples, accelerator.num_processes):
+            raise ConfigError(problems)
     if splits.train.num_examples is not None:  # a stream's loader processes may take a batch less, and are asked again
         batches = splits.train.num_examples // (config.batch_size * accelerator.num_processes)
         check_accumulation(config.grad_accum_steps, batches)

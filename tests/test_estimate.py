@@ -3,13 +3,14 @@
 import json
 import re
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 from test_train import files, log_lines, same_weights, vit_folder
 from tiny import NAMES, tiny_backbone, tiny_config
 
-from arrest_hub import estimate, train
+from arrest_hub import estimate, plan, train
 from arrest_hub.cli import finetune_command, parse_finetune, run_cli
 from arrest_hub.config import FinetuneConfig, load_config, resume_config
 from arrest_hub.errors import ConfigError
@@ -256,3 +257,24 @@ def test_compiling_is_not_taken_for_evaluating(tmp_path, monkeypatch):
     config = tiny_config(tmp_path, compile=True, fold_batchnorm=False).validate()
     settings = PgdSettings("linf", 0.1, 0.1, 2)
     assert 4 * measure_evaluation(new_accelerator(), tiny_backbone(len(NAMES)), 4, settings, config) < 1.9
+
+
+@pytest.mark.parametrize(
+    ("changes", "times"),
+    [({"epochs": 10, "max_steps": 2}, 1), ({"epochs": 5, "eval_every": 3}, 2), ({"epochs": 4, "eval_every": 2}, 2),
+     ({"epochs": 3, "max_steps": 9}, 3), ({"streaming": True, "max_steps": 9, "epochs": 3}, 3)],
+)  # fmt: skip
+def test_as_many_validations_are_said_as_there_will_be(changes, times, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "choose_batch_size", Mock(return_value=1))
+    lines = dry_run(tiny_config(tmp_path, dry_run=True, attack_steps=1, **changes))
+    assert f"({times} x 12 images)" in said(lines, "validation")
+    finetune(tiny_config(tmp_path, attack_steps=1, limit_eval=3, **changes))
+    assert sum("validation_clean_accuracy" in line for line in log_lines(tmp_path / "run")) == times
+
+
+def test_auto_leaves_batches_enough_for_a_step(tmp_path):
+    finetune(tiny_config(tmp_path, batch_size="auto", grad_accum_steps=3, limit_eval=3))
+    assert load_config(tmp_path / "run" / "config.yaml").batch_size <= 12
+    late = {"batch_size": "auto", "max_steps": 1, "ema_decay": 0.9, "ema_start_epoch": 1}
+    with pytest.raises(ConfigError, match="the training ends at --max-steps 1"):
+        finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "late"), **late))
