@@ -123,7 +123,7 @@ def parse_eval(argv: Sequence[str]) -> list[EvalConfig]:
     if len(models) > 1 and flags.get("robustbench_json"):
         problems.append("--robustbench-json is the entry of one model: evaluate the models one by one for it.")
     if flags.get("robustbench_json") and flags.get("dataset"):
-        names_of_attacks = str(flags.get("attacks") or "autoattack").split(",")
+        names_of_attacks = [name.strip().lower() for name in str(flags.get("attacks") or "autoattack").split(",")]
         problems += robustbench_problems(flags["dataset"], flags.get("norm", "linf"), names_of_attacks)
     if len(set(models)) < len(models):
         problems.append("a model is named twice: name each once.")

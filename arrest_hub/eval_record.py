@@ -136,11 +136,10 @@ def start_folder(config: EvalConfig, paths: EvalPaths, accelerator: Accelerator)
     raise_together(accelerator, problem)
 
 
-def write_record(config: EvalConfig, paths: EvalPaths, report: EvalReport, verdicts: Verdicts) -> list[str]:
-    """Verdicts first, then the results, which mark an evaluation that is complete; sentences to print."""
+def write_record(paths: EvalPaths, report: EvalReport, verdicts: Verdicts) -> None:
+    """Verdicts first, then the results, which mark an evaluation that is complete."""
     verdicts.write(paths.verdicts)
     report.write(paths.results)
-    return write_entry(config, report)
 
 
 def write_entry(config: EvalConfig, report: EvalReport) -> list[str]:

@@ -128,6 +128,8 @@ def run_evaluation(
         problems = precision_problems(config) + (folder_problems(config, paths) if paths else [])
         if config.robustbench_json is not None:
             problems += robustbench_problems(config.dataset, config.norm, config.attack_names)
+            if Path(config.robustbench_json).is_dir():
+                problems.append(f"--robustbench-json {config.robustbench_json} is a folder: give the name of a file.")
         if problems:
             raise ConfigError(problems)
 
@@ -187,15 +189,20 @@ def _write(config: EvalConfig, paths: EvalPaths, session: EvalSession, measured:
     if accelerator.is_main_process:
         training = training_facts(config.model) or {}
         figures = session.draw(paths.figures, measured, training) if config.figures else []
-        lines = write_record(config, paths, report, measured.verdicts)
-        if config.update_export:
-            lines += update_export(config, report, measured.verdicts, figures)
-        for line in lines:
-            accelerator.print(line)
+        write_record(paths, report, measured.verdicts)
+        _publish(config, report, measured.verdicts, figures)
     accelerator.wait_for_everyone()
     if accelerator.is_local_main_process:  # nodes need not share a disk
         session.journal.remove()
     accelerator.wait_for_everyone()
+
+
+def _publish(config: EvalConfig, report: EvalReport, verdicts: Verdicts, figures: Sequence[Path]) -> None:
+    """Into the model's own folder, and as an entry of RobustBench, where that is wanted; says so."""
+    for line in update_export(config, report, verdicts, figures) if config.update_export else []:
+        print(line)
+    for line in write_entry(config, report):
+        print(line)
 
 
 def _accelerator() -> Accelerator:
@@ -236,11 +243,7 @@ def _finished(
         )
     accelerator.print(f"{paths.root} is complete: nothing is left to attack")
     if accelerator.is_main_process:
-        lines = write_entry(config, report)
-        if config.update_export:
-            lines += update_export(config, report, verdicts, sorted(paths.figures.glob("*.png")))
-        for line in lines:
-            accelerator.print(line)
+        _publish(config, report, verdicts, sorted(paths.figures.glob("*.png")))
     for line in summary(report, subject.name, str(report.model.get("teacher", "teacher"))):
         accelerator.print(line)
     return Evaluation(report, verdicts, paths.root)

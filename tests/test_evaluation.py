@@ -31,7 +31,7 @@ from tiny import (
 import arrest_hub
 from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import load_backbone
-from arrest_hub.cli import eval_command, run_cli
+from arrest_hub.cli import eval_command, parse_eval, run_cli
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ArrestError, ConfigError
 from arrest_hub.eval_config import EvalConfig
@@ -558,6 +558,12 @@ def test_robustbench_entry_is_refused_before_the_work(folder, tmp_path, capsys):
     argv = arguments(folder, tmp_path / "out", "--robustbench-json", str(tmp_path / "entry.json"))
     assert run_cli(eval_command, argv) == 2
     assert "RobustBench" in capsys.readouterr().err
+    with pytest.raises(ConfigError) as caught:
+        run_evaluation(
+            EvalConfig(model="m", dataset="cifar10", attacks=" PGD-20, AutoAttack", robustbench_json=str(tmp_path))
+        )
+    assert caught.value.problems == [f"--robustbench-json {tmp_path} is a folder: give the name of a file."]
+    parse_eval(["m", "--dataset", "cifar10", "--attacks", " PGD-20, AutoAttack", "--robustbench-json", "entry.json"])
     assert not (tmp_path / "out").exists()
 
 
