@@ -40,7 +40,8 @@ class Progress:
     ``step`` for the place in the learning rate schedule: not zero once a run went on with other global batches, and so
     with other steps per epoch. ``epoch_steps``: the steps of an epoch that warm-up and averaging go by. ``images``: how
     many were trained on so far, over all phases. ``skipped``: steps that changed nothing, since their fp16 gradients
-    were not finite."""
+    were not finite. ``clean_counts``: of this epoch's clean images, how many were right and how many were looked at,
+    in all processes."""
 
     phase: str
     step: int = 0
@@ -58,6 +59,7 @@ class Progress:
     epoch_steps: int | None = None
     images: int = 0
     skipped: int = 0
+    clean_counts: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
 
     @property
     def place(self) -> int:

@@ -128,6 +128,9 @@ def train_phase(
     done, total = (steps * config.grad_accum_steps * images for steps in (progress.place, total_steps))
 
     written: tuple[Progress, Path] | None = None
+    clean = torch.zeros(2, device=accelerator.device)  # correct, seen in this epoch, by this process
+    if accelerator.is_main_process:
+        clean += torch.tensor(progress.clean_counts, device=accelerator.device)
 
     def save() -> Path:
         nonlocal written
@@ -135,6 +138,7 @@ def train_phase(
             report_corrupt(run)
             stop_unless_finite(run, meter, progress, student)
             progress.seconds, progress.images = time.perf_counter() - began, run.images_logged + pace.images
+            progress.clean_counts = [int(count) for count in accelerator.reduce(clean, "sum")]
             path = save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
             written = dataclasses.replace(progress), path
         return written[1]
@@ -153,7 +157,6 @@ def train_phase(
         progress_bar(total, done, phase, accelerator) as bar,
     ):
         while progress.to_validate or progress.place < total_steps:
-            clean = torch.zeros(2, device=accelerator.device)  # correct, seen
             if not progress.to_validate:
                 for batch in pace.waiting.over(_epoch_batches(accelerator, loader, progress, batches_per_epoch)):
                     seed_parts = (config.seed, phase, progress.epoch, progress.batch, accelerator.process_index)
@@ -222,6 +225,7 @@ def train_phase(
                 warn(
                     run, phase, progress, collapse_warning(correct / seen, progress.first_accuracy, student.num_classes)
                 )
+            clean.zero_()
             finished = progress.place >= total_steps
             if finished or not config.checkpoint_every or progress.step % config.checkpoint_every == 0:
                 save()

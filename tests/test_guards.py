@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import killed_after, tiny_config
 
 from arrest_hub import arrest, loop, step, train
 from arrest_hub.checkpoint import list_checkpoints
@@ -110,6 +110,22 @@ def test_a_collapse_is_told_and_written_down(tmp_path, monkeypatch, capsys):
     (warning,) = [line["warning"] for line in lines if "warning" in line]
     assert "collapsed" in warning
     assert warning in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_resumed_epoch_is_judged_by_all_of_its_images(at, tmp_path, monkeypatch):
+    """Those before the resumption too: whether it has collapsed must not depend on where the run was stopped."""
+    judged = []
+    monkeypatch.setattr(loop, "at_chance", lambda correct, n, classes: judged.append((correct, n)))
+    changes = {"validation_size": 0, "checkpoint_every": 1}
+    finetune(tiny_config(tmp_path, **changes))
+    whole = judged.copy()
+    assert [n for _, n in whole] == [48, 48]
+    judged.clear()
+    with killed_after(at):
+        finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "cut"), **changes))
+    finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "cut"), resume=True, **changes))
+    assert judged == whole
 
 
 def test_without_a_clean_pass_the_validation_images_tell(tmp_path, monkeypatch):
