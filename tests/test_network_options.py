@@ -311,7 +311,7 @@ def test_as_much_is_folded_in_lower_precision(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["arrest", "at", "trades"])
 def test_folding_and_layout_change_nothing_in_a_run(method, tmp_path, monkeypatch):
     """Validation of averaged weights included."""
-    changes = {"method": method, "ema_decay": 0.5, "log_every": 1, "lr": 0.02}
+    changes = {"method": method, "ema_decay": 0.5, "log_every": 1, "lr": 0.01}
     made = []
 
     class Counted(FoldedNetwork):

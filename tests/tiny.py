@@ -23,6 +23,7 @@ from arrest_hub.export import write_model_folder
 
 NAMES = ["dark", "middle", "light"]
 CHANNELS = (16, 16, 16, 16)  # fewer are not computed with the channels innermost on a CPU (`miscomputed_on_cpus`)
+LAYERS = (1, 1, 1, 1)
 
 
 class TinyClassifier(nn.Module):
@@ -143,7 +144,9 @@ def tiny_backbone(classes: int = 3, channels: tuple[int, ...] = CHANNELS) -> Bac
     """`resnet18_cifar` with a few channels, for 8x8 pixels, seeded."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return load_backbone("resnet18_cifar", num_classes=classes, image_size=8, model_args={"channels": channels})
+        return load_backbone(
+            "resnet18_cifar", num_classes=classes, image_size=8, model_args={"layers": LAYERS, "channels": channels}
+        )
 
 
 def write_model(folder: Path, label_names: list[str] | None = None) -> Path:
