@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -257,6 +258,7 @@ def find_teacher(subject: Subject) -> str | None:
         raise BackboneError(str(error)) from error
     if subject.backbone.source.hub_id is not None or recorded:
         return str(recorded) if recorded else None
+    record = record.resolve()  # the folder may have been given as "."
     run = record.parent.parent
     if (run / "teacher" / "config.json").is_file():
         return str(run / "teacher")
@@ -321,16 +323,25 @@ def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator
         ConfigError: it does not return logits, or takes colour images and these are of other channels.
     """
     if subject.backbone is not None:
-        if isinstance(images.images, TensorImages) and (channels := images.images.pixels.shape[1]) != 3:
-            # its normalisation would make three of one, and an attack could change but that one
-            raise ConfigError(
-                f"images of {channels} channels: {subject.name} takes RGB ones. Give pixels [N, 3, H, W]."
-            )
+        if isinstance(images.images, TensorImages):
+            _check_shape(images.images.pixels.shape, subject)
         return subject.backbone.num_classes
     pixels = torch.as_tensor(images.images[0]["pixels"]).to(accelerator.device)[None]
     pixels = to_pixels(pixels) if pixels.dtype == torch.uint8 else pixels
     with frozen_eval(subject.module), torch.no_grad():
         return as_logits(subject.module.to(accelerator.device)(pixels)).shape[1]
+
+
+def _check_shape(shape: Sequence[int], subject: Subject) -> None:
+    _, channels, *size = shape
+    if channels != 3:  # its normalisation would make three of one, and an attack could change but that one
+        raise ConfigError(f"images of {channels} channels: {subject.name} takes RGB ones. Give pixels [N, 3, H, W].")
+    wanted = list(subject.preprocessing.size) if subject.preprocessing else size
+    if size != wanted:
+        raise ConfigError(
+            f"images of {size[0]}x{size[1]} pixels: {subject.name} takes {wanted[0]}x{wanted[1]}. Resize them, or load "
+            "the network for their size (image_size=...)."
+        )
 
 
 def preprocessing_facts(subject: Subject) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def convert(field: dataclasses.Field[Any], value: Any) -> Any:
             raise ValueError(f"{name} has no value; give {_wanted(field)}.")
     if meta["word"] is not None and value == meta["word"]:
         return value
+    if value is False and "no" in (meta["choices"] or ()):  # YAML's reading of it
+        return "no"
     wrong = ValueError(f"{name} {value!r} is not {_wanted(field)}.")
     if kind == "bool":
         if not isinstance(value, bool):

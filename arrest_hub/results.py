@@ -209,6 +209,12 @@ def _key(row: Result) -> tuple[Any, ...]:
     return row.metric, row.attack, row.norm, row.eps, row.dataset, row.split
 
 
+def _strength(row: Result) -> str:
+    """What its name does not tell of an attack: restarts, step size, and the attacks of a cascade before it."""
+    parameters = row.attack_parameters
+    return repr((parameters.get("restarts", 1), parameters.get("step_size"), parameters.get("after") or []))
+
+
 def harmonic_mean(clean: float, robust: float) -> float:
     """2ab / (a + b) of two accuracies as fractions; 0 if both are 0. The score that picks the best weights."""
     return 2 * clean * robust / (clean + robust) if clean + robust > 0 else 0.0
@@ -217,7 +223,8 @@ def harmonic_mean(clean: float, robust: float) -> float:
 def results_table(report: EvalReport, teacher_name: str, student_name: str, *, markdown: bool = False) -> str:
     """A small table, a row a model and a column a figure of the model, accuracies in per cent with 95 % intervals.
 
-    A figure that the teacher lacks is a dash; one that only the teacher has is left out.
+    A figure that the teacher lacks, or has of an attack of other strength, is a dash; one that only the teacher has is
+    left out.
     """
     columns = report.results
     several = len({(row.dataset, row.split) for row in columns}) > 1
@@ -225,8 +232,8 @@ def results_table(report: EvalReport, teacher_name: str, student_name: str, *, m
     table = [["model", *titles]]
     for name, rows in ((teacher_name, report.teacher_results), (student_name, report.results)):
         if rows:
-            known = {_key(row): row for row in rows}
-            table.append([name, *(accuracy_cell(known.get(_key(column))) for column in columns)])
+            known = {(_key(row), _strength(row)): row for row in rows}
+            table.append([name, *(accuracy_cell(known.get((_key(row), _strength(row)))) for row in columns)])
     if markdown:
         return markdown_table([[escape_markdown(cell) for cell in row] for row in table])
     return aligned_table([[one_line(cell) for cell in row] for row in table])

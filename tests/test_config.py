@@ -2,6 +2,7 @@ import dataclasses
 from fractions import Fraction
 
 import pytest
+import yaml
 
 from arrest_hub.config import FIELDS, FinetuneConfig, load_config, resolve, resume_config
 from arrest_hub.errors import ConfigError
@@ -73,6 +74,12 @@ def test_none_switches_optional_parts_off():
 def test_yaml_numbers_written_with_an_exponent():
     # YAML 1.1 reads 1e-4 as text
     assert resolve(GOOD, {"lr": "1e-4"}, "r").lr == 1e-4
+
+
+def test_no_in_yaml_is_the_word():
+    assert resolve(GOOD, yaml.safe_load("mixed_precision: no"), "r").mixed_precision == "no"
+    (problem,) = problems(GOOD, yaml.safe_load("mixed_precision: yes"))
+    assert "--mixed-precision True is not" in problem
 
 
 def test_a_recipes_model_keys_belong_to_its_model():

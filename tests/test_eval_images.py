@@ -266,6 +266,8 @@ def test_grey_images_are_not_taken_for_coloured_ones(tmp_path):
         with pytest.raises(ConfigError, match=r"images of 1 channels: .* takes RGB ones"):
             arrest_hub.evaluate(model, grey, teacher=teacher)
     arrest_hub.evaluate(GreyNet(), grey, teacher=None, attacks="noise", checks=False)
+    with pytest.raises(ConfigError, match=r"images of 16x10 pixels: .* takes 8x8"):
+        arrest_hub.evaluate(network, (torch.rand(4, 3, 16, 10), torch.arange(4) % 3), teacher=None)
 
 
 class GreyNet(torch.nn.Module):

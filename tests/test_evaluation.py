@@ -688,12 +688,13 @@ def test_the_cards_teacher_is_the_network_that_was_finetuned(tmp_path, capsys, m
 
 
 @pytest.mark.parametrize("text", ["trainer:\n  epochs: 3\n", "- a\n- b\n", "!!python/none x: [", "model: mine\n"])
-def test_a_config_that_is_somebody_elses_names_no_teacher(text, tmp_path):
+def test_a_config_that_is_somebody_elses_names_no_teacher(text, tmp_path, monkeypatch):
     for name in ("export", "robust"):
         model = write_model(tmp_path / name / name)
         (model / RECORD).write_text("{}")
         (tmp_path / name / "config.yaml").write_text(text)
-        subject = SimpleNamespace(backbone=load_backbone(str(model)))
+        monkeypatch.chdir(model)
+        subject = SimpleNamespace(backbone=load_backbone("."))
         assert find_teacher(subject) == ("mine" if (text, name) == ("model: mine\n", "export") else None)
 
 

@@ -262,6 +262,18 @@ def test_the_teachers_figures_stand_under_their_own_titles():
     assert [cell.split(" %")[0] for cell in rows[3]] == ["s", "90.0", "42.0", "45.0"]
 
 
+def test_a_teachers_figure_of_another_strength_is_not_compared():
+    pgd = {"restarts": 1, "step_size": 0.01}
+    names = ("pgd-20", "noise", "pgd-7", "pgd-3")
+    ours = (pgd | {"restarts": 5}, {"after": ["pgd-20"]}, pgd, pgd)
+    theirs = (pgd, {}, pgd | {"step_size": 0.1}, pgd)
+    rows = [[robust(n, attack_parameters=p) for n, p in zip(names, side, strict=True)] for side in (ours, theirs)]
+    table = results_table(EvalReport([make(), *rows[0]], [make(), *rows[1]]), "t", "s", markdown=True)
+    teacher, student = (line.strip("| ").split(" | ") for line in table.splitlines()[2:])
+    assert [cell == "–" for cell in teacher[1:]] == [False, True, True, True, False]
+    assert "–" not in student
+
+
 def test_figures_of_several_datasets_say_which():
     report = EvalReport([make(), make(correct=50, dataset="other")], [make(correct=95)])
     header, _, teacher, _ = results_table(report, "t", "s", markdown=True).splitlines()
