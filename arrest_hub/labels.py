@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,8 @@ def match_labels(
 
     ``mode`` is "auto" (same names in the same order, or one side unnamed), "name" (the same names in any
     order: labels are remapped) or "index" (only the counts are compared). Names are compared without
-    case, spaces, underscores and hyphens. ``new_head``: whether the advice may be to train another head.
+    case, spaces, underscores and hyphens, unless that is all that tells two classes of one side apart.
+    ``new_head``: whether the advice may be to train another head.
 
     Raises ConfigError when the counts or the names differ, or the order does in mode "auto".
     """
@@ -69,7 +71,7 @@ def match_labels(
         return LabelMatch(None, f"labels matched by index ({dataset_count} classes): the {unnamed} has no class names")
 
     data, model = list(dataset_names), list(model_names)
-    data_keys, model_keys = [_key(n) for n in data], [_key(n) for n in model]
+    data_keys, model_keys = _keys(data, model)
     if data_keys == model_keys:
         return LabelMatch(None, f"the {dataset_count} class names of dataset and model agree")
     by_index = "--label-match index to trust the order as it is"
@@ -93,6 +95,18 @@ def match_labels(
         f"the class names of dataset and model differ in {len(differing)} of {dataset_count} places "
         f"(dataset against model: {examples}). Use {by_index}, or {otherwise}."
     )
+
+
+def _keys(*sides: list[str]) -> list[list[tuple[str, str]]]:
+    """What the names of each side are compared by: `_key`, and the name itself where a side has several of that key."""
+    spellings = [{(_key(name), str(name)) for name in names} for names in sides]
+    counts = [Counter(key for key, _ in side) for side in spellings]
+
+    def compared(name: str) -> tuple[str, str]:
+        key = _key(name)
+        return key, str(name) if any(count[key] > 1 for count in counts) else ""
+
+    return [[compared(name) for name in names] for names in sides]
 
 
 def _key(name: str) -> str:

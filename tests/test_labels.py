@@ -45,6 +45,29 @@ def test_repeated_names_are_not_remapped():
         match_labels(["crane", "crane", "x"], 3, ["crane", "x", "crane"], 3, mode="name")
 
 
+@pytest.mark.parametrize(
+    ("data", "model"),
+    [(list("ABab"), list("abAB")), (["11", "1-1", "Cat"], ["1-1", "11", "cat"]), (["A", "a", "b"], ["a", "A", "b"])],
+)
+def test_names_that_differ_in_case_or_hyphens_alone_are_different_classes(data, model):
+    assert match_labels(data, len(data), data, len(data)).order is None
+    with pytest.raises(ConfigError, match="in another order"):
+        match_labels(data, len(data), model, len(model))
+    order = match_labels(data, len(data), model, len(model), mode="name").order
+    assert order is not None
+    assert [model[o].lower() for o in order] == [name.lower() for name in data]
+    assert [model[o] for o in order][:2] == data[:2]
+
+
+def test_names_that_differ_in_case_on_one_side_alone_are_compared_exactly():
+    with pytest.raises(ConfigError, match="1: 'a' against 'A-'"):
+        match_labels(["A", "a"], 2, ["A", "A-"], 2, mode="name")
+
+
+def test_a_repeated_name_agrees_however_written():
+    assert match_labels(["crane", "black bear", "crane"], 3, ["Crane", "Black_Bear", "Crane"], 3).order is None
+
+
 @pytest.mark.parametrize("mode", ["auto", "name", "index"])
 def test_other_counts(mode):
     with pytest.raises(ConfigError, match=r"10 classes and the model 1000 outputs.*--standard-epochs"):
