@@ -178,9 +178,17 @@ def read_publication(card: str) -> Publication:
     return Publication(repo_id, license_of_card(card_header(card)))
 
 
+_HEADER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+
+
+def has_body(card: str) -> bool:
+    """Whether there is more to a card than its header, which is all that the Hub writes for a new repository."""
+    return bool(_HEADER.sub("", card, count=1).strip())
+
+
 def card_header(card: str) -> dict[str, Any]:
     """The YAML header of a card; empty if it has none, or one that is not YAML."""
-    block = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
+    block = _HEADER.match(card)
     try:
         header = yaml.safe_load(block[1]) if block else {}
     except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 
-from arrest_hub.card_facts import CardFacts, Publication, read_card, read_publication
+from arrest_hub.card_facts import (
+    FIGURES,
+    CardFacts,
+    Publication,
+    has_body,
+    is_sealed,
+    read_card,
+    read_publication,
+)
 from arrest_hub.errors import ConfigError, HubError
 from arrest_hub.hub_access import WAITS, check_access, explain, with_retries
 from arrest_hub.licenses import License, choose_license
@@ -27,8 +37,8 @@ from arrest_hub.training_record import FILE_NAME as RECORD
 CARD = "README.md"
 PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt")
 # what an earlier push may have left in the repository and this one would not overwrite
-OWN_FILES = ("model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json", "verdicts.parquet",
-             "figures/*.png")  # fmt: skip
+OWN_FILES = ("model.safetensors", "model.safetensors.index.json", "preprocessor_config.json", "verdicts.parquet",
+             *(f"figures/{name}" for name in FIGURES))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -238,7 +248,7 @@ class _Repository:
         pushed: Pushed = self._try(f"push to {self.repo_id}", lambda: self._commit(files))
         assert pushed.commit is not None
         if pushed.changed or pushed.deleted:
-            self._verify(files, pushed.commit)
+            self._verify({path: files[path] for path in pushed.changed}, pushed.commit)
         if self.config.tag:
             self._try(f"tag {self.repo_id}", lambda: self._tag(pushed.commit))
         return pushed
@@ -282,6 +292,8 @@ class _Repository:
         remote = self._remote(head)
         self._check_ours(remote)
         changed = differing(files, remote)
+        if CARD in changed and CARD in remote and not self.config.create_pr and self._keeps_card(files[CARD], head):
+            changed.remove(CARD)
         deleted = sorted(path for path in remote if path not in files and _is_own(path))
         tagged = self._tagged() if self.config.tag else None
         if tagged is not None and (changed or deleted or tagged != head):  # found out before the commit, not after
@@ -293,6 +305,8 @@ class _Repository:
             return Pushed(self.repo_id, head, self._url(head), (), ())
         total = sum(files[path].size for path in changed)
         self.say(f"pushing {len(changed)} of {len(files)} files ({total / 1e6:,.1f} MB) to {self.repo_id}")
+        if deleted:
+            self.say(f"deleting what an earlier push left there: {', '.join(deleted)}")
         operations: list[Any] = [
             CommitOperationAdd(path, _payload(files[path].content)) for path in changed
         ]  # the client changes these objects, so that every try needs new ones
@@ -323,6 +337,22 @@ class _Repository:
                 "--repo-id, or propose the change with --create-pr."
             )
 
+    def _keeps_card(self, ours: LocalFile, commit: str) -> bool:
+        """Whether the card at a commit stays: somebody wrote it there, and the one to push is a generated one."""
+        with TemporaryDirectory() as folder:
+            there = read_card(Path(self.api.hf_hub_download(self.repo_id, CARD, revision=commit, local_dir=folder)))
+        if is_sealed(there) or not has_body(there):
+            return False
+        assert isinstance(ours.content, bytes)
+        if not is_sealed(ours.content.decode(errors="replace")):
+            self.say(f"the {CARD} of {self.repo_id} was edited there; yours, edited here, replaces it")
+            return False
+        self.say(
+            f"the {CARD} of {self.repo_id} was edited there and stays as it is, with the figures that it states. To "
+            "replace it, delete it there and push again, or propose the change with --create-pr."
+        )
+        return True
+
     def _verify(self, files: dict[str, LocalFile], commit: str) -> None:
         """The Hub leaves out what a .gitignore in the repository names, without a word."""
         missing = differing(files, self._try(f"look at {self.repo_id}", lambda: self._remote(commit)))
@@ -343,9 +373,7 @@ def differing(files: dict[str, LocalFile], remote: dict[str, tuple[str, str | No
 
 
 def _is_own(path: str) -> bool:
-    from fnmatch import fnmatch
-
-    return any(fnmatch(path, pattern) for pattern in OWN_FILES)
+    return path in OWN_FILES or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", path) is not None
 
 
 def _payload(content: Path | bytes) -> str | bytes:

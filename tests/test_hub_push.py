@@ -391,6 +391,46 @@ def test_only_what_changed_is_pushed(hub, run, path):
     assert len(hub.commits(repo_id)) == hashed + 1
 
 
+def test_what_others_added_or_edited_on_the_hub_is_left(hub, run):
+    repo_id, card = "me/shared", run / "export" / "README.md"
+    assert push(hub, run, "--repo-id", repo_id, **WITHOUT_XET).code == 0
+    edited = hub.files(repo_id)["README.md"] + b"\nEdited on the website.\n"
+    theirs = {
+        name: f"{name} of somebody else".encode()
+        for name in ("model.fp16.safetensors", "model-lora.safetensors", "models/other.safetensors",
+                     "figures/mine.png", "figures/demo/gallery.png", "more/verdicts.parquet")
+    }  # fmt: skip
+    ours = {"model-00001-of-00002.safetensors": b"a shard of an earlier push"}
+    repo = hub.repos["models", repo_id]
+    repo.refs["main"] = hub.new_commit(
+        repo, repo.refs["main"], "By others", theirs | ours | {"README.md": edited}
+    )  # fmt: skip
+    (run / "export" / "figures" / "drift.png").unlink()
+    outcome = push(hub, run, "--repo-id", repo_id, **WITHOUT_XET)
+    assert outcome.code == 0, outcome
+    files = hub.files(repo_id)
+    assert {name: files.get(name) for name in theirs} == theirs
+    assert (
+        "deleting what an earlier push left there: figures/drift.png, model-00001-of-00002.safetensors" in outcome.out
+    )
+    assert files.keys().isdisjoint({"figures/drift.png", *ours})
+    assert files["README.md"] == edited
+    assert "was edited there and stays as it is" in outcome.out
+    again = push(hub, run, "--repo-id", repo_id, **WITHOUT_XET)
+    assert "has all of it already" in again.out, again
+
+    card.write_text(card.read_text() + "\nEdited here.\n")
+    outcome = push(hub, run, "--repo-id", repo_id, **WITHOUT_XET)
+    assert "yours, edited here, replaces it" in outcome.out, outcome
+    assert hub.files(repo_id)["README.md"] == card.read_bytes()
+
+
+def test_a_header_alone_is_no_card_to_keep(hub, run):
+    hub.create("me/fresh", {"README.md": "---\nlicense: mit\n---\n"})
+    assert push(hub, run, "--repo-id", "me/fresh", **WITHOUT_XET).code == 0
+    assert hub.files("me/fresh")["README.md"] == (run / "export" / "README.md").read_bytes()
+
+
 @pytest.mark.slow
 def test_weights_in_several_files(hub, published, tmp_path):
     """What an earlier push left and this one would not overwrite is removed: one file gives way to shards, and back."""
