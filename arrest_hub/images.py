@@ -33,28 +33,14 @@ class UnreachableImage(ImageError):
 
 
 def decode_image(value: bytes | dict[str, Any]) -> Image.Image:
-    """Encoded image -> RGB image, 8 bits a channel, turned upright by its EXIF orientation.
+    """Encoded image -> RGB image, as `upright_rgb` makes it.
 
     ``value`` is the bytes of a file, or a dict of ``bytes`` and ``path`` as `datasets` stores it (``path`` is
-    read when ``bytes`` is None). Greyscale, 1-bit, palette and CMYK images are converted; 16-bit greyscale is
-    scaled to 8 bits; an alpha channel is dropped. Raises ImageError when this is no image that can be read,
-    UnreachableImage when its storage does not answer.
+    read when ``bytes`` is None). Raises ImageError when this is no image that can be read, UnreachableImage when
+    its storage does not answer.
     """
     try:
-        opened = Image.open(_open(value))
-        opened.load()
-        image: Image.Image = opened
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode == "RGB":
-            return image
-        if image.mode.startswith("I"):
-            return _from_16_bit(image)
-        if image.mode == "F":
-            raise ImageError("it holds floating point pixels, whose range is unknown; store 8 or 16 bits")
-        if image.mode in ("P", "PA") and "transparency" in image.info:
-            image = image.convert("RGBA")  # Pillow's own advice for palettes with transparent entries
-        return image.convert("RGB")
+        return upright_rgb(Image.open(_open(value)))
     except Image.DecompressionBombError as error:
         raise ImageError(f"it is larger than Pillow accepts: {error}") from error
     except UnidentifiedImageError as error:
@@ -62,6 +48,26 @@ def decode_image(value: bytes | dict[str, Any]) -> Image.Image:
     except _DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"it cannot be decoded ({reason})") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image -> RGB image, 8 bits a channel, turned upright by its EXIF orientation.
+
+    Greyscale, 1-bit, palette and CMYK images are converted; 16-bit greyscale is scaled to 8 bits; an alpha channel is
+    dropped. Raises ImageError for pixels whose range is unknown.
+    """
+    image.load()
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise ImageError("it holds floating point pixels, whose range is unknown; store 8 or 16 bits")
+    if image.mode in ("P", "PA") and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow's own advice for palettes with transparent entries
+    return image.convert("RGB")
 
 
 def _open(value: bytes | dict[str, Any]) -> BytesIO | str:

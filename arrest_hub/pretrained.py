@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from arrest_hub.backbones import Backbone, ModelSource, load_backbone
 from arrest_hub.errors import BackboneError, HashMismatch, HubError
 from arrest_hub.export import weights_digest
+from arrest_hub.images import upright_rgb
 from arrest_hub.model_source import companion_file
 from arrest_hub.results import EvalReport, read_results
 from arrest_hub.training_record import FILE_NAME as RECORD
@@ -72,10 +73,13 @@ class PretrainedClassifier(nn.Module):
         return self.backbone(pixels).logits
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """PIL images of any size and mode -> pixels in [0, 1], [B, 3, H, W] on the model's device."""
+        """PIL images of any size and mode -> pixels in [0, 1], [B, 3, H, W] on the model's device, as in an evaluation.
+
+        Raises ImageError for pixels whose range is unknown (floating point, 32-bit integers above 65535).
+        """
         transform = eval_transform(self.preprocessing)
         several = [images] if isinstance(images, Image.Image) else list(images)
-        pixels = torch.stack([torch.as_tensor(transform(image.convert("RGB"))) for image in several])
+        pixels = torch.stack([torch.as_tensor(transform(upright_rgb(image))) for image in several])
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         return pixels.to(self.backbone.mean.device)
 

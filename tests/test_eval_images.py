@@ -13,6 +13,7 @@ import arrest_hub
 from arrest_hub.cli import eval_command, run_cli
 from arrest_hub.errors import BackboneError, ConfigError
 from arrest_hub.export import write_model_folder
+from arrest_hub.images import ImageError, decode_image
 from arrest_hub.journal import Journal
 from arrest_hub.push_cli import card_command
 from arrest_hub.results import read_results
@@ -238,6 +239,23 @@ def test_a_loaded_model_is_evaluated_as_its_folder_is(tmp_path):
         ]
         assert len({tuple(row.correct for row in report.results) for report in reports}) == 1
         assert reports[0].preprocessing == reports[1].preprocessing == reports[2].preprocessing != {}
+
+
+def test_a_loaded_model_sees_a_picture_as_an_evaluation_does(tmp_path):
+    """Turned upright by its EXIF orientation, 16 bits scaled to 8."""
+    write_model(tmp_path / "model")
+    network = arrest_hub.from_pretrained(str(tmp_path / "model"))
+    turned, exif = PILImage.effect_noise((16, 16), 99).convert("RGB"), PILImage.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    PILImage.fromarray(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)).save(tmp_path / "grey.png")
+    for path in (tmp_path / "turned.png", tmp_path / "grey.png"):
+        pixels = network.preprocess(PILImage.open(path))
+        assert torch.equal(pixels, network.preprocess(decode_image(path.read_bytes())))
+        assert pixels.std() > 0.1
+        assert network.classify(PILImage.open(path)) == network.classify(decode_image(path.read_bytes()))
+    with pytest.raises(ImageError, match="floating point"):
+        network.preprocess(PILImage.new("F", (16, 16)))
 
 
 def test_a_teacher_whose_classes_are_in_another_order_is_refused(tmp_path):
