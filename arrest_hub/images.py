@@ -14,7 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from arrest_hub.errors import DataError
 
 _ORIENTATION = 0x0112
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, RuntimeError, struct.error,
+            zlib.error)  # fmt: skip
 
 
 class ImageError(DataError):

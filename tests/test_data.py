@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, features
 
 from arrest_hub.corrupt import CorruptImages, read_image
 from arrest_hub.data import (
@@ -370,6 +370,19 @@ def test_exif_orientation():
 def test_undecodable(value, words):
     with pytest.raises(ImageError, match=words):
         decode_image(value)
+
+
+@pytest.mark.parametrize(("kind", "places"), [("AVIF", (81, 82, 83, 84)), ("DDS", (80, 81, 82, 83))])
+def test_what_decoders_of_every_kind_say_is_understood(kind, places):
+    """RuntimeError from the AVIF decoder, NotImplementedError from the DDS one."""
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    content = bytearray(save(Image.new("RGB", (16, 16), (9, 99, 200)), kind))
+    for place in places:
+        content[place] = 0
+    assert read_image(bytes(content), "train", 0, CorruptImages(1)) is None
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        decode_image(bytes(content))
 
 
 # --- loaders --------------------------------------------------------------------------------------------
