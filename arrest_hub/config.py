@@ -75,7 +75,7 @@ class FinetuneConfig:
         "use this many evaluation images, class-balanced", low=1, optional=True)
     streaming: bool = _field(False, "bool", "data", "read the dataset as a stream instead of downloading it")
     skip_corrupt: int = _field(0, "int", "data",
-        "skip up to this many training images that cannot be read, and list them in corrupt.jsonl", low=0)
+        "skip up to this many training images that cannot be read, and list them in corrupt.jsonl", low=0, high=100_000)
     hflip: float = _field(0.5, "float", "data", "probability of a horizontal flip in training", low=0, high=1)
     augment: str = _field("none", "str", "data",
         "stronger augmentation in robust training, torchvision's, after flip and crop",

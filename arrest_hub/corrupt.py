@@ -15,6 +15,7 @@ from PIL import Image
 from arrest_hub.images import ImageError, UnreachableImage, decode_image
 
 ENTRY_BYTES = 512
+"""Of shared memory for each image that may be skipped: --skip-corrupt has an upper bound."""
 SHOWN = 20
 
 
@@ -62,7 +63,11 @@ class CorruptImages:
 
 
 def image_key(value: Any) -> str:
-    """15 hexadecimal digits that tell an encoded image of a stream from others, by its path and contents."""
+    """15 hexadecimal digits that tell an encoded image of a stream from others, by its path and contents.
+
+    Images that are missing (None, or neither path nor contents) have one key: nothing tells them apart, as the position
+    of an image in a stream is another one in every epoch.
+    """
     path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (None, value)
     return _digits(str(path).encode() + b"\0" + (content or b""))
 
@@ -95,7 +100,7 @@ def read_image(
         raise ImageError(f"{message}.")
     if not corrupt.limit:
         raise ImageError(f"{message}, or skip up to N such images with --skip-corrupt N.")
-    key = _digits(str(index).encode()) if fixed or value is None else image_key(value)
+    key = _digits(str(index).encode()) if fixed else image_key(value)
     if corrupt.skip({"key": key, "index": index, "path": path, "error": reason}):
         return None
     raise ImageError(f"{message}. {too_many(corrupt.entries(), corrupt.limit)}")

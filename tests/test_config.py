@@ -56,7 +56,7 @@ def test_all_problems_come_together():
         ("epochs", "1.5"), ("epochs", True), ("epochs", 2.0), ("limit_train", "-3"), ("batch_size", "0"), ("lr", "0"),
         ("lr", "inf"), ("lr", "nan"), ("streaming", "yes"), ("streaming", 1), ("hflip", "1.5"),
         ("mixed_precision", "fp8"), ("model_args", "x"), ("seed", "-1"), ("replay_threshold", "2"), ("ema_decay", "1"),
-        ("epochs", None),
+        ("epochs", None), ("skip_corrupt", 1_000_000_000),
     ],
 )  # fmt: skip
 def test_bad_values_name_the_flag_and_the_value(key, value):

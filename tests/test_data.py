@@ -708,6 +708,23 @@ def test_a_stream_with_corrupt_images_goes_on_where_it_stood(cache, tmp_path):
     assert collect(again) == expected[14:]
 
 
+def test_images_that_a_stream_lacks_count_as_one_in_every_epoch(cache, tmp_path):
+    data = rows(24)
+    data["img"][3] = data["img"][15] = None
+    split = load_splits(parquet(tmp_path / "d", train=data, test=rows(4)), streaming=True, validation_size=0).train
+    corrupt = CorruptImages(1)
+    loader = train_loader(split, TRAIN, batch_size=2, seed=1, num_workers=0, corrupt=corrupt)
+    orders = []
+    for epoch in range(3):
+        loader.dataset.set_position(epoch, 0)
+        orders.append(collect(loader))
+    assert [entry["error"] for entry in corrupt.entries()] == ["it is missing"]
+    assert corrupt.knows(None)
+    again = train_loader(split, TRAIN, batch_size=2, seed=1, num_workers=0, corrupt=CorruptImages(1, corrupt.entries()))
+    again.dataset.set_position(2, 7)
+    assert collect(again) == orders[2][14:]
+
+
 def test_long_entries_are_cut_and_images_without_bytes_are_told_apart():
     corrupt = CorruptImages(3)
     for number in range(3):
