@@ -19,9 +19,8 @@ from typing import TypeAlias
 from urllib.parse import quote
 
 import datasets
-import numpy as np
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub import HfApi
@@ -29,6 +28,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
 from arrest_hub.errors import ArrestError, DataError, HubError, did_you_mean, hub_failure
+from arrest_hub.image_folder import open_image_folder, walk
 from arrest_hub.on_demand import SplitsOnDemand, is_prepared, keep_names, open_apart, opens_apart, prepared, read_names
 
 RawSplit: TypeAlias = Dataset | IterableDataset
@@ -55,18 +55,6 @@ ALIASES: dict[str, Alias] = {
         note="the labels of ImageNet's test split are not public, so its validation split is the test split",
     ),
 }
-
-IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
-)
-
-SPLIT_NAMES: dict[str, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
-"""What the parts of a dataset are called, the usual name first."""
 
 
 @dataclass
@@ -283,17 +271,14 @@ def _own_cache(cache_dir: str | None) -> Path:
 def _open_folder(path: Path, typed: str, streaming: bool, on_demand: bool, cache_dir: str | None) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _as_source(_open_saved(path, typed), streaming)
-    files = sorted(_walk(path))
+    files = sorted(walk(path))
     names = {os.path.basename(file).lower() for file in files}
     tabular = any(name.endswith((".parquet", ".arrow", ".tar")) for name in names)
     if tabular or names & {"metadata.csv", "metadata.jsonl"}:
         return _open_data_files(path, typed, files, streaming, on_demand, cache_dir)
-    source = _as_source(_open_image_folder(path, typed, streaming), streaming)
-    empty = sorted(
-        str(Path(folder).relative_to(path)) for folder, folders, inside in os.walk(path) if not folders + inside
-    )
-    if empty:
-        source.notes.append(f"empty folders, which are no class: {', '.join(empty[:5])}{', ...' if empty[5:] else ''}")
+    splits, notes = open_image_folder(path, typed, shuffle=streaming)
+    source = _as_source(splits, streaming)
+    source.notes += notes
     return source
 
 
@@ -347,59 +332,6 @@ def _folder_errors(typed: str) -> Iterator[None]:
             yield
     except (DatasetsError, ValueError, OSError) as error:
         raise DataError(f"dataset folder {typed!r} cannot be read: {_first_lines(error)}") from error
-
-
-def _open_image_folder(path: Path, typed: str, shuffle: bool) -> dict[str, Dataset]:
-    """``path/<class>/**/*.jpg`` or ``path/<split>/<class>/**/*.jpg``; nothing is copied or cached."""
-    known = {name for names in SPLIT_NAMES.values() for name in names}
-    parts = {folder.name: folder for folder in _subfolders(path)}
-    with_split = {name: folder for name, folder in parts.items() if name.lower() in known and _subfolders(folder)}
-    if with_split and any(name.lower() in SPLIT_NAMES["train"] for name in with_split):
-        split_folders = {name.lower(): folder for name, folder in with_split.items()}
-    else:
-        split_folders = {"train": path}
-    found: dict[str, dict[str, list[str]]] = {}
-    for name, folder in split_folders.items():
-        classes = {sub.name: sorted(f for f in _walk(sub) if _is_image(f)) for sub in _subfolders(folder)}
-        found[name] = {label: images for label, images in classes.items() if images}
-    train = next(name for name in SPLIT_NAMES["train"] if name in found)
-    class_names = sorted(found[train])
-    if not class_names:
-        raise DataError(
-            f"dataset folder {typed!r} holds no images in class subfolders (such as {path.name}/cat/1.jpg or "
-            f"{path.name}/train/cat/1.jpg), no Parquet files and no saved dataset."
-        )
-    splits: dict[str, Dataset] = {}
-    for name, classes in found.items():
-        unknown = sorted(set(classes) - set(class_names))
-        if unknown:
-            raise DataError(
-                f"dataset folder {typed!r}: {name}/ has classes that {train}/ lacks: {', '.join(unknown[:5])}. "
-                "Use the same class subfolders in both."
-            )
-        images = [image for label in class_names for image in classes.get(label, [])]
-        labels = [i for i, label in enumerate(class_names) for _ in classes.get(label, [])]
-        features = Features({"image": Image(decode=False), "label": ClassLabel(names=class_names)})
-        if shuffle:  # a stream is read in order, and a folder's order is class after class
-            order = np.random.default_rng(0).permutation(len(images))
-            images, labels = [images[i] for i in order], [labels[i] for i in order]
-        splits[name] = Dataset.from_dict({"image": images, "label": labels}, features=features)
-    return splits
-
-
-def _subfolders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _walk(path: Path) -> Iterator[str]:
-    """Every file under ``path`` that is not hidden."""
-    for folder, subfolders, files in os.walk(path, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
-
-
-def _is_image(file: str) -> bool:
-    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
 
 
 def _first_lines(error: Exception) -> str:

@@ -14,7 +14,8 @@ from datasets import ClassLabel, Dataset, Image, IterableDataset
 
 from arrest_hub.columns import Columns, find_columns
 from arrest_hub.errors import DataError, did_you_mean
-from arrest_hub.sources import SPLIT_NAMES, RawSplit, Source, find_alias, open_source
+from arrest_hub.image_folder import SPLIT_NAMES
+from arrest_hub.sources import RawSplit, Source, find_alias, open_source
 from arrest_hub.subsets import ImageSplit, hold_out, limit, read_column
 
 

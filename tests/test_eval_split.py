@@ -123,6 +123,44 @@ def test_image_folder(check, tmp_path, with_splits, options):
     assert found.split.name.startswith("val" if with_splits else "train[held-out test]")
 
 
+def write_images(folder: Path, count: int = 6, **classes: int) -> None:
+    for name, number in classes.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            (folder / name / f"{i}.png").write_bytes(encoded(number + i, mode="RGB"))
+
+
+def test_image_folder_without_a_train_split(tmp_path):
+    """The folders of splits are no classes."""
+    write_images(tmp_path / "two" / "val", cat=0, dog=100)
+    write_images(tmp_path / "two" / "Test", cat=20, fox=200)
+    (tmp_path / "two" / "about" / "us").mkdir(parents=True)
+    (tmp_path / "two" / "about" / "us" / "notes.txt").write_text("no image")
+    found = load_eval_split(str(tmp_path / "two"))
+    assert (found.class_names, found.split.name) == (["cat", "dog", "fox"], "test")
+    assert found.split.labels() == [0] * 6 + [2] * 6
+    assert load_eval_split(str(tmp_path / "two"), eval_split="val").split.labels() == [0] * 6 + [1] * 6
+    with pytest.raises(DataError, match=r"no split named 'train'; choose one with --train-split: test, val"):
+        load_splits(str(tmp_path / "two"))
+    splits = load_splits(str(tmp_path / "two"), train_split="val", validation_size=0)
+    assert (splits.train.name, splits.test.name) == ("val", "test")
+
+    write_images(tmp_path / "one" / "val", count=20, cat=0, dog=100)
+    assert len(load_eval_split(str(tmp_path / "one"), eval_split="val").split) == 40
+    assert load_eval_split(str(tmp_path / "one")).class_names == ["cat", "dog"]
+    write_images(tmp_path / "one", bird=50)
+    with pytest.raises(DataError, match="val would be a split and bird a class"):
+        load_eval_split(str(tmp_path / "one"), eval_split="val")
+
+
+def test_class_folders_in_which_nothing_is_recognised_are_named(tmp_path):
+    write_images(tmp_path / "d", count=20, cat=0, dog=100)
+    (tmp_path / "d" / "fox").mkdir()
+    (tmp_path / "d" / "fox" / "1.heic").write_bytes(b"an image of a format that Pillow does not read")
+    notes = load_splits(str(tmp_path / "d")).notes
+    assert any("no class: fox (such as 1.heic)" in note for note in notes)
+
+
 @pytest.mark.parametrize("options", [{}, {"limit_eval": 3}, {"eval_split": "train"}])
 def test_saved_to_disk(check, tmp_path, options):
     train, test = rows(20), rows(20, start=100)

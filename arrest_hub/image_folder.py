@@ -1,0 +1,113 @@
+"""Image files in class folders become the raw `datasets` splits behind them; nothing is copied or cached."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+
+from arrest_hub.errors import DataError
+
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
+)
+
+SPLIT_NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+"""What the parts of a dataset are called, the usual name first."""
+
+
+def open_image_folder(path: Path, typed: str, *, shuffle: bool) -> tuple[dict[str, Dataset], list[str]]:
+    """``path/<class>/**/*.jpg`` or ``path/<split>/<class>/**/*.jpg``, and sentences on what is left out.
+
+    The classes are those of the train split, else of all splits. ``shuffle``: a split's rows are in an order drawn at
+    random, always the same, instead of class after class.
+
+    Raises DataError when there are no images in it, or the splits do not agree.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    without: list[str] = []
+    for name, folder in _split_folders(path, typed).items():
+        found[name] = {}
+        for sub in _subfolders(folder):
+            files = sorted(walk(sub))
+            images = [file for file in files if _is_image(file)]
+            if images:
+                found[name][sub.name] = images
+            elif files:
+                without.append(f"{sub.relative_to(path)} (such as {os.path.basename(files[0])})")
+    train = next((name for name in SPLIT_NAMES["train"] if name in found), None)
+    class_names = sorted({label for name, classes in found.items() if train in (None, name) for label in classes})
+    if not class_names:
+        raise DataError(
+            f"dataset folder {typed!r} holds no images in class subfolders (such as {path.name}/cat/1.jpg or "
+            f"{path.name}/train/cat/1.jpg), no Parquet files and no saved dataset."
+        )
+    splits: dict[str, Dataset] = {}
+    for name, classes in found.items():
+        unknown = sorted(set(classes) - set(class_names))
+        if unknown:
+            raise DataError(
+                f"dataset folder {typed!r}: {name}/ has classes that {train}/ lacks: {', '.join(unknown[:5])}. "
+                "Use the same class subfolders in both."
+            )
+        images = [image for label in class_names for image in classes.get(label, [])]
+        labels = [i for i, label in enumerate(class_names) for _ in classes.get(label, [])]
+        features = Features({"image": Image(decode=False), "label": ClassLabel(names=class_names)})
+        if shuffle:  # a stream is read in order, and a folder's order is class after class
+            order = np.random.default_rng(0).permutation(len(images))
+            images, labels = [images[i] for i in order], [labels[i] for i in order]
+        splits[name] = Dataset.from_dict({"image": images, "label": labels}, features=features)
+    empty = sorted(
+        str(Path(folder).relative_to(path)) for folder, folders, inside in os.walk(path) if not folders + inside
+    )
+    notes = [f"empty folders, which are no class: {_first(empty)}"] if empty else []
+    if without:
+        notes.append(
+            f"folders without a file whose name ends as an image's does, which are no class: {_first(without)}"
+        )
+    return splits, notes
+
+
+def _split_folders(path: Path, typed: str) -> dict[str, Path]:
+    """The folder of each split; all of ``path`` is the train split where its subfolders are classes."""
+    known = {name for names in SPLIT_NAMES.values() for name in names}
+    parts = _subfolders(path)
+    splits = {part.name.lower(): part for part in parts if part.name.lower() in known and _subfolders(part)}
+    if not splits or any(name in SPLIT_NAMES["train"] for name in splits):
+        return splits or {"train": path}
+    others = [
+        part.name for part in parts if part not in splits.values() and any(_is_image(file) for file in walk(part))
+    ]
+    if others:
+        raise DataError(
+            f"dataset folder {typed!r}: {_first(list(splits))} would be a split and {_first(others)} a class, as their "
+            "names and subfolders are. Move the one or the other elsewhere, or put all classes into train/."
+        )
+    return splits
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def walk(path: Path) -> Iterator[str]:
+    """Every file under ``path`` that is not hidden."""
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
+
+
+def _is_image(file: str) -> bool:
+    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
