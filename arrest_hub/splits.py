@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-from datasets import ClassLabel, Dataset, Image, IterableDataset
+from datasets import ClassLabel
 
-from arrest_hub.columns import Columns, find_columns
+from arrest_hub.columns import find_columns
 from arrest_hub.errors import DataError, did_you_mean
 from arrest_hub.image_folder import SPLIT_NAMES
+from arrest_hub.labelled_source import LabelledSource, check_labels, settle_columns
 from arrest_hub.sources import RawSplit, Source, find_alias, open_source
-from arrest_hub.subsets import ImageSplit, hold_out, limit, read_column
+from arrest_hub.subsets import ImageSplit, hold_out, limit
 
 
 @dataclass
@@ -81,19 +81,14 @@ def load_splits(
     label_column, eval_split, notes = _with_alias(dataset_id, source, label_column, eval_split)
     train_name = _named_split(source.splits, train_split, "train", "--train-split", dataset_id)
     assert train_name is not None
-    opened = _open(source, dataset_id, train_name, image_column, label_column)
+    opened = settle_columns(source, dataset_id, train_name, image_column, label_column)
     train = opened.split(train_name)
-    _check_labels(train)
+    check_labels(train)
     test = _find_test(opened, eval_split, train_name, notes)
     validation = None
     own = _named_split(source.splits, None, "validation", "--eval-split", dataset_id, required=False)
     if validation_size != 0 and own is not None and own != train_name and (test is None or own != test.name):
-        validation = opened.split(own)
-        if _is_labelled(validation):
-            _check_labels(validation)
-        else:
-            validation = None
-
+        validation = _usable_split(opened, own, notes)
     test_size = _test_size(opened, train) if test is None else 0
     if validation is not None or validation_size == 0:
         size = 0
@@ -181,7 +176,17 @@ def _eval_split(
             raise _no_test(source, dataset_id)
         if not names:
             return held_out
-        origin = names[0]
+        problems = []
+        for origin in names:  # the first may lack the labels
+            try:
+                find_columns(source.splits[origin], image_column, label_column, dataset_id)
+                break
+            except DataError as error:
+                problems.append(error)
+        else:
+            if train_name is None or eval_split is not None:
+                raise problems[0]
+            return f"what is in {train_name!r} cannot be told from {' and '.join(map(repr, names))}"
     if origin != train_name:
         label = find_columns(source.splits[origin], image_column, label_column, dataset_id).label
         if not isinstance(source.splits[origin].features[label], ClassLabel):
@@ -191,7 +196,7 @@ def _eval_split(
                 f"dataset {dataset_id!r}: column {label!r} does not say which classes there are (feature ClassLabel), "
                 "and there is no train split to take them from. Choose another --label-column."
             )
-    opened = _open(source, dataset_id, origin, image_column, label_column)
+    opened = settle_columns(source, dataset_id, origin, image_column, label_column)
     test = _find_test(opened, eval_split, train_name, notes)
     if test is None:
         if train_name is None:
@@ -199,46 +204,10 @@ def _eval_split(
         if source.on_demand:
             return held_out
         train = opened.split(train_name)
-        _check_labels(train)
+        check_labels(train)
         _, test, _ = hold_out(train, _test_size(opened, train), 0, seed, notes)
         assert test is not None
     return EvalData(test, opened.class_names, opened.num_classes, dataset_id, source.hub_id, source.revision, notes)
-
-
-@dataclass
-class _Opened:
-    """A source whose columns and classes are settled: they are those of its split ``origin``."""
-
-    source: Source
-    dataset_id: str
-    origin: str
-    columns: Columns
-    class_names: list[str] | None
-    values: list[str] | None
-    num_classes: int
-
-    def split(self, name: str) -> ImageSplit:
-        """One split, without the other columns. Raises DataError when it is empty or lacks one of the two."""
-        dataset, columns = self.source.splits[name], self.columns
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise DataError(f"dataset {self.dataset_id!r}: split {name!r} is empty. Choose another split.")
-        missing = [c for c in columns if c not in (dataset.column_names or columns)]
-        if missing:
-            raise DataError(
-                f"dataset {self.dataset_id!r}: split {name!r} has no column {missing[0]!r}, which {self.origin!r} has. "
-                "Choose another split with --eval-split."
-            )
-        dataset = dataset.select_columns(list(columns)).cast_column(columns.image, Image(decode=False))
-        size = self.source.sizes.get(name) if isinstance(dataset, IterableDataset) else None
-        made = ImageSplit(dataset, columns.image, columns.label, name, self.num_classes, size, self.values)
-        made.by_shard = made.streaming
-        return made
-
-
-def _open(source: Source, dataset_id: str, origin: str, image_column: str | None, label_column: str | None) -> _Opened:
-    raw = source.splits[origin]
-    columns = find_columns(raw, image_column, label_column, dataset_id)
-    return _Opened(source, dataset_id, origin, columns, *_classes(raw, columns.label, dataset_id))
 
 
 def _with_alias(
@@ -262,20 +231,36 @@ def _test_names(source: Source, eval_split: str | None, train_name: str | None, 
     return [name for name in usual if name is not None and name != train_name]
 
 
-def _find_test(opened: _Opened, eval_split: str | None, train_name: str | None, notes: list[str]) -> ImageSplit | None:
+def _find_test(
+    opened: LabelledSource, eval_split: str | None, train_name: str | None, notes: list[str]
+) -> ImageSplit | None:
     """The test split that was typed, else the first labelled one; None: hold one out of train."""
     for name in _test_names(opened.source, eval_split, train_name, opened.dataset_id):
-        test = opened.split(name)
-        if eval_split is not None or _is_labelled(test):
-            _check_labels(test)
+        if eval_split is None:
+            test = _usable_split(opened, name, notes)
+        else:
+            test = opened.split(name)
+            check_labels(test)
+        if test is not None:
             if name == train_name:
                 notes.append(f"the test split is the train split {name!r} itself: the results are no test")
             return test
-        notes.append(f"split {name!r} is not used: its labels are missing or -1")
     return None
 
 
-def _test_size(opened: _Opened, train: ImageSplit) -> int:
+def _usable_split(opened: LabelledSource, name: str, notes: list[str]) -> ImageSplit | None:
+    """A split that nobody named; None, and a note, where it has no labels."""
+    why = opened.shortcoming(name)
+    if why is not None:
+        note = f"split {name!r} is not used: {why}"
+        notes += [] if note in notes else [note]
+        return None
+    split = opened.split(name)
+    check_labels(split)
+    return split
+
+
+def _test_size(opened: LabelledSource, train: ImageSplit) -> int:
     """How many images to hold out as the test split. Raises DataError when none can be."""
     size = _held_out_size(train, 0.1, None)
     if not size:
@@ -331,66 +316,6 @@ def _named_split(
     raise DataError(
         f"dataset {dataset_id!r} has no split named {usual!r}; choose one with {flag}: {', '.join(splits)}."
     )
-
-
-def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | None, list[str] | None, int]:
-    """(class names, the strings of a string column, number of classes) from the train split."""
-    feature = (raw.features or {}).get(column)
-    names: list[str] | None
-    values: list[str] | None
-    if isinstance(feature, ClassLabel):
-        names, values, count = list(feature.names), None, int(feature.num_classes)
-        if count < 2:
-            raise DataError(f"dataset {dataset_id!r}: column {column!r} has one class only; at least two are needed.")
-        return names, values, count
-    if isinstance(raw, IterableDataset):
-        raise DataError(
-            f"dataset {dataset_id!r}: column {column!r} does not say how many classes there are, which a stream "
-            "must (feature ClassLabel). Leave out --streaming, or choose another --label-column."
-        )
-    found = [v for v in read_column(raw, column).unique().to_pylist() if v is not None]
-    if found and all(isinstance(v, str) for v in found):
-        values = sorted(found)
-        names, count = values, len(values)
-    else:
-        present = sorted(int(v) for v in found if int(v) != -1)
-        names, values, count = None, None, (present[-1] + 1 if present else 0)
-        if present != list(range(count)):
-            missing = sorted(set(range(count)) - set(present))
-            raise DataError(
-                f"dataset {dataset_id!r}: the numbers in column {column!r} are not 0, 1, 2, ... "
-                + (f"({missing[0]} is missing, {present[-1]} is there)" if missing else f"({present[0]} is there)")
-                + ". Choose another --label-column, or renumber the labels."
-            )
-    if count < 2:
-        raise DataError(
-            f"dataset {dataset_id!r}: column {column!r} has one class only; at least two are needed. "
-            "Choose another --label-column."
-        )
-    return names, values, count
-
-
-def _is_labelled(split: ImageSplit) -> bool:
-    """Whether no label is missing or -1; of a stream only the first few are read."""
-    if isinstance(split.dataset, Dataset):
-        column = read_column(split.dataset, split.label_column)
-        return not column.null_count and -1 not in column.unique().to_pylist()
-    head = split.dataset.select_columns([split.label_column]).take(8)
-    return all(row[split.label_column] not in (None, -1) for row in head)
-
-
-def _check_labels(split: ImageSplit) -> None:
-    """Every label of a map-style split is in range. Raises DataError naming the first that is not."""
-    if not isinstance(split.dataset, Dataset):
-        return
-    labels = split.label_array()
-    wrong = np.flatnonzero((labels < 0) | (labels >= split.num_classes))
-    if len(wrong):
-        value = split.dataset.select_columns([split.label_column])[int(wrong[0])][split.label_column]
-        raise DataError(
-            f"split {split.name!r}: {len(wrong)} labels are not one of the {split.num_classes} classes, the first "
-            f"is {value!r} (image {wrong[0]}). Choose another split or --label-column, or remove those images."
-        )
 
 
 def _held_out_size(split: ImageSplit, size: float | int, most: int | None, already: int = 0) -> int:

@@ -130,6 +130,25 @@ def test_test_split_rules(cache, tmp_path):
     assert identities(unlabelled.test)[0] == 50
     assert any("'test' is not used" in note for note in unlabelled.notes)
 
+    train, own = rows(40), rows(6, start=50)
+    for kind, parts, first in (("own", {"validation": own}, [50]), ("none", {}, range(40))):
+        folder = parquet(tmp_path / f"empty-{kind}", train=train, test=rows(0), **parts)
+        splits = load_splits(folder, validation_size=4)
+        assert identities(splits.test)[0] in first
+        assert sum("'test' is not used: it is empty" in note for note in splits.notes) == 1
+        data = {name: Dataset.from_dict(part, features=labelled()) for name, part in parts.items()}
+        data["train"] = Dataset.from_dict(train, features=labelled())
+        data["test"] = data["train"].select(range(4)).remove_columns("y")
+        DatasetDict(data).save_to_disk(tmp_path / f"without-{kind}")
+        splits = load_splits(str(tmp_path / f"without-{kind}"), validation_size=4)
+        assert identities(splits.test)[0] in first
+        assert sum("'test' is not used: it has no column 'y'" in note for note in splits.notes) == 1
+        with pytest.raises(DataError, match="'test' has no column 'y'"):
+            load_splits(str(tmp_path / f"without-{kind}"), eval_split="test")
+    splits = load_splits(parquet(tmp_path / "two", train=train, validation=rows(0), test=own), validation_size=4)
+    assert (len(splits.validation), splits.test.name) == (4, "test")
+    assert any("'validation' is not used: it is empty" in note for note in splits.notes)
+
     alone = load_splits(parquet(tmp_path / "alone", train=rows(40)))
     assert (len(alone.test), len(alone.validation), len(alone.train)) == (4, 4, 32)
     assert sorted(identities(alone.test) + identities(alone.validation) + identities(alone.train)) == list(range(40))
@@ -268,7 +287,7 @@ def test_split_and_size_errors(cache, tmp_path):
         load_splits(folder, limit_train=0)
     empty = parquet(tmp_path / "e", train=rows(20), test=rows(0))
     with pytest.raises(DataError, match="'test' is empty"):
-        load_splits(empty)
+        load_splits(empty, eval_split="test")
 
 
 def test_column_errors(cache, tmp_path):

@@ -90,6 +90,22 @@ def test_unlabelled_test_split(check, tmp_path, options):
     assert converted(tmp_path) == {"test", "validation"}
 
 
+@pytest.mark.parametrize("validation", [{}, {"validation": rows(6, start=50)}])
+def test_test_split_that_is_empty_or_lacks_the_labels(check, tmp_path, validation):
+    found = check(parquet(tmp_path / "empty", train=rows(60), test=rows(0), **validation))
+    assert len(found.split) == 6
+    data = {name: Dataset.from_dict(part, features=labelled()) for name, part in validation.items()}
+    data["train"] = Dataset.from_dict(rows(60), features=labelled())
+    data["test"] = Dataset.from_dict(rows(6, start=100), features=labelled()).remove_columns("y")
+    DatasetDict(data).save_to_disk(tmp_path / "saved")
+    found = check(str(tmp_path / "saved"))
+    assert any("'test' is not used: it has no column 'y'" in note for note in found.notes)
+    del data["train"]
+    if validation:
+        DatasetDict(data).save_to_disk(tmp_path / "no-train")
+        assert identities(load_eval_split(str(tmp_path / "no-train")).split) == list(range(50, 56))
+
+
 @pytest.mark.parametrize("options", [{}, {"seed": 3}, {"limit_eval": 3}])
 @pytest.mark.parametrize("test", [{}, {"test": rows(6, start=100) | HIDDEN}])
 def test_held_out_tenth(check, tmp_path, options, test):
@@ -227,7 +243,7 @@ def test_errors(tmp_path):
     fails(r"no split 'tset'; --eval-split can be .*Did you mean 'test'", folder, eval_split="tset")
     fails("--limit-eval 0", folder, limit_eval=0)
     fails("no column 'z'", folder, label_column="z")
-    fails("'test' is empty", parquet(tmp_path / "e", train=rows(20), test=rows(0)))
+    fails("'test' is empty", parquet(tmp_path / "e", train=rows(20), test=rows(0)), eval_split="test")
     fails("2 labels are not one of the 2 classes", parquet(
         tmp_path / "l", train=rows(20), test=rows(4) | {"y": [0, 1, -1, None]}), eval_split="test")  # fmt: skip
     fails("Name one with --eval-split", parquet(tmp_path / "few", train=rows(4)))

@@ -11,7 +11,7 @@ LEVELS = [
     {"errors", "fields", "licenses", "attack_schedule", "config", "eval_config", "push_config", "recipe_files",
      "training_record"},
     {"transforms", "images", "columns", "subsets", "seeding", "corrupt", "streams", "data_speed", "on_demand",
-     "image_folder",
+     "image_folder", "labelled_source",
      "sources", "splits", "labels", "data", "architectures", "model_config", "model_source", "image_processor",
      "heads", "backbones", "network_options", "folding",
      "attacks", "autoattack", "objective", "sample_eps", "weight_perturbation", "results", "verdicts", "throughput",

@@ -1,0 +1,121 @@
+"""A source whose columns and classes are settled: its splits, and which of them can be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Image, IterableDataset
+
+from arrest_hub.columns import Columns, find_columns
+from arrest_hub.errors import DataError
+from arrest_hub.sources import RawSplit, Source
+from arrest_hub.subsets import ImageSplit, read_column
+
+
+@dataclass
+class LabelledSource:
+    """A source whose columns and classes are settled: they are those of its split ``origin``."""
+
+    source: Source
+    dataset_id: str
+    origin: str
+    columns: Columns
+    class_names: list[str] | None
+    values: list[str] | None
+    num_classes: int
+
+    def split(self, name: str) -> ImageSplit:
+        """One split, without the other columns. Raises DataError when it is empty or lacks one of the two."""
+        dataset, columns = self.source.splits[name], self.columns
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise DataError(f"dataset {self.dataset_id!r}: split {name!r} is empty. Choose another split.")
+        missing = [c for c in columns if c not in (dataset.column_names or columns)]
+        if missing:
+            raise DataError(
+                f"dataset {self.dataset_id!r}: split {name!r} has no column {missing[0]!r}, which {self.origin!r} has. "
+                "Choose another split with --eval-split."
+            )
+        dataset = dataset.select_columns(list(columns)).cast_column(columns.image, Image(decode=False))
+        size = self.source.sizes.get(name) if isinstance(dataset, IterableDataset) else None
+        made = ImageSplit(dataset, columns.image, columns.label, name, self.num_classes, size, self.values)
+        made.by_shard = made.streaming
+        return made
+
+    def shortcoming(self, name: str) -> str | None:
+        """Why a split cannot be used, if it has no labels; of a stream only the first few are read."""
+        dataset, label = self.source.splits[name], self.columns.label
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            return "it is empty"
+        missing = [c for c in self.columns if c not in (dataset.column_names or self.columns)]
+        if missing:
+            return f"it has no column {missing[0]!r}"
+        if isinstance(dataset, Dataset):
+            column = read_column(dataset, label)
+            labelled = not column.null_count and -1 not in column.unique().to_pylist()
+        else:
+            head = list(dataset.select_columns([label]).take(8))
+            if not head:
+                return "it is empty"
+            labelled = all(row[label] not in (None, -1) for row in head)
+        return None if labelled else "its labels are missing or -1"
+
+
+def settle_columns(
+    source: Source, dataset_id: str, origin: str, image_column: str | None, label_column: str | None
+) -> LabelledSource:
+    """Columns and classes from the split ``origin``. Raises DataError when they cannot be told."""
+    raw = source.splits[origin]
+    columns = find_columns(raw, image_column, label_column, dataset_id)
+    return LabelledSource(source, dataset_id, origin, columns, *_classes(raw, columns.label, dataset_id))
+
+
+def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | None, list[str] | None, int]:
+    """(class names, the strings of a string column, number of classes) from the train split."""
+    feature = (raw.features or {}).get(column)
+    names: list[str] | None
+    values: list[str] | None
+    if isinstance(feature, ClassLabel):
+        names, values, count = list(feature.names), None, int(feature.num_classes)
+        if count < 2:
+            raise DataError(f"dataset {dataset_id!r}: column {column!r} has one class only; at least two are needed.")
+        return names, values, count
+    if isinstance(raw, IterableDataset):
+        raise DataError(
+            f"dataset {dataset_id!r}: column {column!r} does not say how many classes there are, which a stream "
+            "must (feature ClassLabel). Leave out --streaming, or choose another --label-column."
+        )
+    found = [v for v in read_column(raw, column).unique().to_pylist() if v is not None]
+    if found and all(isinstance(v, str) for v in found):
+        values = sorted(found)
+        names, count = values, len(values)
+    else:
+        present = sorted(int(v) for v in found if int(v) != -1)
+        names, values, count = None, None, (present[-1] + 1 if present else 0)
+        if present != list(range(count)):
+            missing = sorted(set(range(count)) - set(present))
+            raise DataError(
+                f"dataset {dataset_id!r}: the numbers in column {column!r} are not 0, 1, 2, ... "
+                + (f"({missing[0]} is missing, {present[-1]} is there)" if missing else f"({present[0]} is there)")
+                + ". Choose another --label-column, or renumber the labels."
+            )
+    if count < 2:
+        raise DataError(
+            f"dataset {dataset_id!r}: column {column!r} has one class only; at least two are needed. "
+            "Choose another --label-column."
+        )
+    return names, values, count
+
+
+def check_labels(split: ImageSplit) -> None:
+    """Every label of a map-style split is in range. Raises DataError naming the first that is not."""
+    if not isinstance(split.dataset, Dataset):
+        return
+    labels = split.label_array()
+    wrong = np.flatnonzero((labels < 0) | (labels >= split.num_classes))
+    if len(wrong):
+        value = split.dataset.select_columns([split.label_column])[int(wrong[0])][split.label_column]
+        raise DataError(
+            f"split {split.name!r}: {len(wrong)} labels are not one of the {split.num_classes} classes, the first "
+            f"is {value!r} (image {wrong[0]}). Choose another split or --label-column, or remove those images."
+        )
