@@ -22,8 +22,9 @@ class Columns(NamedTuple):
 def find_columns(dataset: Any, image_column: str | None, label_column: str | None, dataset_id: str) -> Columns:
     """The image and the label column of a `datasets` split; what the user named is checked, not replaced.
 
-    Images: feature Image, else a column of encoded bytes under a usual name. Labels: feature ClassLabel,
-    else integers or strings under a usual name. Raises DataError when there is none, or more than one.
+    Images: feature Image, or a column of encoded bytes under a usual name. Labels: feature ClassLabel, or integers or
+    strings under a usual name. Of several, the one with the most usual name. Raises DataError when there is none, or
+    more than one where no sure type (Image, ClassLabel) has a usual name.
     """
     features = dataset.features
     if not features:
@@ -55,12 +56,12 @@ def _choose(
             )
         return typed
     candidates = [name for name in features if sure(features[name])]
-    if not candidates:
-        candidates = [name for name in features if name.lower() in usual and possible(features[name])]
-    elif len(candidates) > 1:
+    named = [name for name in features if name.lower() in usual and (sure(features[name]) or possible(features[name]))]
+    if set(named) & set(candidates):
         # of several classifications (fine and coarse, say) only a usual name is a safe choice
-        named = [name for name in usual if name in candidates]
-        candidates = named[:1] or candidates
+        candidates = [min(named, key=lambda name: usual.index(name.lower()))]
+    else:  # a usual name is as good a reason as a sure type
+        candidates += named
     if len(candidates) == 1:
         return candidates[0]
     if candidates:

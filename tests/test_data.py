@@ -309,6 +309,10 @@ def test_column_errors(cache, tmp_path):
         load("typo", {"image": image, "label": label}, label_column="lable")
     with pytest.raises(DataError, match=r"'label' .--image-column. holds no images"):
         load("swapped", {"image": image, "label": label}, image_column="label")
+    with pytest.raises(DataError, match=r"several label columns: camera, label\. Choose one with --label-column"):
+        load("camera", {"image": image, "label": Value("int64"), "camera": label})
+    for name, usual, other in (("int", Value("int64"), label), ("class", label, Value("int64"))):
+        assert load(name, {"image": image, "category": other, "label": usual}).train.label_column == "label"
     assert load("fine", {"image": image, "fine_label": label, "coarse_label": label}).train.label_column == "fine_label"
 
 
