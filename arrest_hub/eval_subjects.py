@@ -29,6 +29,7 @@ from arrest_hub.model_source import companion_file
 from arrest_hub.pretrained import PretrainedClassifier
 from arrest_hub.processes import main_first
 from arrest_hub.results import read_results
+from arrest_hub.sources import same_dataset
 from arrest_hub.splits import load_eval_split
 from arrest_hub.training_record import FILE_NAME as RECORD
 from arrest_hub.transforms import Preprocessing, Transform, eval_transform, to_tensor
@@ -186,7 +187,7 @@ def held_out_seed(config: EvalConfig, subject: Subject, origin: str) -> int | No
         train_split, eval_split, streamed = (training.get(key) for key in ("train_split", "eval_split", "streaming"))
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise BackboneError(f"{path} is damaged: it does not tell what was trained on ({error}).") from error
-    if dataset_name(dataset) != dataset_name(config.dataset) or train_split not in (None, origin):
+    if not same_dataset(dataset_name(dataset), dataset_name(config.dataset)) or train_split not in (None, origin):
         return None
     if eval_split is not None:
         raise ConfigError(

@@ -105,11 +105,30 @@ def open_source(
             raise DataError(f"dataset {dataset_id!r} is a file; give the folder that holds it, {str(path.parent)!r}.")
         if dataset_id.startswith((".", "~")) or path.is_absolute() or dataset_id.split("@")[0].count("/") > 1:
             raise DataError(f"dataset folder {dataset_id!r} does not exist. Check the path.")
-    elif alias.hub_id is not None:
-        name = re.split("[:@]", dataset_id)[0]
-        dataset_id = alias.hub_id + dataset_id[len(name) :]
-    hub_id, config, revision = _parse_hub_id(dataset_id)
+    hub_id, config, revision = _parse_hub_id(_without_alias(dataset_id))
     return _open_hub(hub_id, config, revision, streaming, on_demand, cache_dir)
+
+
+def same_dataset(first: str, second: str) -> bool:
+    """Whether two names may be of the same images, at whatever revision: ids, or what the folders are called.
+
+    A configuration that one id leaves open may be the one that the other names.
+    """
+    parts = []
+    for name in (first, second):
+        try:
+            hub_id, config, _ = _parse_hub_id(_without_alias(name))
+        except DataError:
+            return first == second
+        parts.append((hub_id.lower(), None if config == "default" else config))
+    (one, one_config), (other, other_config) = parts
+    return one == other and (None in (one_config, other_config) or one_config == other_config)
+
+
+def _without_alias(dataset_id: str) -> str:
+    """A known name with what follows it -> the id on the Hub with the same."""
+    alias, name = find_alias(dataset_id), re.split("[:@]", dataset_id)[0]
+    return dataset_id if alias is None or alias.hub_id is None else alias.hub_id + dataset_id[len(name) :]
 
 
 def _parse_hub_id(dataset_id: str) -> tuple[str, str | None, str | None]:

@@ -12,6 +12,8 @@ from tiny import NAMES, pretrained_state, tiny_backbone, tiny_config, write_imag
 import arrest_hub
 from arrest_hub.cli import eval_command, run_cli
 from arrest_hub.errors import BackboneError, ConfigError
+from arrest_hub.eval_config import EvalConfig
+from arrest_hub.eval_subjects import held_out_seed, module_subject
 from arrest_hub.export import write_model_folder
 from arrest_hub.images import ImageError, decode_image
 from arrest_hub.journal import Journal
@@ -69,6 +71,23 @@ def test_training_images_do_not_replace_the_held_out_ones(held_out, capsys):
     evaluate_again(folder, export, "--eval-split", "train", "--attacks", attacks)
     assert "is left as it is, its figures would not stand beside these: images 12 of data" in capsys.readouterr().out
     assert contents(export) == before
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "given", "same"),
+    [
+        ("org/data", "org/data@main", True), ("org/data@v1", "org/data:default", True),
+        ("org/data:a", "org/data", True), ("org/data:a", "org/data:b", False), ("org/data", "org/other", False),
+        ("cifar10", "uoft-cs/cifar10@main", True), ("cifar10:plain_text", "cifar10", True),
+        ("cifar10", "cifar100", False), ("data", "data", True), ("data", "other", False), ("digits", "digits", True),
+    ],
+)  # fmt: skip
+def test_a_dataset_is_known_again_however_it_is_written(tmp_path, trained_on, given, same):
+    write_model(tmp_path / "model")
+    (tmp_path / "model" / "training_record.json").write_text("{}")
+    (tmp_path / "model" / "training_config.yaml").write_text(f"seed: 7\ndataset: {trained_on}\n")
+    subject = module_subject(arrest_hub.load_backbone(str(tmp_path / "model")), "model")
+    assert held_out_seed(EvalConfig("model", dataset=given), subject, "train") == (7 if same else None)
 
 
 @pytest.mark.parametrize("training", ["[]", "seed: x", "{"])
