@@ -64,8 +64,8 @@ class FinetuneConfig:
         "split for the final figures; default: test, else validation, else (also of a "
         "single split) 10 %% held out", optional=True)
     validation_size: float | None = _field(None, "float", "data",
-        "training images held out to choose the best weights: a count, or a share below 1; 0: none; default: "
-        "10 %%, at most 1,000", low=0, optional=True)
+        "training images held out to choose the best weights: a count, or a share below 1; 0: none; default: 10 %%, at "
+        "most 1,000; ignored, but for 0, where the dataset has a validation split of its own", low=0, optional=True)
     label_match: str = _field("auto", "str", "data",
         "how dataset classes meet the model's outputs: in order and by name (auto), remapped by name, or by "
         "index alone", choices=("auto", "name", "index"))

@@ -103,7 +103,13 @@ def training_record(
     return TrainingRecord(
         base=base,
         data=TrainingData(
-            exported["dataset"], splits.train.name, splits.num_classes, examples, splits.hub_id, splits.revision
+            exported["dataset"],
+            splits.train.name,
+            splits.num_classes,
+            examples,
+            splits.hub_id,
+            splits.revision,
+            splits.validation.name if splits.validation is not None else None,
         ),
         command=finetune_command(config, processes, exported["model"], exported["dataset"]),
         steps=progress.step,

@@ -89,6 +89,8 @@ def load_splits(
     own = _named_split(source.splits, None, "validation", "--eval-split", dataset_id, required=False)
     if validation_size != 0 and own is not None and own != train_name and (test is None or own != test.name):
         validation = _usable_split(opened, own, notes)
+        if validation is not None and validation_size is not None:
+            notes.append(f"--validation-size {validation_size:g} is ignored: the dataset has the split {own!r} for it")
     test_size = _test_size(opened, train) if test is None else 0
     if validation is not None or validation_size == 0:
         size = 0

@@ -39,7 +39,8 @@ class BaseModel:
 @dataclass
 class TrainingData:
     """The images it was trained on. ``name`` is the id as typed, or a folder's name; ``hub_id`` and ``revision`` (a
-    commit) are set for a dataset on the Hub; ``num_examples`` is None for a stream of unknown length."""
+    commit) are set for a dataset on the Hub; ``num_examples`` is None for a stream of unknown length. ``validation`` is
+    the split that weights were chosen on; None if there was none, or in a record of an earlier version."""
 
     name: str
     split: str
@@ -47,6 +48,14 @@ class TrainingData:
     num_examples: int | None = None
     hub_id: str | None = None
     revision: str | None = None
+    validation: str | None = None
+
+    @property
+    def chosen_on(self) -> str | None:
+        """The split of the dataset's own that weights were chosen on; None if that is not known, or was held out."""
+        if self.validation is None or "[held-out " in self.validation:
+            return None
+        return self.validation.partition("[")[0]
 
 
 @dataclass

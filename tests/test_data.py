@@ -121,6 +121,9 @@ def test_test_split_rules(cache, tmp_path):
     three = parquet(tmp_path / "three", train=rows(20), validation=rows(6, start=50), test=rows(4, start=100))
     splits = load_splits(three)
     assert (identities(splits.validation)[0], identities(splits.test)[0], len(splits.train)) == (50, 100, 20)
+    typed = load_splits(three, validation_size=5)
+    assert identities(typed.validation) == identities(splits.validation)
+    assert any("--validation-size 5 is ignored" in note for note in typed.notes)
     flagged = load_splits(three, eval_split="validation")
     assert identities(flagged.test)[0] == 50
     assert identities(flagged.validation)[0] < 20  # never the split that is reported

@@ -218,7 +218,14 @@ def test_a_stream_of_unknown_length_and_part_of_an_epoch():
 
 def test_the_chosen_step_is_told_where_it_is_not_the_last():
     assert "Published are the weights" not in render_card(make())
-    assert "weights after step 1,200, which did best" in render_card(make(record={"exported_step": 1200}))
+    for validation, where in (
+        (None, "in validation"), ("train[held-out validation]", "on training images that were held out"),
+        ("train[held-out validation][500]", "on training images that were held out"),
+        ("val", "on split `val`"), ("val[500]", "on split `val`"),
+    ):  # fmt: skip
+        data = dataclasses.replace(LOCAL_DATA, validation=validation)
+        card = render_card(make(data=data, record={"exported_step": 1200}))
+        assert f"weights after step 1,200, which did best {where}." in card
 
 
 def test_the_command_stands_in_a_block_of_its_own():

@@ -261,6 +261,15 @@ def test_a_training_record_survives_its_file(record, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_record_of_a_version_that_did_not_tell_the_validation_split(tmp_path):
+    path = tmp_path / "training_record.json"
+    RECORDS[0].write(path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    del data["data"]["validation"]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert read_record(path) == RECORDS[0]
+
+
 def change(key, value):
     return lambda data: data | {key: value}
 

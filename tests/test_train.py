@@ -24,6 +24,7 @@ from arrest_hub.export import write_model_folder
 from arrest_hub.results import read_results
 from arrest_hub.throughput import TIMED
 from arrest_hub.train import finetune
+from arrest_hub.training_record import read_record
 
 
 def files(folder):
@@ -106,6 +107,16 @@ def test_a_run_from_a_model_folder_end_to_end(tmp_path, capsys):
         assert str(tmp_path).encode() not in (run.export / name).read_bytes(), "paths are nobody's business"
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == "timm"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_record_tells_what_the_weights_were_chosen_on(tmp_path, own):
+    write_images(tmp_path / "data", splits=("train", "validation", "test") if own else ("train", "test"))
+    run = finetune(tiny_config(tmp_path, epochs=1, max_steps=1))
+    data = read_record(run.export / "training_record.json").data
+    assert data.validation == ("validation" if own else "train[held-out validation]")
+    assert data.chosen_on == ("validation" if own else None)
+    assert (data.num_examples, data.split) == ((48, "train") if own else (36, "train[without held out]"))
 
 
 def test_training_changes_the_weights_and_lowers_the_loss(tmp_path):
