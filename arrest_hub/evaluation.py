@@ -43,6 +43,7 @@ from arrest_hub.eval_subjects import (
     tensor_images,
 )
 from arrest_hub.journal import Journal
+from arrest_hub.model_source import locate
 from arrest_hub.prepare import launcher_warning, new_accelerator
 from arrest_hub.pretrained import PretrainedClassifier
 from arrest_hub.processes import from_main, main_only
@@ -287,6 +288,8 @@ def evaluate_all(configs: Sequence[EvalConfig]) -> list[Evaluation]:
         ]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
+        for config in configs[1:]:  # a missing one is said before the first is attacked for hours
+            locate(config.model, allow_pickle=config.allow_pickle)
 
     main_only(_accelerator(), check)
     done = []

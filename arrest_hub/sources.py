@@ -304,8 +304,10 @@ def _open_folder(path: Path, typed: str, streaming: bool, on_demand: bool, cache
 def _open_saved(path: Path, typed: str) -> dict[str, Dataset]:
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"dataset folder {typed!r} (save_to_disk) is damaged: {_first_lines(error)}") from error
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise DataError(
+            f"dataset folder {typed!r} (save_to_disk) is damaged, or one of its splits is empty: {_first_lines(error)}"
+        ) from error
     parts = dict(saved) if isinstance(saved, DatasetDict) else {saved.split or "train": saved}
     return {str(name): part for name, part in parts.items()}
 

@@ -211,6 +211,9 @@ def test_saved_to_disk(tmp_path):
     assert len(load_splits(str(tmp_path / "both")).test) == 20
     data["train"].save_to_disk(tmp_path / "one")
     assert len(load_splits(str(tmp_path / "one")).test) == 2
+    DatasetDict(data | {"test": data["test"].select([])}).save_to_disk(tmp_path / "empty")
+    with pytest.raises(DataError, match="or one of its splits is empty"):
+        load_splits(str(tmp_path / "empty"))
 
 
 def test_label_kinds(cache, tmp_path):

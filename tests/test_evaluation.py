@@ -358,6 +358,9 @@ def test_several_models_are_compared(folder, tmp_path, capsys):
     write_model_folder(backbone, tmp_path / "untrained")
     out = tmp_path / "both"
     argv = arguments(folder, out, "--no-checks", "--no-figures", "--limit-eval", "12")
+    assert run_cli(eval_command, [argv[0], str(tmp_path / "missing"), *argv[1:]]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    assert not out.exists(), "said before the first one is evaluated"
     eval_command([argv[0], str(tmp_path / "untrained"), *argv[1:]])
     data = json.loads((out / "comparison.json").read_text())
     assert [entry["model"] for entry in data["models"]] == ["model", "untrained"]
