@@ -180,8 +180,9 @@ def _eval_split(
             return held_out
         problems = []
         for origin in names:  # the first may lack the labels
+            raw = source.splits[origin]  # a split that cannot be loaded is an error, and no reason to load the others
             try:
-                find_columns(source.splits[origin], image_column, label_column, dataset_id)
+                find_columns(raw, image_column, label_column, dataset_id)
                 break
             except DataError as error:
                 problems.append(error)
