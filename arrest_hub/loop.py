@@ -138,7 +138,7 @@ def train_phase(
             report_corrupt(run)
             stop_unless_finite(run, meter, progress, student)
             progress.seconds, progress.images = time.perf_counter() - began, run.images_logged + pace.images
-            progress.clean_counts = [int(count) for count in accelerator.reduce(clean, "sum")]
+            progress.clean_counts = [int(count) for count in accelerator.reduce(clean, "sum").tolist()]
             path = save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
             written = dataclasses.replace(progress), path
         return written[1]

@@ -209,10 +209,10 @@ def _key(row: Result) -> tuple[Any, ...]:
     return row.metric, row.attack, row.norm, row.eps, row.dataset, row.split
 
 
-def _strength(row: Result) -> str:
+def _strength(row: Result) -> tuple[Any, ...]:
     """What its name does not tell of an attack: restarts, step size, and the attacks of a cascade before it."""
     parameters = row.attack_parameters
-    return repr((parameters.get("restarts", 1), parameters.get("step_size"), parameters.get("after") or []))
+    return parameters.get("restarts", 1), parameters.get("step_size"), tuple(parameters.get("after") or ())
 
 
 def harmonic_mean(clean: float, robust: float) -> float:

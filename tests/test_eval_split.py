@@ -8,8 +8,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from test_data import encoded, identities, labelled, parquet, rows
 
+from arrest_hub import splits
 from arrest_hub.data import EvalData, load_eval_split, load_splits
 from arrest_hub.errors import DataError
+from arrest_hub.on_demand import SplitsOnDemand
+from arrest_hub.sources import Source
 from arrest_hub.subsets import read_column
 
 STRINGS = Features({"img": ImageFeature(), "y": Value("string")})
@@ -281,3 +284,20 @@ def test_the_features_survive(tmp_path):
     split = load_eval_split(folder, cache_dir=str(tmp_path / "c")).split
     assert isinstance(split.dataset.features["y"], ClassLabel)
     assert read_column(split.dataset, "y").to_pylist() == [0, 1] * 3
+
+
+def test_a_split_that_cannot_be_loaded_is_no_reason_to_load_the_others(monkeypatch):
+    """They may be a hundred times as large."""
+    asked = []
+
+    def fail(name):
+        asked.append(name)
+        raise DataError(f"{name} is damaged")
+
+    def open_source(dataset_id, *, on_demand=False, cache_dir=None):
+        return Source(SplitsOnDemand(("train", "validation", "test"), fail), on_demand=on_demand)
+
+    monkeypatch.setattr(splits, "open_source", open_source)
+    with pytest.raises(DataError, match="test is damaged"):
+        load_eval_split("org/data")
+    assert asked == ["test"]
