@@ -189,7 +189,8 @@ def _class_bars(figure: Figure, names: Sequence[str], clean: Counts, robust: Cou
         y, value, low, high = (np.array([row[j] for row in rows]) for j in range(4))
         look: dict[str, Any] = {"facecolor": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
         axes.barh(y, value, 0.38, **look)
-        axes.errorbar(value, y, xerr=(value - low, high - value), fmt="none", ecolor=DARK, elinewidth=1, capsize=2)
+        margins = np.stack([value - low, high - value])
+        axes.errorbar(value, y, xerr=margins, fmt="none", ecolor=DARK, elinewidth=1, capsize=2)
         handles.append(Patch(**look))
         for i in [i for i, pair in enumerate(pairs) if pair[1] == 0]:
             axes.text(1, i + offset, "no images", va="center", color=GREY, style="italic")
@@ -252,7 +253,8 @@ def gallery_figure(rows: Sequence[GalleryRow], *, eps: str, norm: str) -> Figure
         grid[i, 0].set_ylabel(title)
     for row, difference, line in zip(rows, differences, grid.T if across else grid, strict=True):
         for axes, picture in zip(line, (row.clean, 0.5 + k * difference, row.adversarial), strict=True):
-            axes.imshow(picture.clip(0.0, 1.0), interpolation="nearest" if max(picture.shape) <= 64 else "auto")
+            # None is matplotlib's own choice, called "antialiased" until 3.9 and "auto" from 3.10
+            axes.imshow(picture.clip(0.0, 1.0), interpolation="nearest" if max(picture.shape) <= 64 else None)
             axes.set(xticks=[], yticks=[], frame_on=False)
         # each field after the label comes twice: of the clean image, then of the adversarial one
         for axes, prediction, confidence in zip(line[::2], row[3:5], row[5:7], strict=True):

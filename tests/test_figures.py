@@ -176,7 +176,8 @@ def test_gallery_amplifies_the_largest_difference():
     np.testing.assert_allclose(images[1][0].get_array()[0, 0], 1.0, atol=1e-5)
     np.testing.assert_allclose(images[1][1].get_array()[0, 0], 0.25, atol=1e-5)
     np.testing.assert_array_equal(images[1][0].get_array()[1:], 0.5)
-    assert [image.get_interpolation() for image in images[0]] == ["nearest", "nearest", "auto"]
+    default = matplotlib.rcParamsDefault["image.interpolation"]
+    assert [image.get_interpolation() for image in images[0]] == ["nearest", "nearest", default]
 
 
 def test_gallery_marks_wrong_predictions():
