@@ -80,7 +80,8 @@ def best_folder(folder: Path, step: int) -> Path:
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, progress: Progress, ema: nn.Module | None, keep: int
 ) -> Path:
-    """Write a checkpoint into ``folder`` (the run's `checkpoints/`) and drop all but the ``keep`` newest of its phase.
+    """Write a checkpoint into ``folder`` (the run's `checkpoints/`) and drop all but the ``keep`` newest of its phase
+    and the newest from the end of an epoch, from which alone a run goes on with other processes.
 
     Every process must call it. Raises ArrestError when it cannot be written (a full disk), leaving earlier ones
     untouched.
@@ -104,8 +105,9 @@ def save_checkpoint(
         _flush(folder)
         # later ones are of a course that was given up: the run went on from an earlier one
         every = list_checkpoints(folder, progress.phase)
-        place = every.index(final) + 1
-        for old in every[place:] + every[: max(0, place - keep)]:
+        until = every[: every.index(final) + 1]
+        ends = [checkpoint for checkpoint in until if _ends_epoch(checkpoint)]
+        for old in set(every) - {*until[-keep:], *ends[-1:]}:
             _remove(old)
         _drop_best(folder)
 
@@ -188,6 +190,14 @@ def readable_progress(folder: Path, phase: str) -> list[Progress]:
         except (OSError, ValueError, TypeError):
             continue
     return found
+
+
+def _ends_epoch(checkpoint: Path) -> bool:
+    """Whether a checkpoint is from the end of an epoch, as far as can be read."""
+    try:
+        return read_progress(checkpoint).batch == 0
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: nn.Module | None) -> Progress:

@@ -188,8 +188,10 @@ class FinetuneConfig:
         "last", choices=("best", "last"))
     figures: bool = _field(True, "bool", "run", "draw figures/ for the card")
     checkpoint_every: int | None = _field(None, "int", "run",
-        "steps between checkpoints; default: every epoch", low=1, optional=True)
-    keep_checkpoints: int = _field(1, "int", "run", "newest checkpoints to keep", low=1)
+        "steps between checkpoints; an epoch in which one falls ends with one too; default: every epoch",
+        low=1, optional=True)
+    keep_checkpoints: int = _field(1, "int", "run",
+        "newest checkpoints to keep; the newest from the end of an epoch stays beside them", low=1)
     ddp_timeout: int = _field(1800, "int", "run",
         "seconds after which a process gives up waiting for the others, as for a lost node", low=1)
     log_every: int = _field(10, "int", "run", "steps between lines of log.jsonl", low=1)

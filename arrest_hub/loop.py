@@ -128,6 +128,7 @@ def train_phase(
     done, total = (steps * config.grad_accum_steps * images for steps in (progress.place, total_steps))
 
     written: tuple[Progress, Path] | None = None
+    due_at_end = True  # of a checkpoint at the end of this epoch
     clean = torch.zeros(2, device=accelerator.device)  # correct, seen in this epoch, by this process
     if accelerator.is_main_process:
         clean += torch.tensor(progress.clean_counts, device=accelerator.device)
@@ -207,6 +208,8 @@ def train_phase(
                 if progress.batch % config.grad_accum_steps:  # a stream has ended in the middle of a step
                     model.zero_grad()
                     accelerator.step = 0
+                every, steps = config.checkpoint_every, progress.batch // config.grad_accum_steps
+                due_at_end = not every or progress.step // every > (progress.step - steps) // every
                 progress.epoch += 1
                 progress.batch = 0
                 finished = progress.place >= total_steps
@@ -227,7 +230,7 @@ def train_phase(
                 )
             clean.zero_()
             finished = progress.place >= total_steps
-            if finished or not config.checkpoint_every or progress.step % config.checkpoint_every == 0:
+            if finished or due_at_end:
                 save()
             stop_if_asked()
     return progress

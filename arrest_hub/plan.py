@@ -82,7 +82,8 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
         "data        " + _data(data, training, run.num_workers),
         *(f"{name:<12}{_duration(seconds)} ({what})" for name, (seconds, what) in parts.items()),
         f"in all      {_duration(sum(seconds for seconds, _ in parts.values()))}",
-        f"disk        {_bytes(checkpoint)} a checkpoint, {config.keep_checkpoints} kept; {_bytes(weights)} the weights",
+        f"disk        {_bytes(checkpoint)} a checkpoint, up to {config.keep_checkpoints + 1} kept; {_bytes(weights)} "
+        "the weights",
     ]
     try:
         best = choose_batch_size(config, accelerator, network, build_objective, splits.train.num_examples)

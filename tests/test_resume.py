@@ -209,11 +209,12 @@ def test_best_weights_of_every_checkpoint_are_kept(tmp_path, monkeypatch):
 
 
 def test_another_batch_size_goes_on_at_the_end_of_an_epoch(tmp_path, capsys):
-    dead_run(tmp_path, "middle", at=6, keep_checkpoints=1)
+    dead_run(tmp_path, "first", at=3)
     with pytest.raises(ConfigError, match=r"--batch-size 8 then and 4 now.*end of an epoch"):
-        finetune(run_config(tmp_path, "middle", resume=True, batch_size=4))
-    assert load_config(tmp_path / "middle" / "config.yaml").batch_size == 8
-    dead_run(tmp_path, "run", at=6)
+        finetune(run_config(tmp_path, "first", resume=True, batch_size=4))
+    assert load_config(tmp_path / "first" / "config.yaml").batch_size == 8
+    left = dead_run(tmp_path, "run", at=6, keep_checkpoints=1)
+    assert [path.name for path in left] == ["step-000004", "step-000006"], "the end of the epoch stays"
     capsys.readouterr()
     finetune(run_config(tmp_path, "run", resume=True, batch_size=4))
     out = capsys.readouterr().out
@@ -227,6 +228,20 @@ def test_another_batch_size_goes_on_at_the_end_of_an_epoch(tmp_path, capsys):
     rates = {line["step"]: line["lr"] for line in lines if "lr" in line}
     assert list(rates) == [1, 2, 3, 4, *range(5, 23)]
     assert rates[4] > rates[5] > rates[22] == 0, "the schedule stays with the epochs"
+
+
+def test_an_epoch_in_which_a_checkpoint_falls_ends_with_one(tmp_path, monkeypatch):
+    """From there alone a run can go on with other processes."""
+    written, plain = [], loop.save_checkpoint
+
+    def save(accelerator, where, progress, *rest):
+        written.append((progress.step, progress.batch))
+        return plain(accelerator, where, progress, *rest)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    finetune(run_config(tmp_path, "run", checkpoint_every=6, epochs=4, keep_checkpoints=1))  # of 4 steps
+    assert written == [(6, 2), (8, 0), (12, 0), (16, 0)], "none in the first epoch, the last at the end of the run"
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints", "robust")] == ["step-000016"]
 
 
 def test_a_stream_goes_on_on_a_machine_with_other_cores(tmp_path, capsys):
