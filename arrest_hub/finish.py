@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import json
 import shutil
 import time
@@ -22,11 +23,11 @@ from arrest_hub.eval_session import EvalSession
 from arrest_hub.eval_subjects import dataset_name, module_subject, split_images
 from arrest_hub.export import weights_digest, write_model_folder
 from arrest_hub.guards import not_finite_tensor
-from arrest_hub.hub import Pushed
+from arrest_hub.hub import CARD, Pushed
 from arrest_hub.journal import Journal
-from arrest_hub.model_card import before_name, render_card
+from arrest_hub.model_card import before_name, card_is_generated, render_card
 from arrest_hub.prepare import new_accelerator
-from arrest_hub.processes import raise_together
+from arrest_hub.processes import from_main, raise_together
 from arrest_hub.provenance import exported_config, training_record
 from arrest_hub.results import EvalReport, Result, results_table
 from arrest_hub.run_folder import RunPaths
@@ -68,6 +69,7 @@ def finish_run(
 ) -> RunDir:
     """Write `checkpoints/last` and `export/`, evaluate both networks from their folders, print the table.
 
+    An `export/` that is whole and has these weights already is left as it is, with what was added to it since.
     ``student`` holds the last weights, in the main process; the best ones are in `checkpoints/best-<step>` if there
     were validation images. ``teacher_id`` is what `load_backbone` takes for the network before robust finetuning, None
     if there is none; ``base`` is the one that the run began with. Raises ArrestError if the weights are not finite.
@@ -86,13 +88,21 @@ def finish_run(
     record = training_record(config, accelerator, splits, base, progress, paths.checkpoints, exported_step)
     if student is not None:
         write_model_folder(student, paths.checkpoints / "last")
+    report = from_main(accelerator, lambda: _finished_before(chosen_weights, paths.export))
+    if report is None and student is not None:
         _copy_whole(chosen_weights, paths.export)
     accelerator.wait_for_everyone()
     chosen = f"best validation score, step {progress.best_step}" if use_best else f"last, step {progress.step}"
-    accelerator.print(f"\nexported {paths.export} ({chosen})")
     for tracker in accelerator.trackers:  # Accelerate's own end_training would also part the processes
         tracker.finish()
     accelerator.free_memory()
+    if report is not None:
+        accelerator.print(
+            f"\n{paths.export} is whole and has these weights ({chosen}): it is left as it is. Delete it to have "
+            "it made anew"
+        )
+        return _told(config, paths, accelerator, report)
+    accelerator.print(f"\nexported {paths.export} ({chosen})")
 
     accelerator = new_accelerator(mixed_precision="no")
     report = measure_export(config, paths, accelerator, splits, num_workers=num_workers, teacher_id=teacher_id)
@@ -104,12 +114,21 @@ def finish_run(
         report.write(paths.export / "results.json")
         if config.figures:
             _draw_training(config, paths)
-        (paths.export / "README.md").write_text(render_card(CardFacts.from_folder(paths.export)), encoding="utf-8")
+        if card_is_generated(paths.export):
+            (paths.export / CARD).write_text(render_card(CardFacts.from_folder(paths.export)), encoding="utf-8")
+        else:
+            accelerator.print(f"note        {paths.export / CARD} was edited and is left as it is")
     accelerator.wait_for_everyone()
+    return _told(config, paths, accelerator, report)
+
+
+def _told(config: FinetuneConfig, paths: RunPaths, accelerator: Accelerator, report: EvalReport) -> RunDir:
+    """The finished run, its figures printed."""
     accelerator.print("\n" + results_table(report, before_name(config.method), f"student ({config.method})"))
     first = report.results[0]
     accelerator.print(f"{first.n:,} images of {first.dataset} [{first.split}], fp32, 95 % intervals in brackets")
-    accelerator.print(f"{paths.export}: model, results.json, README.md" + ", figures/" * config.figures)
+    figures = (paths.export / "figures").is_dir()
+    accelerator.print(f"{paths.export}: model, results.json, README.md" + ", figures/" * figures)
     return RunDir(paths.root, paths.export, report)
 
 
@@ -228,10 +247,24 @@ def _count_stream(
     )
 
 
+def _finished_before(weights: Path, export: Path) -> EvalReport | None:
+    """The figures of an `export/` that is whole and holds the model in ``weights``; None where it is to be written."""
+    files = [path.name for path in weights.iterdir()]
+    same, _, _ = filecmp.cmpfiles(weights, export, files, shallow=False)
+    if same != files or not (export / CARD).is_file() or not (export / RECORD).is_file():
+        return None
+    try:
+        return CardFacts.from_folder(export).report
+    except (ValueError, KeyError, OSError):
+        return None
+
+
 def _copy_whole(source: Path, target: Path) -> None:
-    """Replace ``target`` by a copy of ``source``, complete before it takes the name."""
+    """Replace ``target`` by a copy of ``source``, complete before it takes the name; a card that was edited stays."""
     temporary = target.with_name(f"{target.name}.{time.time_ns()}.tmp")
     shutil.copytree(source, temporary)
+    if not card_is_generated(target):
+        shutil.copyfile(target / CARD, temporary / CARD)
     if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)

@@ -23,7 +23,10 @@ from arrest_hub import loop, run_folder
 from arrest_hub.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
 from arrest_hub.config import load_config
 from arrest_hub.errors import ArrestError, ConfigError, Terminated
+from arrest_hub.eval_config import EvalConfig
+from arrest_hub.evaluation import run_evaluation
 from arrest_hub.prepare import new_accelerator
+from arrest_hub.results import read_results
 from arrest_hub.throughput import TIMED
 from arrest_hub.train import finetune
 
@@ -256,6 +259,33 @@ def test_a_stream_goes_on_on_a_machine_with_other_cores(tmp_path, capsys):
     assert "data loading processes: 1, as before, and not 0" in out
     assert "no longer that of a run without the change" not in out
     assert outcome(tmp_path / "run") == expected
+
+
+def test_a_finished_export_keeps_what_was_added_to_it(tmp_path, capsys):
+    finetune(run_config(tmp_path, "run", epochs=1))
+    export = tmp_path / "run" / "export"
+    run_evaluation(EvalConfig(
+        model=str(export), dataset=str(tmp_path / "data"), attacks="clean,pgd-3", eps_curve="0:16/255:3", batch_size=8,
+        num_workers=0, checks=False, output_dir=str(tmp_path / "evaluation"),
+    ))  # fmt: skip
+    with (export / "README.md").open("a") as card:
+        card.write("\nWritten by hand.\n")
+    before = contents(export)
+    assert "figures/eps_curve.png" in before
+    finetune(run_config(tmp_path, "run", epochs=1, resume=True))
+    assert "is left as it is" in capsys.readouterr().out
+    assert contents(export) == before
+
+    (export / "results.json").write_text("{")  # what the push says to mend in this way
+    finetune(run_config(tmp_path, "run", epochs=1, resume=True))
+    assert read_results(export / "results.json").get("robust_accuracy").n == 48
+    assert (export / "README.md").read_text().endswith("Written by hand.\n")
+    assert "README.md was edited and is left as it is" in capsys.readouterr().out
+
+
+def contents(folder):
+    """Every file's bytes, by its path in the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_two_runs_in_one_folder(tmp_path, monkeypatch):
