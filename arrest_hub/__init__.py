@@ -1,7 +1,7 @@
 """arrest-hub: make any pretrained image classifier robust to adversarial examples while keeping its clean accuracy.
 
 The public names are loaded on first use, so that `arrest-finetune --help` does not wait for torch. The CIFAR
-architectures are in timm's registry once `arrest_hub.architectures` is imported, which every name below does.
+architectures are in timm's registry once `arrest_hub.architectures` is imported, as by every name that loads a model.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from arrest_hub.backbones import load_backbone
+    from arrest_hub.config_sources import recipe_config
     from arrest_hub.evaluation import evaluate
     from arrest_hub.finish import RunDir
     from arrest_hub.hub import Pushed, push
     from arrest_hub.hub_search import PublishedModel, list_models
     from arrest_hub.pretrained import PretrainedClassifier, from_pretrained
     from arrest_hub.results import EvalReport
-    from arrest_hub.train import finetune
+    from arrest_hub.train import dry_run, finetune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,14 +36,17 @@ __all__ = [
     "PublishedModel",
     "Pushed",
     "RunDir",
+    "dry_run",
     "evaluate",
     "finetune",
     "from_pretrained",
     "list_models",
     "load_backbone",
     "push",
+    "recipe_config",
 ]
 _LAZY = {
+    "dry_run": "train",
     "evaluate": "evaluation",
     "finetune": "train",
     "from_pretrained": "pretrained",
@@ -54,6 +58,7 @@ _LAZY = {
     "PublishedModel": "hub_search",
     "Pushed": "hub",
     "push": "hub",
+    "recipe_config": "config_sources",
 }
 
 

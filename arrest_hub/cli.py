@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from arrest_hub.config import GROUPS, FinetuneConfig, load_config, resolve, resume_config, unknown_key
+from arrest_hub.config import GROUPS, MODEL_KEYS, FinetuneConfig
+from arrest_hub.config_sources import load_config, resolve, resume_config, unknown_key
 from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError, Terminated
 from arrest_hub.eval_config import EVAL_FIELDS, EvalConfig, evaluation_name, unknown_eval_key
 from arrest_hub.eval_config import GROUPS as EVAL_GROUPS
@@ -192,7 +193,7 @@ def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
         flags = {"model": "from-the-recipe", "dataset": "from-the-recipe"} | flags
     config = _collect(problems, lambda: resolve(flags, recipe, name), flags)
     if "model" in flags and flags["model"] != recipe.get("model"):
-        dropped = [key for key in ("model_args", "image_size", "standard_epochs") if key in recipe and key not in flags]
+        dropped = [key for key in MODEL_KEYS[1:] if key in recipe and key not in flags]
         if dropped:
             notes.append(
                 f"the recipe's {', '.join(dropped)} belong to its own model and are not used for {config.model}"

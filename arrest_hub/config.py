@@ -1,5 +1,5 @@
-"""The configuration of `arrest-finetune`: what it holds, where its values come from (default < recipe < flag), what is
-valid. No torch here, so that `--help` answers at once.
+"""The configuration of `arrest-finetune`: what it holds and what is valid; where its values come from is in
+config_sources.py. No torch here, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 import yaml
 
 from arrest_hub.attack_schedule import attack_steps_at, default_step_size
-from arrest_hub.errors import ConfigError, did_you_mean
+from arrest_hub.errors import ConfigError
 from arrest_hub.fields import config_field as _field
-from arrest_hub.fields import convert, convert_all, eps_problem, flag, repo_id_problem
+from arrest_hub.fields import convert_all, eps_problem, repo_id_problem
 from arrest_hub.licenses import license_problems
 
 GROUPS = ("model", "data", "method", "threat model", "training", "run", "hub")
@@ -34,7 +33,8 @@ RESUME_MAY_DIFFER = (
 
 @dataclass
 class FinetuneConfig:
-    """Everything `finetune` needs to know. Build it by keyword, or with `resolve` from recipe and flags.
+    """Everything `finetune` needs to know. Built by keyword it has the defaults, whatever the dataset; a recipe's
+    values come with `recipe_config`. ``recipe`` here is a name for the record alone, and ``dry_run`` the command's.
 
     Raises:
         ConfigError: from `validate`, listing every problem at once.
@@ -72,13 +72,14 @@ class FinetuneConfig:
     limit_train: int | None = _field(None, "int", "data",
         "use this many training images, class-balanced", low=1, optional=True)
     limit_eval: int | None = _field(None, "int", "data",
-        "use this many evaluation images, class-balanced", low=1, optional=True)
+        "use this many evaluation images, class-balanced, and at most as many for validation", low=1, optional=True)
     streaming: bool = _field(False, "bool", "data", "read the dataset as a stream instead of downloading it")
     skip_corrupt: int = _field(0, "int", "data",
         "skip up to this many training images that cannot be read, and list them in corrupt.jsonl", low=0, high=100_000)
     hflip: float = _field(0.5, "float", "data", "probability of a horizontal flip in training", low=0, high=1)
     augment: str = _field("none", "str", "data",
-        "stronger augmentation in robust training, torchvision's, after flip and crop",
+        "stronger augmentation in robust training, torchvision's, after flip and crop (autoaugment has CIFAR-10's "
+        "policy)",
         choices=("none", "trivialaugment", "randaugment", "autoaugment"))
     random_erasing: float = _field(0.0, "float", "data",
         "probability of blackening a random part of the image in robust training", low=0, high=1)
@@ -125,7 +126,7 @@ class FinetuneConfig:
 
     epochs: int = _field(10, "int", "training", "epochs of robust finetuning", low=1)
     max_steps: int | None = _field(None, "int", "training",
-        "stop after this many optimizer steps (the schedule ends there too)", low=1, optional=True)
+        "stop robust training after this many optimizer steps (the schedule ends there too)", low=1, optional=True)
     standard_epochs: int = _field(0, "int", "training",
         "epochs of clean finetuning first: makes the teacher, puts on a new head where the classes differ", low=0)
     standard_lr: float | None = _field(None, "float", "training",
@@ -138,10 +139,11 @@ class FinetuneConfig:
     momentum: float = _field(0.9, "float", "training", "momentum of optimizers that have one", low=0, high=1)
     weight_decay: float = _field(0.0005, "float", "training", "not applied to biases and normalisation", low=0)
     scheduler: str = _field("cosine", "str", "training",
-        "learning rate schedule, updated every step (poly falls evenly)",
+        "learning rate schedule, updated every step; poly falls evenly, step to a tenth after each third, multistep "
+        "after 50 and 75 %%",
         choices=("cosine", "step", "multistep", "poly", "constant"))
     warmup_epochs: float = _field(0.0, "float", "training", "epochs of linear warm-up", low=0)
-    min_lr: float = _field(0.0, "float", "training", "learning rate at the end", low=0)
+    min_lr: float = _field(0.0, "float", "training", "learning rate at the end (cosine, poly)", low=0)
     lr_hold: float | None = _field(None, "float", "training",
         "share of the peak at which the falling learning rate of robust training stays, as for averaging; none: it "
         "falls on", above=0, high=1, optional=True)
@@ -177,7 +179,8 @@ class FinetuneConfig:
 
     recipe: str | None = _field(None, "str", "run",
         "bundled recipe or YAML file; default: the one for the dataset", optional=True)
-    output_dir: str = _field("", "str", "run", "run folder; default: runs/<model>-<dataset>-<method>")
+    output_dir: str = _field("", "str", "run",
+        "run folder; default: the recipe's, else runs/<model>-<dataset>-<method>")
     resume: bool = _field(False, "bool", "run", "continue from the newest whole checkpoint in --output-dir")
     dry_run: bool = _field(False, "bool", "run",
         "say what the run will take (memory, hours, batch), from a few steps, and write nothing")
@@ -339,82 +342,3 @@ def default_output_dir(config: FinetuneConfig) -> str:
     """``runs/<model>-<dataset>-<method>``, made of characters every file system takes."""
     parts = [Path(config.model.split("@")[0]).name, Path(config.dataset.split(":")[0]).name, config.method]
     return "runs/" + "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.") or "x" for part in parts)
-
-
-def unknown_key(name: str, where: str) -> str:
-    """One line for a misspelt flag or recipe key, with the nearest real one."""
-    if where == "flag":
-        return f"unknown flag --{name}.{did_you_mean('--' + name, [flag(key) for key in FIELDS])} See --help."
-    return f"unknown key {name!r} in {where}.{did_you_mean(name, FIELDS)}"
-
-
-def resolve(flags: Mapping[str, Any], recipe: Mapping[str, Any], recipe_name: str | None) -> FinetuneConfig:
-    """Default < recipe < flag. A recipe's model keys are dropped when a flag names another model.
-
-    Raises:
-        ConfigError: every unknown key and bad value at once.
-    """
-    problems = [unknown_key(key, "flag") for key in flags if key not in FIELDS]
-    problems += [unknown_key(str(key), f"recipe {recipe_name!r}") for key in recipe if key not in FIELDS]
-    values = {key: value for key, value in recipe.items() if key in FIELDS}
-    if "model" in flags and flags["model"] != recipe.get("model"):
-        values = {key: value for key, value in values.items() if key not in MODEL_KEYS}
-    values |= {key: value for key, value in flags.items() if key in FIELDS}
-    values["recipe"] = recipe_name
-    config = FinetuneConfig(**values)
-    try:
-        config.validate()
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return config
-
-
-def load_config(path: Path) -> FinetuneConfig:
-    """Read a `config.yaml` that `to_yaml` wrote.
-
-    Raises:
-        ConfigError: if it is not one.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a configuration.")
-    unknown = [unknown_key(str(key), str(path)) for key in values if key not in FIELDS]
-    if unknown:
-        raise ConfigError(unknown)
-    return FinetuneConfig(**values).validate()
-
-
-def resume_config(saved: FinetuneConfig, flags: Mapping[str, Any]) -> FinetuneConfig:
-    """The configuration of a resumed run: the saved one, plus flags that may differ.
-
-    Raises:
-        ConfigError: listing every flag whose value differs from the saved run's.
-    """
-    problems = [unknown_key(key, "flag") for key in flags if key not in FIELDS]
-    changes: dict[str, Any] = {}
-    for key, value in flags.items():
-        if key not in FIELDS:
-            continue
-        try:
-            new, old = convert(FIELDS[key], value), getattr(saved, key)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        if key in RESUME_MAY_DIFFER:
-            if new != "auto":  # the batch that the run began with
-                changes[key] = new
-        elif key == "channels_last" and not old:
-            continue  # the run itself switches it off where it would be wrong
-        elif new != old:
-            problems.append(
-                f"{flag(key)} is {new} but the run to resume has {old}: leave the flag out to continue it, "
-                "or start a new run with another --output-dir."
-            )
-    if problems:
-        raise ConfigError(problems)
-    return dataclasses.replace(saved, **(changes | {"resume": True, "overwrite": False})).validate()

@@ -63,7 +63,7 @@ def _check_timm_config(config: Mapping[str, Any], model_id: str) -> str:
     if not isinstance(cfg, dict) or not isinstance(args, dict):
         raise BackboneError(
             f"The config.json of model {model_id!r} is damaged: 'pretrained_cfg' and 'model_args' must be "
-            "objects. Export the model again with timm's save_for_hf."
+            "objects. Export the model again with timm's save_for_hf(..., safe_serialization=True)."
         )
     classes = args.get("num_classes", config.get("num_classes", cfg.get("num_classes", 1000)))
     _check_classes_and_channels(

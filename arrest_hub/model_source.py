@@ -124,7 +124,7 @@ def find_weights(folder: Path, model_id: str, library: str, allow_pickle: bool) 
     if not pickles:
         raise BackboneError(
             f"Model {model_id!r} has a config.json but no weights (model.safetensors). Save the weights beside "
-            "it, or give pretrained=False to start from a random initialisation."
+            "it (from Python, pretrained=False starts from a random initialisation)."
         )
     if not allow_pickle:
         raise BackboneError(
@@ -230,7 +230,8 @@ def _from_folder(model_id: str, folder: Path, pretrained: bool, allow_pickle: bo
     if not config_file.is_file():
         raise BackboneError(
             f"Model folder {model_id!r} has no config.json, so its architecture is unknown. Give a folder "
-            "written by timm (save_for_hf), by transformers (save_pretrained) or by a run's export/."
+            "written by timm (save_for_hf with safe_serialization=True) or by transformers (save_pretrained), or a "
+            "run's export/."
         )
     config = read_config(config_file, model_id)
     library, architecture = check_config(config, model_id)

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from arrest_hub.checkpoint import remove_leftovers
-from arrest_hub.config import FinetuneConfig, load_config
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.config_sources import load_config
 from arrest_hub.processes import raise_together
 
 LOCK = ".lock"

@@ -18,6 +18,7 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades
 from arrest_hub.checkpoint import readable_progress
 from arrest_hub.config import FinetuneConfig
+from arrest_hub.config_sources import load_config, resume_config
 from arrest_hub.corrupt import CorruptImages, read_entries
 from arrest_hub.errors import ConfigError
 from arrest_hub.estimate import choose_batch_size
@@ -110,12 +111,16 @@ def _counted(config: FinetuneConfig, objective: Objective) -> Objective:
 def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     """Make a pretrained classifier robust: check, train, export, evaluate the export, write results and card.
 
-    ``notes`` are printed first. Runs on one process or under `accelerate launch` on many.
+    ``notes`` are printed first. Runs on one process or under `accelerate launch` on many. A run that is resumed must
+    have the values it began with (`config.RESUME_MAY_DIFFER` may be others).
 
     Raises:
         ArrestError: (ConfigError, BackboneError, DataError, HubError) for anything wrong with the input, before the
-            first step and with nothing overwritten.
+            first step and with nothing overwritten; later, for an image that cannot be read, training that diverges,
+            a full disk, or a push that fails. Terminated after a SIGTERM, with a checkpoint written.
     """
+    if config.dry_run:
+        raise ConfigError("dry_run=True is for the command: call arrest_hub.dry_run(config), which trains nothing.")
     run, backbone, base = _prepare(config, notes)
     with hold_run_folder(run.config, run.paths, run.accelerator):
         return _train(run, backbone, base)
@@ -151,6 +156,10 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
     """Everything before the run folder is written: checks, data, network, and what is about to happen, printed."""
     config = dataclasses.replace(config).validate()
     paths = RunPaths(Path(config.output_dir))
+    if config.resume and paths.config.is_file():
+        values = dataclasses.asdict(config)
+        del values["recipe"]  # a name; what it stands for is in the others
+        config = resume_config(load_config(paths.config), values)
     problems = environment_problems(config) + output_dir_problems(config, paths)
     if problems:
         raise ConfigError(problems)

@@ -4,7 +4,8 @@ from fractions import Fraction
 import pytest
 import yaml
 
-from arrest_hub.config import FIELDS, FinetuneConfig, load_config, resolve, resume_config
+from arrest_hub.config import FIELDS, FinetuneConfig
+from arrest_hub.config_sources import load_config, resolve, resume_config
 from arrest_hub.errors import ConfigError
 from arrest_hub.fields import convert, parse_fraction
 

@@ -12,7 +12,8 @@ from tiny import NAMES, tiny_backbone, tiny_config
 
 from arrest_hub import estimate, plan, train
 from arrest_hub.cli import finetune_command, parse_finetune, run_cli
-from arrest_hub.config import FinetuneConfig, load_config, resume_config
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.config_sources import load_config, resume_config
 from arrest_hub.errors import ConfigError
 from arrest_hub.estimate import idle_optimizer, largest_batch, measure_evaluation, measure_steps
 from arrest_hub.prepare import new_accelerator

@@ -158,11 +158,13 @@ def test_a_run_whose_every_step_is_skipped_fails(epochs, tmp_path, monkeypatch):
 
 def test_skipped_steps_are_counted(tmp_path, monkeypatch):
     with_scale(monkeypatch, 3e38)
-    finetune(tiny_config(tmp_path, log_every=1, checkpoint_every=1, max_steps=6))
+    changes = {"log_every": 1, "checkpoint_every": 1, "max_steps": 7}
+    with killed_after(6):
+        finetune(tiny_config(tmp_path, **changes))
     text = (tmp_path / "run" / "log.jsonl").read_text()
     counts = [line["skipped_steps"] for line in map(json.loads, text.splitlines()) if "loss" in line]
     assert 1 == counts[0] <= counts[-1] < 6
     assert counts == sorted(counts)
-    finetune(tiny_config(tmp_path, log_every=1, checkpoint_every=1, max_steps=7, resume=True))
+    finetune(tiny_config(tmp_path, resume=True, **changes))
     last = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [line["skipped_steps"] for line in map(json.loads, last) if "loss" in line][-1] == counts[-1]

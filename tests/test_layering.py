@@ -8,8 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "arrest_hub"
 LEVELS = [
-    {"errors", "fields", "licenses", "attack_schedule", "config", "eval_config", "push_config", "recipe_files",
-     "training_record"},
+    {"errors", "fields", "licenses", "attack_schedule", "config", "config_sources", "eval_config", "push_config",
+     "recipe_files", "training_record"},
     {"transforms", "images", "columns", "subsets", "seeding", "corrupt", "streams", "data_speed", "on_demand",
      "image_folder", "labelled_source",
      "sources", "splits", "labels", "data", "architectures", "model_config", "model_source", "image_processor",
@@ -38,9 +38,10 @@ MATHS = (
     "attack_stages",
     "masking",
 )
-NO_TORCH = ("errors", "fields", "attack_schedule", "config", "eval_config", "recipe_files", "results", "verdicts",
-            "figures", "training_figure", "comparison", "robustbench", "licenses", "training_record", "push_config",
-            "card_facts", "hub_access", "hub_search", "hub", "cli", "push_cli", "model_card", "__main__")  # fmt: skip
+NO_TORCH = ("errors", "fields", "attack_schedule", "config", "config_sources", "eval_config", "recipe_files", "results",
+            "verdicts", "figures", "training_figure", "comparison", "robustbench", "licenses", "training_record",
+            "push_config", "card_facts", "hub_access", "hub_search", "hub", "cli", "push_cli", "model_card",
+            "__main__")  # fmt: skip
 
 
 def imports(name, late=False):

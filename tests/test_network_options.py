@@ -17,7 +17,8 @@ from torch._dynamo.utils import counters
 from arrest_hub import loop, step, train
 from arrest_hub.attacks import frozen_eval, margin, pgd, project, random_in_ball
 from arrest_hub.backbones import Backbone, load_backbone
-from arrest_hub.config import FinetuneConfig, load_config, resume_config
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.config_sources import load_config, resume_config
 from arrest_hub.errors import BackboneError, ConfigError
 from arrest_hub.folding import FoldedNetwork, foldable
 from arrest_hub.network_options import (

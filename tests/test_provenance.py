@@ -8,7 +8,8 @@ from tiny import write_images, write_model
 
 from arrest_hub.card_facts import NOT_EXPORTED
 from arrest_hub.cli import parse_finetune
-from arrest_hub.config import FinetuneConfig, resolve
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.config_sources import resolve
 from arrest_hub.errors import ConfigError
 from arrest_hub.licenses import License
 from arrest_hub.model_source import ModelSource, locate

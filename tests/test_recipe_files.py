@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from arrest_hub.cli import parse_finetune
-from arrest_hub.config import FinetuneConfig, resolve
+from arrest_hub.config import FinetuneConfig
+from arrest_hub.config_sources import recipe_config, resolve
 from arrest_hub.errors import ConfigError
 from arrest_hub.recipe_files import FOR_DATASET, list_recipes, read_recipe, recipe_for_dataset
 
@@ -67,3 +68,12 @@ def test_dataset_recipes():
     assert recipe_for_dataset("digits") == "quickstart"
     assert recipe_for_dataset("./images") == "default"
     assert recipe_for_dataset(None) == "default"
+
+
+def test_a_recipes_values_from_python():
+    config = recipe_config("cifar10_resnet18", model="./mine", lr=0.5)
+    assert (config.rgkd_weight, config.lr, config.standard_epochs, config.model) == (100, 0.5, 0, "./mine")
+    with pytest.raises(ConfigError, match="rgkd_weigth"):
+        recipe_config("cifar10_resnet18", rgkd_weigth=1)
+    with pytest.raises(ConfigError, match="cifar10_resnet18"):
+        recipe_config("cifar10_resnet81")

@@ -21,7 +21,7 @@ from tiny import killed_after, tiny_config
 
 from arrest_hub import loop, run_folder
 from arrest_hub.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
-from arrest_hub.config import load_config
+from arrest_hub.config_sources import load_config
 from arrest_hub.errors import ArrestError, ConfigError, Terminated
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.evaluation import run_evaluation
@@ -259,6 +259,15 @@ def test_a_stream_goes_on_on_a_machine_with_other_cores(tmp_path, capsys):
     assert "data loading processes: 1, as before, and not 0" in out
     assert "no longer that of a run without the change" not in out
     assert outcome(tmp_path / "run") == expected
+
+
+def test_a_run_goes_on_from_python_with_its_own_values_alone(tmp_path):
+    dead_run(tmp_path, "run", at=2)
+    with pytest.raises(ConfigError) as error:
+        finetune(run_config(tmp_path, "run", resume=True, lr=0.5, eps="1/255", keep_checkpoints=1))
+    assert [problem.split(":")[0] for problem in error.value.problems] == [
+        "--eps is 1/255 but the run to resume has 8/255", "--lr is 0.5 but the run to resume has 0.05"
+    ]  # fmt: skip
 
 
 def test_a_finished_export_keeps_what_was_added_to_it(tmp_path, capsys):

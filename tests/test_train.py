@@ -18,7 +18,7 @@ import arrest_hub.step as step_module
 from arrest_hub import train
 from arrest_hub.backbones import load_backbone
 from arrest_hub.cli import eval_command, parse_finetune
-from arrest_hub.config import load_config
+from arrest_hub.config_sources import load_config
 from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError
 from arrest_hub.export import write_model_folder
 from arrest_hub.results import read_results
@@ -555,6 +555,12 @@ def test_the_planned_length_is_what_is_run(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 step (1 epoch)" in out, "four batches are enough for one step of three"
     assert "step 1)" in out
+
+
+def test_a_dry_run_from_python_has_its_own_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"arrest_hub\.dry_run"):
+        finetune(tiny_config(tmp_path, dry_run=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_without_a_run_starts_one_and_says_so(tmp_path, capsys):

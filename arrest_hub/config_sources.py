@@ -1,0 +1,104 @@
+"""Where the values of a configuration come from: default < recipe < flag, or the configuration that was saved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from arrest_hub.config import FIELDS, MODEL_KEYS, RESUME_MAY_DIFFER, FinetuneConfig
+from arrest_hub.errors import ConfigError, did_you_mean
+from arrest_hub.fields import convert, flag
+from arrest_hub.recipe_files import read_recipe
+
+
+def unknown_key(name: str, where: str) -> str:
+    """One line for a misspelt flag or recipe key, with the nearest real one."""
+    if where == "flag":
+        return f"unknown flag --{name}.{did_you_mean('--' + name, [flag(key) for key in FIELDS])} See --help."
+    return f"unknown key {name!r} in {where}.{did_you_mean(name, FIELDS)}"
+
+
+def resolve(flags: Mapping[str, Any], recipe: Mapping[str, Any], recipe_name: str | None) -> FinetuneConfig:
+    """Default < recipe < flag. A recipe's model keys are dropped when a flag names another model.
+
+    Raises:
+        ConfigError: every unknown key and bad value at once.
+    """
+    problems = [unknown_key(key, "flag") for key in flags if key not in FIELDS]
+    problems += [unknown_key(str(key), f"recipe {recipe_name!r}") for key in recipe if key not in FIELDS]
+    values = {key: value for key, value in recipe.items() if key in FIELDS}
+    if "model" in flags and flags["model"] != recipe.get("model"):
+        values = {key: value for key, value in values.items() if key not in MODEL_KEYS}
+    values |= {key: value for key, value in flags.items() if key in FIELDS}
+    values["recipe"] = recipe_name
+    config = FinetuneConfig(**values)
+    try:
+        config.validate()
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def recipe_config(recipe: str, **values: Any) -> FinetuneConfig:
+    """What ``--recipe recipe`` and these flags give: a bundled recipe's name or a YAML file's path, and fields of
+    FinetuneConfig that beat it, as in ``recipe_config("imagenet_resnet50", model="timm/resnet18.a1_in1k")``.
+
+    Raises:
+        ConfigError: no such recipe, or every unknown key and bad value at once.
+    """
+    return resolve(values, read_recipe(recipe), recipe)
+
+
+def load_config(path: Path) -> FinetuneConfig:
+    """Read a `config.yaml` that `to_yaml` wrote.
+
+    Raises:
+        ConfigError: if it is not one.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a configuration.")
+    unknown = [unknown_key(str(key), str(path)) for key in values if key not in FIELDS]
+    if unknown:
+        raise ConfigError(unknown)
+    return FinetuneConfig(**values).validate()
+
+
+def resume_config(saved: FinetuneConfig, flags: Mapping[str, Any]) -> FinetuneConfig:
+    """The configuration of a resumed run: the saved one, plus flags that may differ.
+
+    Raises:
+        ConfigError: listing every flag whose value differs from the saved run's.
+    """
+    problems = [unknown_key(key, "flag") for key in flags if key not in FIELDS]
+    changes: dict[str, Any] = {}
+    for key, value in flags.items():
+        if key not in FIELDS:
+            continue
+        try:
+            new, old = convert(FIELDS[key], value), getattr(saved, key)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if key in RESUME_MAY_DIFFER:
+            if new != "auto":  # the batch that the run began with
+                changes[key] = new
+        elif key == "channels_last" and not old:
+            continue  # the run itself switches it off where it would be wrong
+        elif new != old:
+            problems.append(
+                f"{flag(key)} is {new} but the run to resume has {old}: leave the flag out to continue it, "
+                "or start a new run with another --output-dir."
+            )
+    if problems:
+        raise ConfigError(problems)
+    return dataclasses.replace(saved, **(changes | {"resume": True, "overwrite": False})).validate()
