@@ -11,6 +11,7 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,7 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
         self.num_features = 0
+        self.new_head = False  # whether the head came after the weights, at random
         self._num_classes = 0
         self.head = ClassificationHead([self.body.get_submodule(name) for name in self._head_names])
         self.eval()
@@ -126,6 +128,7 @@ class Backbone(nn.Module):
                 reset_transformers_head(network, self._head_names, count, names)
         self.head.train(self.training)
         self.label_names = names
+        self.new_head = True
         self._num_classes = count
 
     def _take_head_out(self) -> None:
@@ -186,6 +189,7 @@ def load_backbone(
     revision: str | None = None,
     pretrained: bool = True,
     num_classes: int | None = None,
+    head_if_none: int | None = None,
     image_size: int | None = None,
     model_args: Mapping[str, Any] | None = None,
     allow_pickle: bool = False,
@@ -196,8 +200,9 @@ def load_backbone(
     ``model_id`` is a folder with a config.json (timm's or transformers'), ``timm/<name>`` for timm's weights
     on the Hub, ``org/name[@revision]`` on the Hub, or the bare name of a timm architecture, which starts from
     a random initialisation. ``pretrained=False`` keeps the architecture of an id with weights, with random
-    ones. ``num_classes`` replaces a head of another size by a fresh one; ``image_size`` (pixels, square)
-    overrides the model's own; ``model_args`` are timm's keyword arguments for a bare architecture name.
+    ones. ``num_classes`` replaces a head of another size by a fresh one, and puts one on a timm network that has none,
+    which is all that ``head_if_none`` does (`new_head` tells); ``image_size`` (pixels, square) overrides the model's
+    own; ``model_args`` are timm's keyword arguments for a bare architecture name.
     Weights are safetensors; ``allow_pickle`` admits pickles, read by torch.load(weights_only=True).
 
     Loading weights leaves the global random generator as it was; a random initialisation draws from it.
@@ -206,7 +211,7 @@ def load_backbone(
     model_id = os.fspath(model_id)
     if not model_id:
         raise BackboneError("The model id is empty. Give one such as 'timm/resnet50.a1_in1k'.")
-    for name, value in (("num_classes", num_classes), ("image_size", image_size)):
+    for name, value in (("num_classes", num_classes), ("head_if_none", head_if_none), ("image_size", image_size)):
         if value is not None and value < 1:
             raise BackboneError(f"{name} is {value} for model {model_id!r}; it must be a positive whole number.")
     located = locate(model_id, revision=revision, pretrained=pretrained, allow_pickle=allow_pickle, cache_dir=cache_dir)
@@ -215,7 +220,8 @@ def load_backbone(
             f"model_args {dict(model_args)} were given for model {model_id!r}, whose architecture its config.json "
             "fixes. Give them with a bare timm architecture name, or leave them out."
         )
-    build = _build_timm if located.source.library == "timm" else _build_transformers
+    timm_build = partial(_build_timm, head_if_none=num_classes or head_if_none)
+    build = timm_build if located.source.library == "timm" else _build_transformers
     if located.source.pretrained:
         with torch.random.fork_rng(devices=[]):
             backbone = build(located, image_size, {}, allow_pickle)
@@ -230,7 +236,12 @@ def load_backbone(
 
 
 def _build_timm(
-    located: LocatedModel, image_size: int | None, model_args: dict[str, Any], allow_pickle: bool
+    located: LocatedModel,
+    image_size: int | None,
+    model_args: dict[str, Any],
+    allow_pickle: bool,
+    *,
+    head_if_none: int | None,
 ) -> Backbone:
     source, folder = located.source, located.folder
     request = {} if image_size is None else {"img_size": image_size}
@@ -250,10 +261,14 @@ def _build_timm(
             f"Model {source.model_id!r} takes images of {native.in_chans} channels; only RGB images (3) are "
             "supported. Leave in_chans out."
         )
-    if native.num_classes < 1:
+    headless = native.num_classes < 1
+    if headless and head_if_none is None:
         raise BackboneError(
-            f"Model {source.model_id!r} has no classification head (num_classes is 0). Give num_classes."
+            f"Model {source.model_id!r} has no classification head (num_classes is 0). Choose a model with one, or "
+            "have one trained first with --standard-epochs N (from Python, num_classes=N puts on a random one)."
         )
+    if headless:
+        native.reset_classifier(head_if_none)
     for key in ("file", "source"):  # the path is of this machine and has no place in an export
         native.pretrained_cfg.pop(key, None)
     preprocessing = Preprocessing(
@@ -265,7 +280,9 @@ def _build_timm(
         interpolation=str(data["interpolation"]),
     )
     names = native.pretrained_cfg.pop("label_names", None)
-    return Backbone(native, source, preprocessing, _complete_names(names, native.num_classes))
+    backbone = Backbone(native, source, preprocessing, _complete_names(names, native.num_classes))
+    backbone.new_head = headless
+    return backbone
 
 
 def _build_transformers(

@@ -67,7 +67,10 @@ def _check_timm_config(config: Mapping[str, Any], model_id: str) -> str:
         )
     classes = args.get("num_classes", config.get("num_classes", cfg.get("num_classes", 1000)))
     _check_classes_and_channels(
-        model_id, classes, args.get("in_chans") or (cfg.get("input_size") or [3])[0], "num_classes"
+        model_id,
+        1 if classes == 0 else classes,  # a network without a head can be given one
+        args.get("in_chans") or (cfg.get("input_size") or [3])[0],
+        "num_classes",
     )
     return architecture
 

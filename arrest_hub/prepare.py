@@ -206,7 +206,8 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:
 def prepare_student(config: FinetuneConfig, splits: Splits, accelerator: Accelerator) -> tuple[Backbone, str]:
     """The pretrained network with a head that fits the dataset, and a sentence about its label space.
 
-    A head that does not fit is replaced only if `--standard-epochs` will train it. Sets the splits' label maps.
+    A head that does not fit is replaced, and one put on where there is none, only if `--standard-epochs` will train it.
+    Sets the splits' label maps.
 
     Raises:
         BackboneError, HubError: see `backbones.load_backbone`. ConfigError: the label spaces differ, or a random
@@ -216,6 +217,7 @@ def prepare_student(config: FinetuneConfig, splits: Splits, accelerator: Acceler
     load = partial(
         load_backbone,
         config.model,
+        head_if_none=splits.num_classes if config.standard_epochs else None,
         image_size=config.image_size,
         model_args=config.model_args or None,
         allow_pickle=config.allow_pickle,
@@ -232,6 +234,9 @@ def prepare_student(config: FinetuneConfig, splits: Splits, accelerator: Acceler
             )
         backbone.reset_head(names)
         return backbone, f"head: new, {backbone.num_classes} classes"
+    if backbone.new_head:
+        backbone.label_names = splits.class_names
+        return backbone, f"head: new, {backbone.num_classes} classes (the model had none)"
     try:
         match = match_labels(
             splits.class_names, splits.num_classes, backbone.label_names, backbone.num_classes, mode=config.label_match

@@ -267,6 +267,24 @@ def test_unusable_architectures(tmp_path):
     fails(timm_folder(tmp_path), "model_args", model_args={"drop_rate": 0.1})
 
 
+@pytest.mark.parametrize(("name", "args"), [("test_vit", {"img_size": 32}), ("test_resnet", {})])
+def test_a_network_without_a_head_is_given_one(name, args, tmp_path):
+    plain = timm.create_model(name, num_classes=0, **args).eval()
+    timm.models.save_for_hf(plain, tmp_path / "net", safe_serialization=True)
+    fails(tmp_path / "net", "no classification head", "--standard-epochs")
+    for flags in ({"num_classes": 5}, {"head_if_none": 5}):
+        state = torch.get_rng_state()
+        backbone = load_backbone(tmp_path / "net", image_size=32, **flags)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert (backbone.num_classes, backbone.new_head) == (5, True)
+        pixels = torch.rand(2, 3, 32, 32)
+        logits, representation = backbone(pixels)
+        assert logits.shape == (2, 5)
+        torch.testing.assert_close(representation, plain(backbone.normalize(pixels)), rtol=1e-4, atol=1e-5)
+    backbone = load_backbone(timm_folder(tmp_path), head_if_none=5)
+    assert (backbone.num_classes, backbone.new_head) == (3, False), "it has one"
+
+
 class Sharpened(torch.nn.Module):
     """A classifier that works on its logits after the head: no linear head gives them."""
 
@@ -321,7 +339,7 @@ def test_damaged_timm_folders(tmp_path):
     rewrite(folder, architecture="resnet18_mine")
     fails(folder, "resnet18_mine", "Did you mean 'resnet18")
     folder = broken("headless")
-    rewrite(folder, num_classes=0, model_args={})
+    rewrite(folder, num_classes=-1, model_args={})
     fails(folder, "no classification head")
     folder = broken("no-weights")
     (folder / "model.safetensors").unlink()

@@ -557,6 +557,19 @@ def test_the_planned_length_is_what_is_run(tmp_path, capsys):
     assert "step 1)" in out
 
 
+def test_a_network_without_a_head_gets_one_from_the_clean_phase(tmp_path, capsys):
+    net = timm.create_model("test_resnet", num_classes=0, pretrained=False)
+    timm.models.save_for_hf(net, tmp_path / "net", safe_serialization=True, data_config={"input_size": (3, 16, 16)})
+    changes = {"model": str(tmp_path / "net"), "max_steps": 1, "validation_size": 0, "limit_eval": 6}
+    with pytest.raises(BackboneError, match="--standard-epochs"):
+        finetune(tiny_config(tmp_path, **changes))
+    run = finetune(tiny_config(tmp_path, standard_epochs=1, **changes))
+    assert "head: new, 3 classes (the model had none)" in capsys.readouterr().out
+    loaded = timm.create_model(f"local-dir:{run.export}", pretrained=True)
+    assert loaded.num_classes == 3
+    assert load_backbone(run.export).label_names == load_backbone(run.path / "teacher").label_names == NAMES
+
+
 def test_a_dry_run_from_python_has_its_own_name(tmp_path):
     with pytest.raises(ConfigError, match=r"arrest_hub\.dry_run"):
         finetune(tiny_config(tmp_path, dry_run=True))
