@@ -7,6 +7,7 @@ classifier back for saving.
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,7 +122,9 @@ class Backbone(nn.Module):
             raise ValueError(f"A classification head needs at least one class, not {count}.")
         with self.native() as network:
             if self.source.library == "timm":
-                network.reset_classifier(count)
+                # of two heads (RepViT) timm keeps the second only if told to
+                keep_both = "distillation" in inspect.signature(network.reset_classifier).parameters
+                network.reset_classifier(count, **({"distillation": len(self._head_names) > 1} if keep_both else {}))
                 for key in ("label_names", "label_descriptions"):  # of the classes before
                     network.pretrained_cfg.pop(key, None)
             else:

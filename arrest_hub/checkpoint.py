@@ -109,7 +109,7 @@ def save_checkpoint(
         ends = [checkpoint for checkpoint in until if _ends_epoch(checkpoint)]
         for old in set(every) - {*until[-keep:], *ends[-1:]}:
             _remove(old)
-        _drop_best(folder)
+        drop_best(folder)
 
     main = accelerator.is_main_process
     # libraries have errors of their own for a full disk; whatever it is, it must not leave the others waiting
@@ -119,8 +119,10 @@ def save_checkpoint(
             if part is not None:
                 part()
         except Exception as error:
+            free = shutil.disk_usage(folder).free
             problem = (
-                f"the checkpoint {final} cannot be written: {' '.join(str(error).split()) or type(error).__name__}. "
+                f"the checkpoint {final} cannot be written: {' '.join(str(error).split()) or type(error).__name__} "
+                f"({free / 1e6:,.0f} MB are free there). "
                 "Earlier ones are untouched: make room for it, then go on with the same command and --resume."
             )
             if main:
@@ -215,9 +217,9 @@ def remove_leftovers(folder: Path, *patterns: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _drop_best(folder: Path) -> None:
-    """Delete the best weights that no checkpoint names any more."""
-    steps = {progress.best_step for progress in readable_progress(folder, "robust")}
+def drop_best(folder: Path, newest: int | None = None) -> None:
+    """Delete the best weights that no checkpoint names, but for those of the step ``newest``."""
+    steps = {newest} | {progress.best_step for progress in readable_progress(folder, "robust")}
     wanted = {best_folder(folder, step).name for step in steps if step is not None}
     for path in folder.glob("best-*"):
         if path.name not in wanted:

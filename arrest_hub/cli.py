@@ -7,12 +7,14 @@ import dataclasses
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from arrest_hub import __version__
 from arrest_hub.config import GROUPS, MODEL_KEYS, FinetuneConfig
 from arrest_hub.config_sources import load_config, resolve, resume_config, unknown_key
 from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError, Terminated
@@ -82,7 +84,8 @@ def eval_parser() -> argparse.ArgumentParser:
 def add_fields(
     parser: argparse.ArgumentParser, config: type, groups: Sequence[str], leave_out: Sequence[str] = ()
 ) -> None:
-    """A flag for each field of a configuration, in its group."""
+    """A flag for each field of a configuration, in its group, and --version."""
+    parser.add_argument("--version", action="version", version=f"arrest-hub {__version__}")
     used = {field.metadata["group"] for field in dataclasses.fields(config) if field.name not in leave_out}
     sections = {name: parser.add_argument_group(name) for name in groups if name in used}
     for field in dataclasses.fields(config):
@@ -247,10 +250,46 @@ def _read_mapping(words: Sequence[str], problems: list[str]) -> dict[str, Any]:
     return result
 
 
+class _Outliving:
+    """A text stream whose reader may go away (`| head`): from then on what is written goes nowhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self._stream.write(text)) or 0
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextmanager
+def outlive_reader() -> Iterator[None]:
+    """Within this context a run whose output nobody reads any more goes on, as one that is not printed would."""
+    stream: Any = _Outliving(sys.stdout)
+    with redirect_stdout(stream):
+        try:
+            yield
+        finally:
+            stream.flush()
+
+
 def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resumes: bool = True) -> int:
     """Run a command; print an ArrestError as clear lines instead of a traceback. Returns the exit code."""
     try:
-        main(argv)
+        with outlive_reader():
+            main(argv)
     except ConfigError as error:
         if os.environ.get("RANK", "0") != "0":
             return 2  # every process finds the same; one says it
@@ -262,14 +301,15 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resum
     except Terminated as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
-        return 143
+        return error.exit_code
     except ArrestError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        place = f" at {error.filename}" if error.filename else ""
+        full = error.filename2 or error.filename  # of a copy the second
+        place = f" at {full}" if full else ""
         again = "go on with the same command and --resume" if resumes else "give the same command again"
         print(f"error: {error.strerror}{place}. Make room there, then {again}.", file=sys.stderr)
         return 2

@@ -22,9 +22,9 @@ class Columns(NamedTuple):
 def find_columns(dataset: Any, image_column: str | None, label_column: str | None, dataset_id: str) -> Columns:
     """The image and the label column of a `datasets` split; what the user named is checked, not replaced.
 
-    Images: feature Image, or a column of encoded bytes under a usual name. Labels: feature ClassLabel, or integers or
-    strings under a usual name. Of several, the one with the most usual name. Raises DataError when there is none, or
-    more than one where no sure type (Image, ClassLabel) has a usual name.
+    Images: feature Image, or a column of encoded bytes under a usual name. Labels: feature ClassLabel, or integers,
+    booleans or strings under a usual name. Of several, the one with the most usual name. Raises DataError when there is
+    none, or more than one where no sure type (Image, ClassLabel) has a usual name.
     """
     features = dataset.features
     if not features:
@@ -91,4 +91,4 @@ def _is_class_label(feature: Any) -> bool:
 
 def _is_plain_label(feature: Any) -> bool:
     dtype = str(getattr(feature, "dtype", ""))
-    return dtype.startswith(("int", "uint")) or dtype in ("string", "large_string")
+    return dtype.startswith(("int", "uint")) or dtype in ("bool", "string", "large_string")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from arrest_hub.config import FIELDS, MODEL_KEYS, RESUME_MAY_DIFFER, FinetuneConfig
 from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import convert, flag
-from arrest_hub.recipe_files import read_recipe
+from arrest_hub.recipe_files import FOR_DATASET, read_recipe
 
 
 def unknown_key(name: str, where: str) -> str:
@@ -89,7 +90,9 @@ def resume_config(saved: FinetuneConfig, flags: Mapping[str, Any]) -> FinetuneCo
         except ValueError as error:
             problems.append(str(error))
             continue
-        if key in RESUME_MAY_DIFFER:
+        if key in ("model", "dataset") and _same_folder(new, old):
+            changes[key] = new
+        elif key in RESUME_MAY_DIFFER:
             if new != "auto":  # the batch that the run began with
                 changes[key] = new
         elif key == "channels_last" and not old:
@@ -102,3 +105,27 @@ def resume_config(saved: FinetuneConfig, flags: Mapping[str, Any]) -> FinetuneCo
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(saved, **(changes | {"resume": True, "overwrite": False})).validate()
+
+
+def anchored(config: FinetuneConfig) -> FinetuneConfig:
+    """The same with the absolute paths of local folders, so that the run goes on from wherever it is resumed."""
+    local = {
+        name: os.path.abspath(path)
+        for name in ("model", "dataset")
+        if (path := os.path.expanduser(getattr(config, name))) and _is_local(name, path)
+    }
+    return dataclasses.replace(config, **local)
+
+
+def _is_local(kind: str, path: str) -> bool:
+    """Whether this names a folder that is here, and not an architecture or a dataset that goes by the same name."""
+    if kind == "dataset":
+        return os.path.isdir(path) and path not in FOR_DATASET
+    return os.path.isdir(path) and (os.sep in path or os.path.isfile(os.path.join(path, "config.json")))
+
+
+def _same_folder(new: str, old: str) -> bool:
+    """Whether two names are of one folder, or the first is there and the second, a whole path, is not any more."""
+    new, old = os.path.expanduser(new), os.path.expanduser(old)
+    moved = os.path.isabs(old) and not os.path.exists(old)
+    return os.path.isdir(new) and (moved or os.path.abspath(new) == os.path.abspath(old))

@@ -42,7 +42,11 @@ class AlreadyReported(ArrestError):
 
 
 class Terminated(ArrestError):
-    """SIGTERM asked the run to stop, and it did, with everything saved. The exit code is 143, and not 2."""
+    """SIGTERM or Ctrl-C asked the run to stop, and it did, with everything saved: ``exit_code`` is 143 or 130."""
+
+    def __init__(self, text: str, exit_code: int = 143) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 def did_you_mean(value: str, known: Iterable[str], n: int = 1) -> str:

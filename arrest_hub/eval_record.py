@@ -221,7 +221,8 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
             return [f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md is not, "
                     f"since a file beside it is damaged ({error})"]  # fmt: skip
         card.write_text(text, encoding="utf-8")
-        left = f"; without figures of {config.teacher}, not known to be where it came from, and pictures" * another
+        teacher = "the teacher found" if config.teacher == "auto" else config.teacher
+        left = f"; without figures of {teacher}, not known to be where it came from, and pictures" * another
         return [f"{folder}: results.json, verdicts.parquet, {new_figures}and README.md are brought up to date{left}"]
     return [
         f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md was edited "

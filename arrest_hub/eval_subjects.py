@@ -267,9 +267,12 @@ def find_teacher(subject: Subject) -> str | None:
         return None
     try:
         training = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        return None if training.get("standard_epochs") else str(training["model"])
+        model = None if training.get("standard_epochs") else str(training["model"])
     except (yaml.YAMLError, AttributeError, KeyError, UnicodeDecodeError):  # somebody else's
         return None
+    if model is not None and not Path(model).expanduser().is_dir():  # one on the Hub would have been recorded
+        raise BackboneError(f"the network that it was finetuned from, {model}, is not there: name it with --teacher")
+    return model
 
 
 def load_teacher(

@@ -87,6 +87,8 @@ def evaluate(
         problems.append("limit_eval is for a dataset with a name: of images given as tensors give fewer.")
     if isinstance(module, Backbone | PretrainedClassifier) and options.get("image_size") is not None:
         problems.append("image_size: the network has one already: load it with another, image_size=... there.")
+    if module is not None and any(value.dtype == torch.float64 for value in module.parameters()):
+        problems.append("the model's parameters are float64, and images are float32: give model.float().")
     if problems:
         raise ConfigError(problems)
     config = EvalConfig(
@@ -101,6 +103,8 @@ def evaluate(
     ).report
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def run_evaluation(
     config: EvalConfig,
     *,

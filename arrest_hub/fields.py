@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -95,6 +96,8 @@ def convert(field: dataclasses.Field[Any], value: Any) -> Any:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise wrong
         return dict(value)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if kind == "str":
         if isinstance(value, (int, float)):
             value = str(value)
@@ -104,6 +107,9 @@ def convert(field: dataclasses.Field[Any], value: Any) -> Any:
             raise ValueError(f"{wrong}{did_you_mean(value, meta['choices'])}")
         return value
     if kind == "fraction":
+        # what Python makes of 8/255, and not a short decimal fraction such as 0.2
+        if isinstance(value, float) and len(repr(value)) > 8 and abs(255 * value - round(255 * value)) < 1e-9:
+            value = f"{round(255 * value)}/255"
         try:
             number: float | Fraction = parse_fraction(str(value))
         except ValueError:
@@ -166,7 +172,7 @@ def eps_problem(norm: str, eps: str, name: str = "--eps") -> list[str]:
     value = Fraction(eps)
     if norm != "linf" or value < 1:
         return []
-    hint = f" Did you mean {eps}/255?" if value.denominator == 1 and value < 255 else ""
+    hint = f" Did you mean {value}/255?" if value.denominator == 1 and value < 255 else ""
     return [f"{name} {eps} is out of range: pixels are in [0, 1], so linf needs eps below 1.{hint}"]
 
 

@@ -59,10 +59,12 @@ def at_chance(correct: int, n: int, num_classes: int) -> bool:
     return expected >= 10 and correct <= expected + 2 * math.sqrt(expected * (1 - 1 / num_classes))
 
 
-def collapse_warning(accuracy: float, first: float | None, num_classes: int) -> str:
+def collapse_warning(accuracy: float, first: float | None, num_classes: int, standard: bool = False) -> str:
     """What to say of a clean ``accuracy`` at chance after an epoch; ``first``: what it was at the run's first steps,
-    if that is known."""
-    if first is not None and first <= 1.5 / num_classes:
+    if that is known; ``standard``: in the clean phase."""
+    if standard:
+        cause = "It needs more of --standard-epochs, or another --standard-lr."
+    elif first is not None and first <= 1.5 / num_classes:
         cause = (
             "It was so from the first step: the network was not trained on these classes (add --standard-epochs), "
             "or they are in another order than the dataset's (see --label-match)."
@@ -72,7 +74,8 @@ def collapse_warning(accuracy: float, first: float | None, num_classes: int) -> 
             "The likely cause is a learning rate that is too high: start again with a smaller --lr, with "
             "--warmup-epochs or --clip-grad 1, or with a smaller --eps."
         )
+    what = "has learnt nothing yet" if standard else "has collapsed"
     return (
-        f"warning: the network has collapsed: {100 * accuracy:.1f} % clean accuracy over the last epoch is what "
+        f"warning: the network {what}: {100 * accuracy:.1f} % clean accuracy over the last epoch is what "
         f"guessing among {num_classes} classes gives. {cause}"
     )

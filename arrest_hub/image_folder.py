@@ -16,6 +16,9 @@ IMAGE_SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
 )
 
+OURS = {"training_record.json", "eval_config.yaml"}
+"""Files that an export or the record of an evaluation has, and no dataset."""
+
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev"),
@@ -50,6 +53,8 @@ def open_image_folder(path: Path, typed: str, *, shuffle: bool) -> tuple[dict[st
             f"dataset folder {typed!r} holds no images in class subfolders (such as {path.name}/cat/1.jpg or "
             f"{path.name}/train/cat/1.jpg), no Parquet files and no saved dataset."
         )
+    if len(class_names) == 1:
+        raise DataError(_one_class(path, typed, class_names[0]))
     splits: dict[str, Dataset] = {}
     for name, classes in found.items():
         unknown = sorted(set(classes) - set(class_names))
@@ -74,6 +79,18 @@ def open_image_folder(path: Path, typed: str, *, shuffle: bool) -> tuple[dict[st
             f"folders without a file whose name ends as an image's does, which are no class: {_first(without)}"
         )
     return splits, notes
+
+
+def _one_class(path: Path, typed: str, only: str) -> str:
+    """What to say of a folder in which one subfolder alone holds images."""
+    inside = [sub.name for sub in _subfolders(path / only) if any(_is_image(file) for file in walk(sub))]
+    text = f"dataset folder {typed!r} has one class only, {only}/; at least two are needed."
+    if inside:
+        text += f" If {_first(inside)} in it are the classes (or splits), give {os.path.join(typed, only)!r}."
+    tables = sorted(file.name for file in path.glob("*.csv"))
+    if tables:
+        text += f" {_first(tables)}: of tables only a metadata.csv beside the images is read (file_name,label)."
+    return text
 
 
 def _split_folders(path: Path, typed: str) -> dict[str, Path]:
@@ -103,8 +120,11 @@ def _subfolders(path: Path) -> list[Path]:
 
 
 def walk(path: Path) -> Iterator[str]:
-    """Every file under ``path`` that is not hidden."""
+    """Every file under ``path`` that is not hidden, nor what a run or an evaluation of ours wrote there."""
     for folder, subfolders, files in os.walk(path, followlinks=True):
+        if OURS & set(files) or ("config.yaml" in files and "checkpoints" in subfolders):
+            subfolders.clear()
+            continue
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
 

@@ -89,6 +89,8 @@ def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | N
     if found and all(isinstance(v, str) for v in found):
         values = sorted(found)
         names, count = values, len(values)
+    elif found and all(isinstance(v, bool) for v in found):
+        names, values, count = ["False", "True"], None, 2
     else:
         present = sorted(int(v) for v in found if int(v) != -1)
         names, values, count = None, None, (present[-1] + 1 if present else 0)

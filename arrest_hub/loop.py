@@ -18,7 +18,15 @@ from torch import nn
 from tqdm import tqdm
 
 from arrest_hub.backbones import Backbone
-from arrest_hub.checkpoint import Progress, best_folder, derive_seed, flush_to_disk, load_checkpoint, save_checkpoint
+from arrest_hub.checkpoint import (
+    Progress,
+    best_folder,
+    derive_seed,
+    drop_best,
+    flush_to_disk,
+    load_checkpoint,
+    save_checkpoint,
+)
 from arrest_hub.checks import report_corrupt, stop_if_all_skipped, stop_unless_finite, warn
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import ImageSplit, StreamingImages, eval_loader, train_loader
@@ -69,7 +77,7 @@ def train_phase(
 
     Every random draw is seeded by where the run stands, so a resumed run continues bit for bit (on a CPU).
     Raises ArrestError if training diverges or a checkpoint cannot be written, DataError if an image cannot be read,
-    Terminated after a SIGTERM, with a checkpoint written.
+    Terminated after a SIGTERM or Ctrl-C, with a checkpoint written.
     """
     config, accelerator = run.config, run.accelerator
     saved, checkpoint, notes = resume_point(config, run.paths, accelerator, phase, run.num_workers)
@@ -146,9 +154,11 @@ def train_phase(
 
     def stop_if_asked() -> None:
         if any_process(accelerator, termination.asked):
+            by = "Ctrl-C" if termination.exit_code == 130 else "SIGTERM"
             raise Terminated(
-                f"stopped by SIGTERM at step {progress.place} of {total_steps}; {save()} is written. Go on with the "
-                "same command and --resume."
+                f"stopped by {by} at step {progress.place} of {total_steps}; {save()} is written. Go on with the "
+                "same command and --resume.",
+                termination.exit_code,
             )
 
     # the bar is closed before an error is printed
@@ -226,7 +236,10 @@ def train_phase(
                 model.train()
             if at_chance(correct, seen, student.num_classes):
                 warn(
-                    run, phase, progress, collapse_warning(correct / seen, progress.first_accuracy, student.num_classes)
+                    run,
+                    phase,
+                    progress,
+                    collapse_warning(correct / seen, progress.first_accuracy, student.num_classes, phase == "standard"),
                 )
             clean.zero_()
             finished = progress.place >= total_steps
@@ -354,6 +367,8 @@ def _validate(
             progress.best_score, progress.best_step = score, progress.step
             whole, folder = run.whole(model), best_folder(run.paths.checkpoints, progress.step)
             main_only(run.accelerator, lambda: _write_weights(whole, folder))
+            if run.accelerator.is_main_process:
+                drop_best(run.paths.checkpoints, progress.step)
     run.log.write({"phase": phase, "step": progress.step, "epoch": progress.epoch, **values}, run.images_logged)
     shown = ", ".join(
         f"{name.removeprefix('validation_')} {value:.3f}" for name, value in values.items() if name != "n"

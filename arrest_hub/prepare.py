@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     gather_object,
     is_tensorboard_available,
@@ -109,7 +110,8 @@ def make_accelerator(config: FinetuneConfig, paths: RunPaths) -> Accelerator:
     return new_accelerator(
         config.ddp_timeout,
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.grad_accum_steps,
+        # as a plugin: the number alone gives way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.grad_accum_steps),
         log_with=config.log_with,
         project_dir=str(paths.root),
     )

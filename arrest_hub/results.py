@@ -140,7 +140,7 @@ class EvalReport:
         """The robust accuracy that the harmonic mean is taken with: AutoAttack's, else the lowest one there is."""
         rows = [row for row in self.results if row.metric == "robust_accuracy"]
         autoattack = next((row for row in rows if row.attack == "autoattack"), None)
-        return autoattack or min(rows, key=lambda row: row.value, default=None)
+        return autoattack or min(rows, key=lambda row: (row.value, row.attack == "noise"), default=None)
 
     @property
     def warnings(self) -> list[Check]:

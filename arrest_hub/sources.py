@@ -31,6 +31,9 @@ from arrest_hub.errors import ArrestError, DataError, HubError, did_you_mean, hu
 from arrest_hub.image_folder import open_image_folder, walk
 from arrest_hub.on_demand import SplitsOnDemand, is_prepared, keep_names, open_apart, opens_apart, prepared, read_names
 
+METADATA = {"metadata.csv", "metadata.jsonl"}
+"""Files that give the labels of the images beside them."""
+
 RawSplit: TypeAlias = Dataset | IterableDataset
 
 
@@ -293,7 +296,7 @@ def _open_folder(path: Path, typed: str, streaming: bool, on_demand: bool, cache
     files = sorted(walk(path))
     names = {os.path.basename(file).lower() for file in files}
     tabular = any(name.endswith((".parquet", ".arrow", ".tar")) for name in names)
-    if tabular or names & {"metadata.csv", "metadata.jsonl"}:
+    if tabular or names & METADATA:
         return _open_data_files(path, typed, files, streaming, on_demand, cache_dir)
     splits, notes = open_image_folder(path, typed, shuffle=streaming)
     source = _as_source(splits, streaming)
@@ -325,6 +328,7 @@ def _open_data_files(
     root = _own_cache(cache_dir) / state.hexdigest()[:16]
     with _folder_errors(typed):
         builder = datasets.load_dataset_builder(str(path.resolve()), cache_dir=str(root))
+        _check_metadata(builder, files, typed)
         if on_demand and opens_apart(builder) and not is_prepared(builder):
 
             def open_split(name: str) -> Dataset:
@@ -345,14 +349,43 @@ def _open_data_files(
     return Source({str(name): split for name, split in splits.items()}, sizes=sizes)
 
 
+def _check_metadata(builder: datasets.DatasetBuilder, files: list[str], typed: str) -> None:
+    """Raises DataError if a split of images has none of the metadata that there is: `datasets` would take the splits
+    for the classes."""
+    found = [file for file in files if os.path.basename(file).lower() in METADATA]
+    if not found or not hasattr(builder.config, "drop_labels"):  # the latter is of folders of images and their like
+        return
+    for split, parts in (builder.config.data_files or {}).items():
+        if not any(os.path.basename(part).lower() in METADATA for part in parts):
+            name = os.path.basename(found[0])
+            raise DataError(
+                f"dataset folder {typed!r}: {found[0]} is not read for the split {str(split)!r}, whose folder has "
+                f"no {name} of its own. Put one into the folder of each split, with its own images and their paths "
+                "from there."
+            )
+
+
 @contextmanager
 def _folder_errors(typed: str) -> Iterator[None]:
     """Reading local files, without progress bars; failures become one DataError."""
     try:
         with _quiet():
             yield
+    except DataError:
+        raise
     except (DatasetsError, ValueError, OSError) as error:
+        cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
+        if isinstance(error, OSError) and error.filename and not os.access(_existing(cache), os.W_OK):
+            raise DataError(
+                f"the cache of `datasets`, {cache}, cannot be written ({error.strerror}): set HF_HOME or "
+                "HF_DATASETS_CACHE to a folder that can be."
+            ) from error
         raise DataError(f"dataset folder {typed!r} cannot be read: {_first_lines(error)}") from error
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _first_lines(error: Exception) -> str:

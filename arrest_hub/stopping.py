@@ -1,4 +1,6 @@
-"""SIGTERM, which schedulers send before they take a machine away: a run writes a checkpoint and ends with code 143."""
+"""SIGTERM, which schedulers send before they take a machine away, and Ctrl-C: a run writes a checkpoint and ends with
+code 143 or 130.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,28 @@ WORKER_SECONDS = 30
 
 
 class Termination:
-    """Whether SIGTERM came."""
+    """Whether SIGTERM or SIGINT came, and the exit code that belongs to it."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.exit_code = 143
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal's handler: takes note, and may be called again (launchers pass on what a process has got too)."""
+        """SIGTERM's handler: takes note, and may be called again (launchers pass on what a process has got too)."""
         self.asked = True
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """SIGINT's handler: the same for the first Ctrl-C; the second does not wait."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked, self.exit_code = True, 130
+        os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)\n")
 
 
 @contextmanager
 def watch_for_termination() -> Iterator[Termination]:
-    """Within this context SIGTERM is noted instead of ending the process; the caller looks at ``asked``.
+    """Within this context SIGTERM and a first SIGINT are noted instead of ending the process; the caller looks at
+    ``asked``.
 
     Outside the main thread, where Python takes no signals, nothing changes.
     """
@@ -34,20 +45,22 @@ def watch_for_termination() -> Iterator[Termination]:
     if threading.current_thread() is not threading.main_thread():
         yield termination
         return
-    before = signal.signal(signal.SIGTERM, termination.handle)
+    before = signal.signal(signal.SIGTERM, termination.handle), signal.signal(signal.SIGINT, termination.interrupt)
     try:
         yield termination
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
 
 
 def outlive_termination(worker: int) -> None:
     """For a DataLoader's ``worker_init_fn``: SIGTERM ends the process `WORKER_SECONDS` later, unless it comes from the
-    process that it works for.
+    process that it works for, and SIGINT does nothing: that is for the one to act on that it works for.
 
-    A scheduler sends it to every process of a job, and a loader that dies at once takes the training with it before
-    its checkpoint is written. Without effect where the sender of a signal is not told (macOS).
+    A scheduler, or a terminal, sends them to every process of a job, and a loader that dies at once takes the training
+    with it before its checkpoint is written. SIGTERM ends it at once where the sender of a signal is not told (macOS).
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads made from now on inherit it

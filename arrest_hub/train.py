@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -18,7 +20,7 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades
 from arrest_hub.checkpoint import readable_progress
 from arrest_hub.config import FinetuneConfig
-from arrest_hub.config_sources import load_config, resume_config
+from arrest_hub.config_sources import anchored, load_config, resume_config
 from arrest_hub.corrupt import CorruptImages, read_entries
 from arrest_hub.errors import ConfigError
 from arrest_hub.estimate import choose_batch_size
@@ -108,6 +110,8 @@ def _counted(config: FinetuneConfig, objective: Objective) -> Objective:
     return objective
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     """Make a pretrained classifier robust: check, train, export, evaluate the export, write results and card.
 
@@ -117,7 +121,7 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     Raises:
         ArrestError: (ConfigError, BackboneError, DataError, HubError) for anything wrong with the input, before the
             first step and with nothing overwritten; later, for an image that cannot be read, training that diverges,
-            a full disk, or a push that fails. Terminated after a SIGTERM, with a checkpoint written.
+            a full disk, or a push that fails. Terminated after a SIGTERM or Ctrl-C, with a checkpoint written.
     """
     if config.dry_run:
         raise ConfigError("dry_run=True is for the command: call arrest_hub.dry_run(config), which trains nothing.")
@@ -126,6 +130,8 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
         return _train(run, backbone, base)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def dry_run(config: FinetuneConfig, notes: Sequence[str] = ()) -> list[str]:
     """Do what comes before the training of `finetune`, and a few steps; print, and return, what the rest will take.
 
@@ -163,10 +169,15 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
     problems = environment_problems(config) + output_dir_problems(config, paths)
     if problems:
         raise ConfigError(problems)
+    config = anchored(config)
     accelerator = make_accelerator(config, paths)
     warning = launcher_warning(accelerator, "finetune")
     for note in (*notes, warning) if warning else notes:
         accelerator.print(note)
+    if (asked := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", config.mixed_precision):
+        accelerator.print(
+            f"note        the launcher's mixed precision, {asked}, is not used: --mixed-precision decides"
+        )
     if is_sharded(accelerator) and config.channels_last:
         config.channels_last = False
         accelerator.print("note        --channels-last is off: FSDP shards no weights whose channels are innermost")

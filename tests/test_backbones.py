@@ -285,6 +285,16 @@ def test_a_network_without_a_head_is_given_one(name, args, tmp_path):
     assert (backbone.num_classes, backbone.new_head) == (3, False), "it has one"
 
 
+def test_both_heads_of_a_distilled_network_are_renewed():
+    backbone = load_backbone("repvit_m0_9", image_size=64)
+    backbone.reset_head(["a", "b"])
+    logits, representation = backbone(torch.rand(2, 3, 64, 64))
+    assert logits.shape == (2, 2)
+    with backbone.native() as network, torch.no_grad():
+        torch.testing.assert_close(network(backbone.normalize(torch.zeros(1, 3, 64, 64))).shape, torch.Size([1, 2]))
+    assert representation.shape[1] == backbone.num_features
+
+
 class Sharpened(torch.nn.Module):
     """A classifier that works on its logits after the head: no linear head gives them."""
 

@@ -6,10 +6,12 @@ import time
 
 import pytest
 
-from arrest_hub.cli import finetune_command, parse_eval, parse_finetune, run_cli
+from arrest_hub import __version__
+from arrest_hub.cli import eval_parser, finetune_command, finetune_parser, parse_eval, parse_finetune, run_cli
 from arrest_hub.config import FIELDS
 from arrest_hub.errors import ConfigError, Terminated
 from arrest_hub.fields import flag
+from arrest_hub.push_cli import card_parser, push_parser
 
 
 def errors(argv, capsys):
@@ -149,9 +151,39 @@ def test_exit_codes_of_what_ends_a_run(capsys):
 
     assert ends(Terminated("stopped by SIGTERM at step 3")) == 143
     assert "stopped by SIGTERM at step 3" in capsys.readouterr().err
+    assert ends(Terminated("stopped by Ctrl-C at step 3", 130)) == 130
+    assert "stopped by Ctrl-C" in capsys.readouterr().err
+    assert ends(OSError(errno.ENOSPC, "No space left on device", "a.png", None, "export/a.png")) == 2
+    assert "at export/a.png" in capsys.readouterr().err, "the copy's target is what is full"
     assert ends(OSError(errno.ENOSPC, "No space left on device", "runs/x/log.jsonl")) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: No space left on device at runs/x/log.jsonl.")
     assert "--resume" in message
     with pytest.raises(FileNotFoundError):
         ends(FileNotFoundError(errno.ENOENT, "No such file"))
+
+
+def test_a_run_outlives_the_reader_of_its_output(tmp_path):
+    """As of `| head`."""
+    code = f"""
+import sys
+from arrest_hub.cli import run_cli
+def main(argv):
+    for _ in range(3):
+        print("x" * 100_000)
+    open({str(tmp_path / "done")!r}, "w").close()
+sys.exit(run_cli(main, []))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 0
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("parser", [finetune_parser, eval_parser, push_parser, card_parser])
+def test_version(parser, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        parser().parse_args(["--version"])
+    assert capsys.readouterr().out == f"arrest-hub {__version__}\n"

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from arrest_hub.config import FIELDS, FinetuneConfig
-from arrest_hub.config_sources import load_config, resolve, resume_config
+from arrest_hub.config_sources import anchored, load_config, resolve, resume_config
 from arrest_hub.errors import ConfigError
 from arrest_hub.fields import convert, parse_fraction
 
@@ -170,3 +170,31 @@ def test_every_field_has_help_and_a_valid_default():
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         assert convert(field, default) == default
     assert set(FIELDS) == {field.name for field in dataclasses.fields(FinetuneConfig)}
+
+
+def test_a_radius_as_python_computes_it_is_the_fraction():
+    for value, expected in ((8 / 255, "8/255"), (0.5, "0.5"), (0.2, "0.2"), (Fraction(4, 255), "4/255"), (1.0, "1.0")):
+        assert FinetuneConfig(model="m", dataset="digits", norm="l2", eps=value).validate().eps == expected
+    with pytest.raises(ConfigError, match=r"Did you mean 2/255\?"):
+        FinetuneConfig(model="m", dataset="digits", eps="2/1").validate()
+
+
+def test_paths_are_names_too(tmp_path):
+    config = FinetuneConfig(model=tmp_path / "m", dataset="digits", output_dir=tmp_path / "run").validate()
+    assert (config.model, config.output_dir) == (str(tmp_path / "m"), str(tmp_path / "run"))
+
+
+def test_only_local_folders_are_anchored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cifar10", "mine", "org/name", "resnet18"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def names(**changes):
+        config = anchored(FinetuneConfig(**({"model": "m/x", "dataset": "digits"} | changes)))
+        return config.model, config.dataset
+
+    assert names(dataset="cifar10") == ("m/x", "cifar10"), "what goes by that name is not the folder"
+    assert names(dataset="mine", model="org/name") == (str(tmp_path / "org/name"), str(tmp_path / "mine"))
+    assert names(model="resnet18", dataset="org/other") == ("resnet18", "org/other")
+    (tmp_path / "resnet18" / "config.json").write_text("{}")
+    assert names(model="resnet18", dataset=".") == (str(tmp_path / "resnet18"), str(tmp_path))

@@ -31,6 +31,7 @@ from arrest_hub.data import (
 )
 from arrest_hub.data_speed import loader_images_per_second
 from arrest_hub.errors import DataError, HubError
+from arrest_hub.splits import load_eval_split
 from arrest_hub.subsets import balanced_subset
 from arrest_hub.transforms import Preprocessing, eval_transform, train_transform
 
@@ -205,6 +206,46 @@ def test_image_folder(tmp_path, with_splits):
     assert any("empty" in note and "bird" in note for note in again.notes), "a class without images is not passed over"
 
 
+def write_folder(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            (root / name / f"{i}.png").write_bytes(encoded(100 * (number % 2) + i, mode="RGB"))
+    return root
+
+
+def test_what_runs_write_into_an_image_folder_is_no_class(tmp_path):
+    write_folder(tmp_path, "cat", "dog", "runs/mine/export/figures", "evals/mine/figures", "runs/going/checkpoints/x")
+    for name in ("runs/mine/export/training_record.json", "evals/mine/eval_config.yaml", "evals/mine/verdicts.parquet",
+                 "runs/going/config.yaml"):  # fmt: skip
+        (tmp_path / name).touch()
+    assert load_splits(str(tmp_path)).class_names == ["cat", "dog"]
+
+
+def test_one_class_folder_says_what_may_be_meant(tmp_path):
+    with pytest.raises(DataError, match=rf"one class only, flowers/.*cat, dog.*give '{tmp_path}/in/flowers'"):
+        load_splits(str(write_folder(tmp_path / "in", "flowers/cat", "flowers/dog")))
+    root = write_folder(tmp_path / "table", "images")
+    (root / "train.csv").write_text("id,label\n")
+    with pytest.raises(DataError, match=r"one class only, images/; at least two.*train\.csv: .*metadata\.csv"):
+        load_splits(str(root))
+
+
+@pytest.mark.parametrize("load", [load_splits, load_eval_split])
+def test_metadata_that_no_split_reads_is_an_error(load, cache, tmp_path):
+    """`datasets` would take train and test for the classes."""
+    root = write_folder(tmp_path / "data", "train", "test")
+    lines = [f"{part}/{i}.png,{'cat' if i % 2 else 'dog'}" for part in ("train", "test") for i in range(10)]
+    (root / "metadata.csv").write_text("\n".join(["file_name,label", *lines]) + "\n")
+    with pytest.raises(DataError, match=r"metadata\.csv is not read for the split 't.*into the folder of each split"):
+        load(str(root))
+    (root / "metadata.csv").unlink()
+    for part in ("train", "test"):
+        some = [line.removeprefix(f"{part}/") for line in lines if line.startswith(part)]
+        (root / part / "metadata.csv").write_text("\n".join(["file_name,label", *some]) + "\n")
+    assert load(str(root)).class_names == ["cat", "dog"]
+
+
 def test_saved_to_disk(tmp_path):
     data = {name: Dataset.from_dict(rows(20), features=labelled()) for name in ("train", "test")}
     DatasetDict(data).save_to_disk(tmp_path / "both")
@@ -225,6 +266,11 @@ def test_label_kinds(cache, tmp_path):
     strings = load("strings", ["dog", "cat"] * 10, "string")
     assert strings.class_names == ["cat", "dog"]
     assert set(zip(identities(strings.train), strings.train.labels(), strict=True)) <= {
+        (i, 1 - i % 2) for i in range(20)
+    }
+    booleans = load("booleans", [True, False] * 10, "bool")
+    assert (booleans.class_names, booleans.num_classes) == (["False", "True"], 2)
+    assert set(zip(identities(booleans.train), booleans.train.labels(), strict=True)) <= {
         (i, 1 - i % 2) for i in range(20)
     }
     integers = load("integers", [0, 1, 2] * 8, "int32")

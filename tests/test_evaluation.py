@@ -33,7 +33,7 @@ from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import load_backbone
 from arrest_hub.cli import eval_command, parse_eval, run_cli
 from arrest_hub.config import FinetuneConfig
-from arrest_hub.errors import ArrestError, ConfigError
+from arrest_hub.errors import ArrestError, BackboneError, ConfigError
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.eval_record import update_export
 from arrest_hub.eval_subjects import find_teacher
@@ -698,7 +698,28 @@ def test_a_config_that_is_somebody_elses_names_no_teacher(text, tmp_path, monkey
         (tmp_path / name / "config.yaml").write_text(text)
         monkeypatch.chdir(model)
         subject = SimpleNamespace(backbone=load_backbone("."))
-        assert find_teacher(subject) == ("mine" if (text, name) == ("model: mine\n", "export") else None)
+        if (text, name) == ("model: mine\n", "export"):  # a folder that is gone, and nothing on the Hub
+            with pytest.raises(BackboneError, match="finetuned from, mine, is not there"):
+                find_teacher(subject)
+            write_model(tmp_path / "net")
+            (tmp_path / name / "config.yaml").write_text(f"model: {tmp_path / 'net'}\n")
+            assert find_teacher(subject) == str(tmp_path / "net")
+        else:
+            assert find_teacher(subject) is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_on_whatever_the_caller_has(mode):
+    net, pair = robust_net(), patterns(48, 4, seed=7)
+    expected = arrest_hub.evaluate(net, pair, attacks="clean,pgd-3", batch_size=16, num_workers=0)
+    with mode():
+        found = arrest_hub.evaluate(net, pair, attacks="clean,pgd-3", batch_size=16, num_workers=0)
+    assert [row.correct for row in found.results] == [row.correct for row in expected.results]
+
+
+def test_a_float64_network_is_refused():
+    with pytest.raises(ConfigError, match=r"float64.*model\.float\(\)"):
+        arrest_hub.evaluate(robust_net().double(), patterns(8, 4, seed=7), attacks="clean")
 
 
 @pytest.mark.parametrize("content", [b"lr: !Param 0.1", b"\xff\xfe", b"- a\n"])

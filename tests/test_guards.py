@@ -51,6 +51,8 @@ def test_the_cause_depends_on_how_it_began():
     assert "--label-match" in collapse_warning(0.1, 0.12, 10)
     assert "--lr" in collapse_warning(0.1, 0.9, 10)
     assert "--lr" in collapse_warning(0.1, None, 10)
+    assert "--standard-lr" in collapse_warning(0.1, 0.1, 10, standard=True)
+    assert "--label-match" not in collapse_warning(0.1, 0.1, 10, standard=True)
 
 
 @pytest.mark.parametrize("what", ["an image", "a distance", "the weights"])

@@ -201,6 +201,7 @@ def test_strongest_is_autoattack_else_the_lowest():
     assert EvalReport([make()]).strongest() is None
     assert EvalReport([make(correct=1), robust("pgd-20", 50), robust("square", 40)]).strongest().attack == "square"
     # by what is known to be strong, not by what came out lower
+    assert EvalReport([robust("noise", 30), robust("pgd-20", 30)]).strongest().attack == "pgd-20"
     assert EvalReport([robust("pgd-20", 30), robust("autoattack", 40)]).strongest().attack == "autoattack"
 
 

@@ -21,6 +21,7 @@ from tiny import killed_after, tiny_config
 
 from arrest_hub import loop, run_folder
 from arrest_hub.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
+from arrest_hub.cli import parse_finetune
 from arrest_hub.config_sources import load_config
 from arrest_hub.errors import ArrestError, ConfigError, Terminated
 from arrest_hub.eval_config import EvalConfig
@@ -58,7 +59,7 @@ def stop_at(monkeypatch, look):
     """The run finds SIGTERM to have come when it looks for the ``look``-th time."""
 
     class Asked:
-        looks = 0
+        looks, exit_code = 0, 143
 
         @property
         def asked(self):
@@ -92,10 +93,12 @@ def test_a_run_told_to_stop_goes_on_bit_for_bit(look, step, batch, to_validate, 
 
 
 @pytest.mark.slow
-def test_sigterm_to_every_process_of_the_job(whole):
-    """As a scheduler sends it: the data loading process gets it too, and must not take the run with it."""
+@pytest.mark.parametrize(("number", "code", "by"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
+def test_a_signal_to_every_process_of_the_job(number, code, by, whole):
+    """As a scheduler or a terminal sends it: the data loading process gets it too, and must not take the run along."""
     folder, expected = whole
-    values = {"model": folder / "model", "dataset": folder / "data", "output_dir": folder / "told", **CHANGES,
+    told_run = folder / f"told-{by}"
+    values = {"model": folder / "model", "dataset": folder / "data", "output_dir": told_run, **CHANGES,
               "batch_size": 8, "attack_steps": 2, "eval_attack_steps": 3, "num_workers": 1, "validation_size": 12,
               "lr": 0.05}  # fmt: skip
     words = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
@@ -104,20 +107,20 @@ def test_sigterm_to_every_process_of_the_job(whole):
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
     )
-    while process.poll() is None and not list_checkpoints(folder / "told" / "checkpoints", "robust"):
+    while process.poll() is None and not list_checkpoints(told_run / "checkpoints", "robust"):
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     told = time.monotonic()
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
+    assert process.returncode == code, errors
     assert time.monotonic() - told < 30
-    assert "stopped by SIGTERM" in errors
+    assert f"stopped by {by}" in errors
     assert "--resume" in errors
     assert "Traceback" not in errors
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False, env=environment)
     assert again.returncode == 0, again.stderr
     assert "resuming from" in again.stdout
-    assert outcome(folder / "told") == expected
+    assert outcome(told_run) == expected
 
 
 def dead_run(folder, name, *, at, **changes):
@@ -211,6 +214,18 @@ def test_best_weights_of_every_checkpoint_are_kept(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "short" / "checkpoints").glob("best*")] == ["best-000004"]
 
 
+def test_best_weights_do_not_pile_up_between_checkpoints(tmp_path, monkeypatch):
+    scores, plain, seen = iter([5, 8, 9]), loop.count_correct, []
+
+    def scored(*args, **kwargs):
+        seen.append(sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("best*")))
+        return plain(*args, **kwargs)._replace(n=10, clean=10, robust=next(scores))
+
+    monkeypatch.setattr(loop, "count_correct", scored)
+    finetune(run_config(tmp_path, "run", checkpoint_every=100))
+    assert seen == [[], ["best-000004"], ["best-000008"]]
+
+
 def test_another_batch_size_goes_on_at_the_end_of_an_epoch(tmp_path, capsys):
     dead_run(tmp_path, "first", at=3)
     with pytest.raises(ConfigError, match=r"--batch-size 8 then and 4 now.*end of an epoch"):
@@ -268,6 +283,27 @@ def test_a_run_goes_on_from_python_with_its_own_values_alone(tmp_path):
     assert [problem.split(":")[0] for problem in error.value.problems] == [
         "--eps is 1/255 but the run to resume has 8/255", "--lr is 0.5 but the run to resume has 0.05"
     ]  # fmt: skip
+
+
+def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch):
+    """What was a local folder stays one, however it was written, and is never looked for on the Hub."""
+    tiny_config(tmp_path)  # writes both
+    local = {"model": "model", "dataset": "data"}
+    (tmp_path / "elsewhere" / "model").mkdir(parents=True)  # another that goes by the same name
+    monkeypatch.chdir(tmp_path)
+    dead_run(tmp_path, "run", at=2, **local)
+    assert load_config(tmp_path / "run" / "config.yaml").dataset == str(tmp_path / "data")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config, _ = parse_finetune(["--resume", "--output-dir", str(tmp_path / "run")])
+    assert (config.model, config.dataset) == (str(tmp_path / "model"), str(tmp_path / "data"))
+    same = {"--model": "../model", "--dataset": str(tmp_path / "data")}
+    words = [word for pair in same.items() for word in pair]
+    assert parse_finetune(["--resume", "--output-dir", str(tmp_path / "run"), *words])[0].model == "../model"
+    with pytest.raises(ConfigError, match=r"--model is model but the run to resume has .*/model:"):
+        parse_finetune(["--resume", "--output-dir", str(tmp_path / "run"), "--model", "model"])
+    (tmp_path / "data").rename(tmp_path / "moved")
+    words = ["--resume", "--output-dir", str(tmp_path / "run"), "--dataset", "../moved"]
+    finetune(parse_finetune(words)[0])
 
 
 def test_a_finished_export_keeps_what_was_added_to_it(tmp_path, capsys):

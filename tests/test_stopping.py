@@ -5,6 +5,7 @@ import sys
 import time
 from contextlib import suppress
 
+import pytest
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from arrest_hub import stopping
@@ -57,6 +58,26 @@ def test_a_loader_that_is_asked_from_outside_ends_later(monkeypatch):
     worker.join(5)
     assert worker.exitcode == 1
     assert time.monotonic() - began >= 0.5
+
+
+def test_a_loader_leaves_ctrl_c_to_the_one_it_works_for():
+    seen = []
+    for _, pid in loader():
+        seen.append(int(pid))
+        os.kill(int(pid), signal.SIGINT)
+    assert len(seen) == 8
+    assert len(set(seen)) == 1
+
+
+def test_the_second_ctrl_c_does_not_wait(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with watch_for_termination() as termination:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (termination.asked, termination.exit_code) == (True, 130)
+        assert "stopping after this step" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_the_run_takes_note_and_gives_the_signal_back():

@@ -570,6 +570,24 @@ def test_a_network_without_a_head_gets_one_from_the_clean_phase(tmp_path, capsys
     assert load_backbone(run.export).label_names == load_backbone(run.path / "teacher").label_names == NAMES
 
 
+def test_the_launchers_settings_do_not_change_what_was_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = finetune(tiny_config(tmp_path, epochs=1, eval_every=0))
+    lines = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines if "loss" in line] == [(0, 2), (0, 4)]
+    out = capsys.readouterr().out
+    assert "the launcher's mixed precision, bf16, is not used" in out
+    assert "precision no" in out
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_in_a_context_without_gradients(mode, tmp_path):
+    with mode():
+        run = finetune(tiny_config(tmp_path, max_steps=1, validation_size=0, limit_eval=6))
+    assert run.report.get("clean_accuracy").n == 6
+
+
 def test_a_dry_run_from_python_has_its_own_name(tmp_path):
     with pytest.raises(ConfigError, match=r"arrest_hub\.dry_run"):
         finetune(tiny_config(tmp_path, dry_run=True))
