@@ -8,7 +8,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -275,21 +275,23 @@ class _Outliving:
 
 
 @contextmanager
-def outlive_reader() -> Iterator[None]:
+def outlive_readers() -> Iterator[None]:
     """Within this context a run whose output nobody reads any more goes on, as one that is not printed would."""
-    stream: Any = _Outliving(sys.stdout)
-    with redirect_stdout(stream):
+    streams: list[Any] = [None if stream is None else _Outliving(stream) for stream in (sys.stdout, sys.stderr)]
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         try:
             yield
         finally:
-            stream.flush()
+            for stream in streams:
+                if stream is not None:
+                    stream.flush()
 
 
+@outlive_readers()
 def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resumes: bool = True) -> int:
     """Run a command; print an ArrestError as clear lines instead of a traceback. Returns the exit code."""
     try:
-        with outlive_reader():
-            main(argv)
+        main(argv)
     except ConfigError as error:
         if os.environ.get("RANK", "0") != "0":
             return 2  # every process finds the same; one says it

@@ -163,23 +163,35 @@ def test_exit_codes_of_what_ends_a_run(capsys):
         ends(FileNotFoundError(errno.ENOENT, "No such file"))
 
 
-def test_a_run_outlives_the_reader_of_its_output(tmp_path):
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_run_outlives_the_reader_of_its_output(stream, tmp_path):
     """As of `| head`."""
     code = f"""
 import sys
 from arrest_hub.cli import run_cli
 def main(argv):
     for _ in range(3):
-        print("x" * 100_000)
+        print("x" * 100_000, file=sys.{stream})
     open({str(tmp_path / "done")!r}, "w").close()
 sys.exit(run_cli(main, []))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(1)
-    process.stdout.close()
-    assert process.stderr.read() == b""
+    read, other = (process.stdout, process.stderr)[:: 1 if stream == "stdout" else -1]
+    read.read(1)
+    read.close()
+    assert other.read() == b""
     assert process.wait(60) == 0
     assert (tmp_path / "done").exists()
+
+
+def test_a_run_without_streams(tmp_path):
+    """As after `>&- 2>&-`."""
+    code = (
+        "import sys\nfrom arrest_hub.cli import run_cli\nsys.stdout = sys.stderr = None\n"
+        "def main(argv):\n    print('x', file=sys.stderr)\n"
+        "sys.exit(run_cli(main, []) or 7 * (sys.stdout is None))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 7
 
 
 @pytest.mark.parametrize("parser", [finetune_parser, eval_parser, push_parser, card_parser])
