@@ -152,7 +152,7 @@ def suite_text(name: str, folder: Path) -> list[str]:
     lines = apgd_text(rows) + hardware_text(rows)
     titles = {
         "main": "Methods", "ablation": "Ingredients, each added to ARREST",
-        "recipe": "Ingredients, each added to the recipe (λ 100)", "choices": "What was chosen",
+        "recipe": "Added to the recipe (λ 100), or changed in it", "choices": "What was chosen",
         "lambda": "λ", "tau": "τ",
     }  # fmt: skip
     for group, title in titles.items():

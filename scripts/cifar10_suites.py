@@ -96,14 +96,16 @@ VARIANTS = {
     "erasing": Variant("+ random erasing 0.5", {"random_erasing": 0.5}),
     "best-eps-10": Variant("+ eps 10/255 in training", BEST | {"eps_train": "10/255"}, THREE, "recipe"),
     "best-ema-hold": Variant(
-        "+ averaged, learning rate held at 0.3", BEST | {"ema_decay": 0.99, "lr_hold": 0.3}, group="recipe"
+        "+ averaged, learning rate held at 0.3", BEST | {"ema_decay": 0.99, "lr_hold": 0.3}, THREE, "recipe"
     ),
+    "best-no-replay": Variant("without replay", BEST | {"replay_threshold": "none"}, THREE, "recipe"),
+    "best-tau-0.20": Variant("τ 0.20", BEST | {"replay_threshold": 0.2}, group="recipe"),
     "clean-input": Variant("RGKD with the student at the clean input", {"rgkd_input": "clean"}, group="choices"),
     "replay-batch": Variant("the whole batch replayed by its mean", {"replay_by": "batch"}, THREE, "choices"),
     "replay-clean": Variant("the clean image replayed", {"replay_with": "clean"}, THREE, "choices"),
     "lambda-3": Variant("λ 3", {"rgkd_weight": 3}, group="lambda"),
-    "lambda-30": Variant("λ 30", {"rgkd_weight": 30}, group="lambda"),
-    "lambda-300": Variant("λ 300", {"rgkd_weight": 300}, group="lambda"),
+    "lambda-30": Variant("λ 30", {"rgkd_weight": 30}, THREE, "lambda"),
+    "lambda-300": Variant("λ 300", {"rgkd_weight": 300}, THREE, "lambda"),
     "tau-0.15": Variant("τ 0.15", {"replay_threshold": 0.15}, group="tau"),
     "tau-0.20": Variant("τ 0.20", {"replay_threshold": 0.2}, group="tau"),
     "tau-0.30": Variant("τ 0.30", {"replay_threshold": 0.3}, group="tau"),
