@@ -9,8 +9,11 @@ from datasets import ClassLabel, Dataset, Image, IterableDataset
 
 from arrest_hub.columns import Columns, find_columns
 from arrest_hub.errors import DataError
+from arrest_hub.image_folder import SPLIT_NAMES
 from arrest_hub.sources import RawSplit, Source
 from arrest_hub.subsets import ImageSplit, read_column
+
+_SPLITS = {name for names in SPLIT_NAMES.values() for name in names}
 
 
 @dataclass
@@ -79,6 +82,11 @@ def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | N
         names, values, count = list(feature.names), None, int(feature.num_classes)
         if count < 2:
             raise DataError(f"dataset {dataset_id!r}: column {column!r} has one class only; at least two are needed.")
+        if {name.lower() for name in names} <= _SPLITS:
+            raise DataError(
+                f"dataset {dataset_id!r}: the classes would be {', '.join(names)}, which are its splits: the labels "
+                "are not in the folders' names. Images with a metadata.csv need one in the folder of each split."
+            )
         return names, values, count
     if isinstance(raw, IterableDataset):
         raise DataError(

@@ -281,6 +281,13 @@ def test_label_kinds(cache, tmp_path):
         load("one", [0] * 10, "int64")
 
 
+def test_splits_are_no_classes(cache, tmp_path):
+    """What `datasets` makes of a repository whose metadata it does not read."""
+    names = parquet(tmp_path / "names", labelled(("test", "train")), train=rows(20))
+    with pytest.raises(DataError, match="the classes would be test, train, which are its splits"):
+        load_splits(names)
+
+
 @pytest.mark.parametrize("kind", ["struct", "binary"])
 def test_images_without_the_image_feature(cache, tmp_path, kind):
     struct = {"bytes": Value("binary"), "path": Value("string")}
