@@ -99,7 +99,11 @@ VARIANTS = {
         "+ averaged, learning rate held at 0.3", BEST | {"ema_decay": 0.99, "lr_hold": 0.3}, THREE, "recipe"
     ),
     "best-no-replay": Variant("without replay", BEST | {"replay_threshold": "none"}, THREE, "recipe"),
-    "best-tau-0.20": Variant("τ 0.20", BEST | {"replay_threshold": 0.2}, group="recipe"),
+    "best-tau-0.20": Variant("τ 0.20", BEST | {"replay_threshold": 0.2}, THREE, "recipe"),
+    "best-tau-0.15": Variant("τ 0.15", BEST | {"replay_threshold": 0.15}, group="recipe"),
+    "best-tau-0.20-eps-10": Variant(
+        "τ 0.20, eps 10/255 in training", BEST | {"replay_threshold": 0.2, "eps_train": "10/255"}, THREE, "recipe"
+    ),
     "clean-input": Variant("RGKD with the student at the clean input", {"rgkd_input": "clean"}, group="choices"),
     "replay-batch": Variant("the whole batch replayed by its mean", {"replay_by": "batch"}, THREE, "choices"),
     "replay-clean": Variant("the clean image replayed", {"replay_with": "clean"}, THREE, "choices"),
