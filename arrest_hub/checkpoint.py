@@ -119,10 +119,9 @@ def save_checkpoint(
             if part is not None:
                 part()
         except Exception as error:
-            free = shutil.disk_usage(folder).free
             problem = (
-                f"the checkpoint {final} cannot be written: {' '.join(str(error).split()) or type(error).__name__} "
-                f"({free / 1e6:,.0f} MB are free there). "
+                f"the checkpoint {final} cannot be written: {' '.join(str(error).split()) or type(error).__name__}"
+                f"{_free(folder)}. "
                 "Earlier ones are untouched: make room for it, then go on with the same command and --resume."
             )
             if main:
@@ -192,6 +191,14 @@ def readable_progress(folder: Path, phase: str) -> list[Progress]:
         except (OSError, ValueError, TypeError):
             continue
     return found
+
+
+def _free(folder: Path) -> str:
+    """How much room there is, for an error's text; nothing where the folder is gone too."""
+    try:
+        return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there)"
+    except OSError:
+        return ""
 
 
 def _ends_epoch(checkpoint: Path) -> bool:

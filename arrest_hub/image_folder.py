@@ -25,6 +25,7 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "test": ("test", "testing"),
 }
 """What the parts of a dataset are called, the usual name first."""
+KNOWN_SPLITS = {name for names in SPLIT_NAMES.values() for name in names}
 
 
 def open_image_folder(path: Path, typed: str, *, shuffle: bool) -> tuple[dict[str, Dataset], list[str]]:
@@ -95,9 +96,8 @@ def _one_class(path: Path, typed: str, only: str) -> str:
 
 def _split_folders(path: Path, typed: str) -> dict[str, Path]:
     """The folder of each split; all of ``path`` is the train split where its subfolders are classes."""
-    known = {name for names in SPLIT_NAMES.values() for name in names}
     parts = _subfolders(path)
-    splits = {part.name.lower(): part for part in parts if part.name.lower() in known and _subfolders(part)}
+    splits = {part.name.lower(): part for part in parts if part.name.lower() in KNOWN_SPLITS and _subfolders(part)}
     if not splits or any(name in SPLIT_NAMES["train"] for name in splits):
         return splits or {"train": path}
     others = [

@@ -9,11 +9,9 @@ from datasets import ClassLabel, Dataset, Image, IterableDataset
 
 from arrest_hub.columns import Columns, find_columns
 from arrest_hub.errors import DataError
-from arrest_hub.image_folder import SPLIT_NAMES
+from arrest_hub.image_folder import KNOWN_SPLITS
 from arrest_hub.sources import RawSplit, Source
 from arrest_hub.subsets import ImageSplit, read_column
-
-_SPLITS = {name for names in SPLIT_NAMES.values() for name in names}
 
 
 @dataclass
@@ -82,7 +80,7 @@ def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | N
         names, values, count = list(feature.names), None, int(feature.num_classes)
         if count < 2:
             raise DataError(f"dataset {dataset_id!r}: column {column!r} has one class only; at least two are needed.")
-        if {name.lower() for name in names} <= _SPLITS:
+        if {name.lower() for name in names} <= KNOWN_SPLITS:
             raise DataError(
                 f"dataset {dataset_id!r}: the classes would be {', '.join(names)}, which are its splits: the labels "
                 "are not in the folders' names. Images with a metadata.csv need one in the folder of each split."

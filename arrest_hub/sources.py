@@ -371,8 +371,6 @@ def _folder_errors(typed: str) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except DataError:
-        raise
     except (DatasetsError, ValueError, OSError) as error:
         cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
         if isinstance(error, OSError) and error.filename and not os.access(_existing(cache), os.W_OK):

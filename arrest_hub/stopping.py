@@ -7,12 +7,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 WORKER_SECONDS = 30
 """How long a data loading process outlives a SIGTERM: as long as schedulers usually wait before they kill."""
+
+
+SAME_SECONDS = 1.0
+"""Signals within this time are one request: a launcher passes on what the terminal sent too."""
 
 
 class Termination:
@@ -21,17 +26,21 @@ class Termination:
     def __init__(self) -> None:
         self.asked = False
         self.exit_code = 143
+        self.since = 0.0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """SIGTERM's handler: takes note, and may be called again (launchers pass on what a process has got too)."""
-        self.asked = True
+        self.asked, self.since = True, time.monotonic()
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
-        """SIGINT's handler: the same for the first Ctrl-C; the second does not wait."""
+        """SIGINT's handler: the same for the first Ctrl-C; a second one, a while later, does not wait."""
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked, self.exit_code = True, 130
-        os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)\n")
+            if time.monotonic() - self.since > SAME_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self.asked, self.exit_code, self.since = True, 130, time.monotonic()
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)\n")
 
 
 @contextmanager

@@ -69,15 +69,27 @@ def test_a_loader_leaves_ctrl_c_to_the_one_it_works_for():
     assert len(set(seen)) == 1
 
 
-def test_the_second_ctrl_c_does_not_wait(capfd):
+def test_the_second_ctrl_c_does_not_wait(capfd, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     with watch_for_termination() as termination:
         os.kill(os.getpid(), signal.SIGINT)
         assert (termination.asked, termination.exit_code) == (True, 130)
         assert "stopping after this step" in capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)  # a launcher passing the first one on
+        monkeypatch.setattr(stopping, "SAME_SECONDS", -1.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_is_noted_where_nobody_reads(monkeypatch):
+    def write(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(stopping.os, "write", write)
+    with watch_for_termination() as termination:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert termination.asked
 
 
 def test_the_run_takes_note_and_gives_the_signal_back():
