@@ -37,17 +37,21 @@ class Variant:
     """"main" (the table of methods), "ablation", "recipe", "choices", "lambda" or "tau"."""
 
 
+SHORT: Flags = {
+    "epochs": 3, "limit_train": 10000, "attack_steps": 3, "batch_size": 64, "lr": 0.02, "mixed_precision": "bf16",
+    "num_workers": 0,
+}  # fmt: skip
+"""What a core does in some minutes: enough to rank the parts."""
+ON_CPU: Flags = {"limit_eval": 1000, "batch_size": 32, "channels_last": True, "compile": True, "num_workers": 0}
+
 SUITES = {
     "narrow": Suite(
         title="a quarter of ResNet-18's width, on a CPU",
         recipe="default",
         model={"model": "resnet18_cifar", "model_args": "channels=[16,32,64,128]"},
         teacher={"standard_epochs": 15, "standard_lr": 0.1, "batch_size": 128},
-        budget={
-            "epochs": 3, "limit_train": 10000, "attack_steps": 3, "batch_size": 64, "lr": 0.02,
-            "mixed_precision": "bf16", "num_workers": 0,
-        },
-        evaluation={"limit_eval": 1000, "batch_size": 32, "channels_last": True, "compile": True, "num_workers": 0},
+        budget=SHORT,
+        evaluation=ON_CPU,
     ),
     "resnet18": Suite(
         title="ResNet-18",
@@ -56,6 +60,22 @@ SUITES = {
         teacher={"standard_epochs": 100, "standard_lr": 0.1},
         budget={},
         evaluation={"batch_size": 500},
+    ),
+    "resnet18_short": Suite(
+        title="ResNet-18, the narrow network's budget, on a CPU",
+        recipe="default",
+        model={"model": "resnet18_cifar"},
+        teacher={"standard_epochs": 15, "standard_lr": 0.1, "batch_size": 128},
+        budget=SHORT,
+        evaluation=ON_CPU,
+    ),
+    "resnet18_cpu": Suite(
+        title="ResNet-18, three epochs of all of CIFAR-10, on a CPU",
+        recipe="default",
+        model={"model": "resnet18_cifar"},
+        teacher={"standard_epochs": 15, "standard_lr": 0.1, "batch_size": 128},
+        budget={name: value for name, value in SHORT.items() if name != "limit_train"},
+        evaluation=ON_CPU,
     ),
     "wrn34_10": Suite(
         title="WideResNet-34-10",

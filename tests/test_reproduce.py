@@ -4,16 +4,19 @@ import dataclasses
 import json
 import shlex
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import cifar10_report
 import cifar10_suites
 import numpy as np
+import pretrained_resnet18
 import pytest
 import reproduce_cifar10 as reproduce
 import torch
 from matplotlib.figure import Figure
 from tiny import NAMES, tiny_config, write_images
+from torch.nn import functional
 
 from arrest_hub import from_pretrained
 from arrest_hub.cli import parse_eval, parse_finetune, run_cli
@@ -284,3 +287,43 @@ def test_a_report_without_a_place_is_an_error(tmp_path):
     evidence(tmp_path / "evidence" / "narrow", "aft", 0, {"clean": 600, "pgd-20": 200})
     with pytest.raises(ValueError, match="no place for the suite 'narrow'"):
         cifar10_report.write_report(tmp_path / "evidence", tmp_path / "docs")
+
+
+def test_the_pretrained_resnet18_is_a_model_folder(tmp_path, capsys):
+    """A second reading of the weights: their own layer names, in PyTorch's operations."""
+    out = tmp_path / "resnet18_cifar10"
+    assert pretrained_resnet18.main(["--output-dir", str(out)]) == 0
+    with (files("pyautoattack") / "examples" / "model_test.pt").open("rb") as file:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    pixels = torch.rand(4, 3, 32, 32)
+    model = from_pretrained(out)
+    with torch.no_grad():
+        assert torch.allclose(model(pixels), resnet18_by_hand(weights, pixels), atol=1e-4)
+    assert model.label_names[3] == "cat"
+    with pytest.raises(SystemExit) as stopped:
+        pretrained_resnet18.main(["--output-dir", str(out)])
+    assert stopped.value.code == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def resnet18_by_hand(weights, x):
+    def conv(name, x, stride=1):
+        kernel = weights[f"{name}.weight"]
+        return functional.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+
+    def norm(name, x):
+        mean, var, weight, bias = (
+            weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return functional.batch_norm(x, mean, var, weight, bias)
+
+    x = norm("bn1", conv("conv1", x)).relu()
+    for stage in range(1, 5):
+        for block in range(2):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and not block else 1
+            y = norm(f"{name}.bn1", conv(f"{name}.conv1", x, stride)).relu()
+            y = norm(f"{name}.bn2", conv(f"{name}.conv2", y))
+            if f"{name}.shortcut.0.weight" in weights:
+                x = norm(f"{name}.shortcut.1", conv(f"{name}.shortcut.0", x, stride))
+            x = (x + y).relu()
+    return functional.linear(x.mean((2, 3)), weights["linear.weight"], weights["linear.bias"])
