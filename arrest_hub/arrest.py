@@ -51,7 +51,7 @@ class ArrestObjective(Objective):
         static_shapes: attack the whole batch, also what is replayed, and choose afterwards: the same result (but for
             the draw of the attack's start) for more work, with passes of the same number and shape in every step.
     Raises:
-        ValueError: a part needs the teacher and there is none.
+        ValueError: a part needs the teacher and there is none, or an option has none of its values.
     """
 
     def __init__(
@@ -70,6 +70,15 @@ class ArrestObjective(Objective):
         radii: Radii | None = None,
         static_shapes: bool = False,
     ) -> None:
+        for name, value, values in (
+            ("rgkd_input", rgkd_input, ("adversarial", "clean")),
+            ("replay_by", replay_by, ("sample", "batch")),
+            ("replay_with", replay_with, ("noise", "clean")),
+        ):
+            if value not in values:
+                raise ValueError(f"{name} {value!r} is not one of {', '.join(values)}")
+        if rgkd_weight < 0:
+            raise ValueError(f"rgkd_weight {rgkd_weight} is below 0, which would drive the representations apart")
         self.use_teacher = rgkd_weight > 0 or replay_threshold is not None
         if self.use_teacher and teacher is None:
             raise ValueError("RGKD and NR compare with a teacher: give one, or rgkd_weight 0 and replay_threshold None")

@@ -8,9 +8,9 @@ from typing import Any
 def default_step_size(eps: Any, steps: int) -> Any:
     """2.5 eps / steps: long enough to reach the ball's border from anywhere in it (Madry et al. 2018, 1706.06083).
 
-    ``eps``: a float, or a tensor of them.
+    ``eps``: a float, or a tensor of them. Of no steps any length will do.
     """
-    return 2.5 * eps / steps
+    return 2.5 * eps / max(steps, 1)
 
 
 def attack_steps_at(done: float, first: int, last: int) -> int:

@@ -23,7 +23,7 @@ class AttackResult(NamedTuple):
     """What an attack found."""
 
     adversarial: Tensor
-    """[B, C, H, W], pixels in [0, 1], inside the ball."""
+    """[B, C, H, W], pixels in [0, 1], inside the ball; to rounding where the pixels are in half precision."""
     zero_gradients: Tensor
     """[B], in how many steps the whole input gradient of a sample was zero (a sign of gradient masking)."""
     steps: Tensor
@@ -31,22 +31,35 @@ class AttackResult(NamedTuple):
 
 
 @contextmanager
-def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in eval mode and its parameters need no gradient; both are restored.
-
-    The attack then neither touches BatchNorm's statistics nor pays for parameter gradients.
-    """
-    was_training = model.training
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever happens within this context, each module is afterwards in the mode (training or not) it was in before:
+    a frozen BatchNorm of a network in training, say."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
+        for module, mode in modes:  # a module comes before its parts, which it takes along
+            if module.training is not mode:
+                module.train(mode)
+
+
+@contextmanager
+def frozen_eval(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in eval mode and its parameters need no gradient; both are restored,
+    module by module and parameter by parameter.
+
+    The attack then neither touches BatchNorm's statistics nor pays for parameter gradients.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with modes_kept(model):
+        model.eval()
         for parameter in trainable:
-            parameter.requires_grad_(True)
-        model.train(was_training)
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -107,7 +120,8 @@ def random_in_ball(
         # the radius' power of 1/d makes the draw uniform in the ball's volume
         radius = torch.empty(len(pixels), 1, 1, 1, device=pixels.device).uniform_(generator=generator)
         size = per_sample(eps, pixels) if isinstance(eps, Tensor) else eps
-        noise = direction * (size * radius ** (1 / pixels[0].numel()) / sample_norm(direction))
+        share = radius ** (1 / math.prod(pixels.shape[1:]))
+        noise = (direction * (size * share / sample_norm(direction))).to(pixels.dtype)
     else:
         raise ValueError(f"norm {norm!r} is not one of linf, l2")
     return (pixels + noise).clamp(0.0, 1.0)

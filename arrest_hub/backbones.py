@@ -99,7 +99,12 @@ class Backbone(nn.Module):
         return (pixels - self.mean) / self.std
 
     def forward(self, pixels: Tensor) -> BackboneOutput:
-        """Float images [B, 3, H, W] in [0, 1] -> logits and representation, in one pass."""
+        """Float images [B, 3, H, W] in [0, 1] -> logits and representation, in one pass.
+
+        Raises BackboneError for whole numbers, which would be taken for pixels far outside [0, 1].
+        """
+        if not pixels.is_floating_point():
+            raise BackboneError(f"pixels of type {pixels.dtype}: give floats in [0, 1], such as images / 255.")
         normalized = self.normalize(pixels).contiguous(memory_format=self.memory_format)
         representation = _output_tensor(self.body(normalized)).flatten(1)
         return BackboneOutput(self.head(representation), representation)
@@ -168,6 +173,9 @@ class Backbone(nn.Module):
             raise BackboneError(
                 f"{where} gives logits that are not finite: its weights are damaged. Download or export them again."
             )
+        # some networks (LeViT) keep in eval mode what they computed from their weights, here without a gradient, until
+        # they leave it
+        self.train().eval()
         try:
             with torch.enable_grad():
                 logits, representation = self(pixels)
@@ -182,7 +190,6 @@ class Backbone(nn.Module):
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.requires_grad_(parameter in used)
-        # some networks (LeViT) cache in eval mode what depends on the weights, until they leave it
         self.train().eval()
 
 
@@ -331,6 +338,9 @@ def _build_transformers(
             "Give a model finetuned for image classification, or save the weights again."
         )
     names = native.config.id2label
+    if names is None:  # some of its models (PVT) have none of their own
+        native.config.id2label = names = {i: f"LABEL_{i}" for i in range(native.config.num_labels)}
+        native.config.label2id = {name: i for i, name in names.items()}
     if names == {i: f"LABEL_{i}" for i in range(len(names))}:
         names = None  # transformers' placeholder
     return Backbone(native, source, preprocessing, _complete_names(names, native.config.num_labels), processor)

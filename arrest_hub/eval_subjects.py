@@ -320,20 +320,37 @@ def load_teacher(
     )  # fmt: skip
 
 
-def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator) -> int:
+def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator, *, gradients: bool = True) -> int:
     """The model's number of outputs; of a network given as an object by a look at one image.
 
+    ``gradients``: whether its attacks need those of the logits to the pixels.
+
     Raises:
-        ConfigError: it does not return logits, or takes colour images and these are of other channels.
+        ConfigError: it fails on an image, does not return logits or gives no gradients, or takes colour images and
+            these are of other channels.
     """
     if subject.backbone is not None:
         if isinstance(images.images, TensorImages):
             _check_shape(images.images.pixels.shape, subject)
         return subject.backbone.num_classes
     pixels = torch.as_tensor(images.images[0]["pixels"]).to(accelerator.device)[None]
-    pixels = to_pixels(pixels) if pixels.dtype == torch.uint8 else pixels
-    with frozen_eval(subject.module), torch.no_grad():
-        return as_logits(subject.module.to(accelerator.device)(pixels)).shape[1]
+    # a copy: a network may normalise in place
+    pixels = to_pixels(pixels) if pixels.dtype == torch.uint8 else pixels.clone()
+    module = subject.module.to(accelerator.device)
+    with frozen_eval(module):
+        try:
+            logits = as_logits(module(pixels.requires_grad_(gradients)))
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"{subject.name} fails on an image of shape {tuple(pixels.shape)}, float32 in [0, 1]: {why}"
+            ) from error
+    if gradients and not logits.requires_grad:
+        raise ConfigError(
+            f"{subject.name} gives logits without a gradient to the pixels (a detach, no_grad or a step outside of "
+            'torch), which these attacks need: give the network without it, or attacks="clean,noise,square".'
+        )
+    return logits.shape[1]
 
 
 def _check_shape(shape: Sequence[int], subject: Subject) -> None:

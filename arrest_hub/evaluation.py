@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from torch import nn
+from torch import Tensor, nn
 
 from arrest_hub.autoattack import part_problem
 from arrest_hub.backbones import Backbone
@@ -64,7 +64,8 @@ def evaluate(
 
     Args:
         model: what `arrest-eval` takes, or any module from pixels [B, C, H, W] in [0, 1] to logits [B, K], which is put
-            on the accelerator and otherwise left as it is (mode, gradients of parameters).
+            on the accelerator (in channels-last order, with ``channels_last=True``) and otherwise left as it is (modes
+            of its modules, gradients of parameters).
         dataset: what `arrest-eval` takes, or (pixels [N, C, H, W] as uint8 or floats in [0, 1], labels [N]).
         teacher: a standard network to compare with, by name or as a module; None: none.
         output_dir: where to write the record (results.json, verdicts.parquet, figures/); None: nowhere.
@@ -78,8 +79,18 @@ def evaluate(
         raise ConfigError(f"model is a {type(model).__name__}: give a torch.nn.Module, a folder or an id.")
     if isinstance(options.get("attacks"), list | tuple):
         options["attacks"] = ",".join(options["attacks"])
+    if not isinstance(teacher, str | os.PathLike | nn.Module | None):
+        raise ConfigError(f"teacher is a {type(teacher).__name__}: give a torch.nn.Module, a folder or an id, or None.")
     module = model if isinstance(model, nn.Module) else None
     pair = dataset if isinstance(dataset, tuple) else None
+    if pair is not None and (len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair)):
+        kinds = ", ".join(type(part).__name__ for part in pair)
+        raise ConfigError(f"dataset is ({kinds}): give (pixels [N, C, H, W], labels [N]) as torch tensors.")
+    if pair is None and not isinstance(dataset, str | os.PathLike):
+        raise ConfigError(
+            f"dataset is a {type(dataset).__name__}: give the name of one, a folder, or (pixels [N, C, H, W], labels "
+            "[N]) as torch tensors."
+        )
     teacher_module = teacher if isinstance(teacher, nn.Module) else None
     known = {f.name for f in dataclasses.fields(EvalConfig)}
     problems = [f"evaluate() has no option {name!r}." for name in options if name not in known]
@@ -87,8 +98,8 @@ def evaluate(
         problems.append("limit_eval is for a dataset with a name: of images given as tensors give fewer.")
     if isinstance(module, Backbone | PretrainedClassifier) and options.get("image_size") is not None:
         problems.append("image_size: the network has one already: load it with another, image_size=... there.")
-    if module is not None and any(value.dtype == torch.float64 for value in module.parameters()):
-        problems.append("the model's parameters are float64, and images are float32: give model.float().")
+    for name, network in (("model", model), ("teacher", teacher)):
+        problems += _dtype_problem(name, network) if isinstance(network, nn.Module) else []
     if problems:
         raise ConfigError(problems)
     config = EvalConfig(
@@ -101,6 +112,16 @@ def evaluate(
     return run_evaluation(
         config, module=module, pair=pair, teacher_module=teacher_module, write=output_dir is not None
     ).report
+
+
+def _dtype_problem(name: str, network: nn.Module) -> list[str]:
+    """A line where a network's own numbers cannot be multiplied with float32 images."""
+    other = {value.dtype for value in network.parameters() if value.is_floating_point()} - {torch.float32}
+    known = isinstance(network, Backbone | PretrainedClassifier)  # others may convert the images themselves
+    if not other or not (known or torch.float64 in other):
+        return []
+    kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in other))
+    return [f"the {name}'s parameters are {kinds}, and images are float32: give {name}.float()."]
 
 
 @torch.inference_mode(False)
@@ -147,7 +168,8 @@ def run_evaluation(
     images = tensor_images(pair, config.dataset) if pair is not None else load_images(config, subject, accelerator)
     if paths is not None and config.resume and (done := from_main(accelerator, partial(_read_record, paths))):
         return _finished(config, paths, subject, accelerator, *done)
-    num_classes = count_classes(subject, images, accelerator)
+    gradients = not {"clean", "noise", "square"}.issuperset(config.attack_names)
+    num_classes = count_classes(subject, images, accelerator, gradients=gradients)
     problems = [problem for name in config.attack_names if (problem := part_problem(name, num_classes))]
     if problems:
         raise ConfigError(problems)
@@ -160,7 +182,7 @@ def run_evaluation(
         teacher = load_teacher(config, subject, num_classes, accelerator, images.notes)
     else:
         teacher = module_subject(teacher_module, "teacher")
-        if (count := count_classes(teacher, images, accelerator)) != num_classes:
+        if (count := count_classes(teacher, images, accelerator, gradients=gradients)) != num_classes:
             raise ConfigError(
                 f"the teacher has {count} outputs and the model {num_classes}: give one for these classes."
             )

@@ -85,7 +85,8 @@ def convert(field: dataclasses.Field[Any], value: Any) -> Any:
         return value
     if value is False and "no" in (meta["choices"] or ()):  # YAML's reading of it
         return "no"
-    wrong = ValueError(f"{name} {value!r} is not {_wanted(field)}.")
+    shown = repr(value) if len(repr(value)) <= 200 else f"(a {type(value).__name__})"
+    wrong = ValueError(f"{name} {shown} is not {_wanted(field)}.")
     if kind == "bool":
         if not isinstance(value, bool):
             raise wrong

@@ -14,6 +14,8 @@ import torch
 from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 
+from arrest_hub.attacks import modes_kept
+
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 TOLERANCE = 1e-3
 """Largest difference of the logits, relative to the largest of them, that is still rounding; a wrong pair gives 1."""
@@ -105,8 +107,8 @@ class FoldedNetwork(nn.Module):
 
 def _forget(network: nn.Module) -> None:
     """Some networks (LeViT) keep what they computed from their weights in eval mode until they change their mode."""
-    mode = network.training
-    network.train(not mode).train(mode)
+    with modes_kept(network):
+        network.train(not network.training)
 
 
 def _folds(module: nn.Module) -> bool:

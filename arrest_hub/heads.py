@@ -17,6 +17,7 @@ _TRANSFORMERS_HEADS = (
     ("classifier", "classifier_distill"),
     ("head", "dist_head"),
     ("classifier",),
+    ("fc",),
 )
 
 
@@ -63,15 +64,20 @@ def head_names(native: Any, source: ModelSource) -> tuple[str, ...]:
             names = tuple(name for name, module in native.named_modules() if any(module is c for c in classifiers))
         names = (names,) if isinstance(names, str) else tuple(names)
     else:
-        names = next((n for n in _TRANSFORMERS_HEADS if all(hasattr(native, name) for name in n)), ())
-    modules = dict(native.named_modules())
-    if not names or any(not any(True for _ in modules.get(n, nn.Identity()).parameters()) for n in names):
+        names = next((n for n in _TRANSFORMERS_HEADS if all(_has_weights(native, name) for name in n)), ())
+    if not names or not all(_has_weights(native, name) for name in names):
         raise BackboneError(
             f"The classification head of {source.architecture} (model {source.model_id!r}) was not found, so it "
             "cannot be separated from its network, which this method needs. Use another architecture, such as "
             "'timm/resnet50.a1_in1k' or 'timm/vit_small_patch16_224'."
         )
     return names
+
+
+def _has_weights(native: nn.Module, name: str) -> bool:
+    """Whether there is a module of that name, with parameters."""
+    module = dict(native.named_modules()).get(name)
+    return module is not None and next(module.parameters(), None) is not None
 
 
 def reset_transformers_head(

@@ -82,6 +82,9 @@ def read_preprocessing(processor: Any) -> Preprocessing:
         mean, std = np.array(stated)  # exact, where the measurement carries a rounding error
     crop_mode, edge = _resize_rule(processor)
     crop_pct = _fraction(height, edge)
+    across = _sizes(processor, "size").get("width")
+    if crop_mode == "squash" and across is not None and math.floor(width / crop_pct) != across:
+        raise ValueError(f"resizes to {edge}x{across} before it crops {height}x{width}, which is no enlargement of it")
     _check_geometry(processor, (height, width), crop_mode, crop_pct, mean, std)
     return Preprocessing(
         size=(height, width),
@@ -90,12 +93,19 @@ def read_preprocessing(processor: Any) -> Preprocessing:
         crop_pct=crop_pct,
         crop_mode=crop_mode,
         interpolation=_interpolation(processor),
+        floor_crop=True,
     )
 
 
 def _apply(processor: Any, image: np.ndarray) -> np.ndarray:
-    """uint8 image [H, W, 3] -> what the model gets, float64 [3, H', W']."""
-    out = np.asarray(processor(images=image, return_tensors="np")["pixel_values"], dtype=np.float64)
+    """uint8 image [H, W, 3] -> what the model gets, float64 [3, H', W']. Raises ValueError where there is no such."""
+    try:
+        given = processor(images=image, return_tensors="np")
+    except (NotImplementedError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ValueError(f"fails on an image ({_first_line(error)})") from error
+    if "pixel_values" not in given:
+        raise ValueError(f"makes {', '.join(given)} of an image instead of pixel values")
+    out = np.asarray(given["pixel_values"], dtype=np.float64)
     if out.ndim != 4 or out.shape[:2] != (1, 3):
         raise ValueError(f"gives arrays of shape {out.shape} instead of one image of 3 channels")
     return out[0]

@@ -73,7 +73,8 @@ class PretrainedClassifier(nn.Module):
         return self.backbone(pixels).logits
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """PIL images of any size and mode -> pixels in [0, 1], [B, 3, H, W] on the model's device, as in an evaluation.
+        """PIL images of any size and mode -> pixels in [0, 1], [B, 3, H, W] on the model's device and in its precision,
+        as in an evaluation.
 
         Raises ImageError for pixels whose range is unknown (floating point, 32-bit integers above 65535).
         """
@@ -81,7 +82,7 @@ class PretrainedClassifier(nn.Module):
         several = [images] if isinstance(images, Image.Image) else list(images)
         pixels = torch.stack([torch.as_tensor(transform(upright_rgb(image))) for image in several])
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return pixels.to(self.backbone.mean.device)
+        return pixels.to(self.backbone.mean)
 
     @torch.no_grad()
     def classify(self, image: Image.Image, top: int = 5) -> list[tuple[str, float]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from arrest_hub.attacks import modes_kept
 from arrest_hub.progress import WaitTimer
 
 TIMED = ("images_per_second", "data_wait", "attack_share", "training_share", "teacher_share", "peak_memory_gb", "mfu")
@@ -157,14 +158,11 @@ class Utilisation:
 
 def forward_flops(network: nn.Module, images: Tensor) -> float:
     """Operations of one forward pass per image (a multiplication and an addition are two): [B, 3, H, W] in [0, 1]."""
-    was_training = network.training
-    network.eval()
-    try:
+    with modes_kept(network):
+        network.eval()
         # the other kernels of attention are not all counted
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             network.forward(images)  # not the compiled one, which is not counted
-    finally:
-        network.train(was_training)
     return counter.get_total_flops() / len(images)
 
 

@@ -123,6 +123,7 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
             first step and with nothing overwritten; later, for an image that cannot be read, training that diverges,
             a full disk, or a push that fails. Terminated after a SIGTERM or Ctrl-C, with a checkpoint written.
     """
+    _check_kind(config)
     if config.dry_run:
         raise ConfigError("dry_run=True is for the command: call arrest_hub.dry_run(config), which trains nothing.")
     run, backbone, base = _prepare(config, notes)
@@ -137,11 +138,17 @@ def dry_run(config: FinetuneConfig, notes: Sequence[str] = ()) -> list[str]:
 
     Writes nothing. Raises as `finetune` does.
     """
+    _check_kind(config)
     run, backbone, _ = _prepare(dataclasses.replace(config, push_to_hub=None, private=False), notes)
     lines = describe_plan(run, backbone, partial(_costly_objective, run))
     for line in lines:
         run.accelerator.print(line)
     return lines
+
+
+def _check_kind(config: FinetuneConfig) -> None:
+    if not isinstance(config, FinetuneConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: give a FinetuneConfig(model=..., dataset=...).")
 
 
 def _objective(run: Run, teacher: nn.Module | None) -> Objective:

@@ -43,8 +43,9 @@ class Preprocessing:
 
     ``size`` is (height, width) in pixels. ``crop_pct`` is the share of the resized image that the centre
     crop keeps. ``crop_mode`` is "center" (resize the shorter side, crop the centre), "squash" (resize both
-    sides, ignoring the aspect ratio) or "border" (resize the longer side, pad). ``mean`` and ``std`` apply
-    to pixels in [0, 1], one value a channel.
+    sides, ignoring the aspect ratio) or "border" (resize the longer side, pad). ``floor_crop``: where the centre lies
+    between two pixels the crop begins at the first, as in transformers; else at the even one, as in torchvision and
+    timm. ``mean`` and ``std`` apply to pixels in [0, 1], one value a channel.
 
     Raises BackboneError for a value no transform can be made of.
     """
@@ -55,6 +56,7 @@ class Preprocessing:
     crop_pct: float = 1.0
     crop_mode: str = "center"
     interpolation: str = "bilinear"
+    floor_crop: bool = False
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
@@ -159,15 +161,27 @@ def _fit(p: Preprocessing) -> list[Callable]:
     """timm's resize and crop for each crop_mode (timm.data.transforms_factory.transforms_imagenet_eval)."""
     mode = InterpolationMode(p.interpolation)
     size = list(p.size)
+    crop = _FloorCrop(size) if p.floor_crop else v2.CenterCrop(size)
     scaled = [math.floor(side / p.crop_pct) for side in size]
     if p.crop_mode == "squash":
-        return [v2.Resize(scaled, interpolation=mode), v2.CenterCrop(size)]
+        return [v2.Resize(scaled, interpolation=mode), crop]
     if p.crop_mode == "border":
         fill = [float(round(255 * value)) for value in p.mean]
         return [_KeepRatioResize(scaled, mode, longest=True), _CenterCropOrPad(size, fill)]
     if scaled[0] == scaled[1]:
-        return [v2.Resize(scaled[0], interpolation=mode), v2.CenterCrop(size)]
-    return [_KeepRatioResize(scaled, mode, longest=False), v2.CenterCrop(size)]
+        return [v2.Resize(scaled[0], interpolation=mode), crop]
+    return [_KeepRatioResize(scaled, mode, longest=False), crop]
+
+
+class _FloorCrop:
+    """Crop the centre (height, width), the smaller half of an odd rest being left and above."""
+
+    def __init__(self, size: list[int]) -> None:
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        return F.crop(image, int((image.height - height) / 2), int((image.width - width) / 2), height, width)
 
 
 class _KeepRatioResize:

@@ -327,3 +327,11 @@ def test_label_smoothing_written_out(setting, smoothing):
     parts = objective(student, student, pixels, labels, torch.Generator())
     assert torch.allclose(parts["cross_entropy"].double(), wanted, atol=1e-5)
     assert parts["loss"].item() == pytest.approx(wanted.mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rgkd_input": "cleen"}, {"replay_by": "btch"}, {"replay_with": "cleen"}, {"rgkd_weight": -1.0}]
+)
+def test_an_option_that_is_misspelt_is_an_error(setting, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        make(setting[1], **wrong)

@@ -342,3 +342,41 @@ def test_pgd_equals_foolbox(norm, eps):
     close = torch.isclose(losses[0], losses[1], rtol=1e-3, atol=1e-4)
     assert close.float().mean() >= 0.95
     assert losses[1].mean() == pytest.approx(losses[0].mean().item(), rel=1e-2)
+
+
+def test_frozen_eval_restores_each_modules_mode(batch):
+    """Frozen BatchNorm, as in finetuning of few images; and a network that is evaluated with one part in training."""
+    pixels, labels = batch
+    model = TinyClassifier().train()
+    model.norm.eval()
+    statistics = model.norm.running_mean.clone()
+    with frozen_eval(model):
+        assert not any(module.training for module in model.modules())
+        pgd(lambda x: model(x).logits, pixels, labels, eps=0.03, step_size=0.01, steps=1)
+    assert [module.training for module in model.modules() if module is model.norm] == [False]
+    assert model.training
+    assert model.conv.training
+    model(pixels)
+    assert torch.equal(model.norm.running_mean, statistics)
+
+    model.eval()
+    model.norm.train()
+    with frozen_eval(model):
+        assert not model.norm.training
+    assert model.norm.training
+    assert not model.training
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pure_half_precision_no_steps_and_no_images(norm):
+    pixels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = TinyClassifier().eval().bfloat16()
+    labels = torch.zeros(4, dtype=torch.long)
+    eps = {"linf": 8 / 255, "l2": 0.5}[norm]
+    found = pgd(lambda x: model(x).logits, pixels.bfloat16(), labels, eps=eps, step_size=None, steps=2, norm=norm)
+    assert found.adversarial.dtype == torch.bfloat16
+    assert random_in_ball(pixels.half(), eps=eps, norm=norm).dtype == torch.float16
+    start = pixels * 0.5
+    found = pgd(lambda x: x, pixels, labels, eps=eps, step_size=None, steps=0, norm=norm, start=start)
+    assert torch.equal(found.adversarial, start)
+    assert random_in_ball(pixels[:0], eps=eps, norm=norm).shape == (0, 3, 8, 8)

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 
 from arrest_hub import backbones, model_source
+from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.errors import BackboneError, HubError
+from arrest_hub.export import write_model_folder
 from arrest_hub.transforms import Preprocessing
 
 VIT = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "img_size": 32}
@@ -624,6 +626,10 @@ def test_the_processor_is_reproduced(tmp_path):
         read_preprocessing(t.MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}))
     with pytest.raises(ValueError, match=r"different sizes \(64x64 of a square one, 64x128 of a wide one\)"):
         read_preprocessing(t.CLIPImageProcessor(size={"shortest_edge": 64}, do_center_crop=False))
+    with pytest.raises(ValueError, match="resizes to 73x71 before it crops 64x64"):
+        read_preprocessing(
+            t.DeiTImageProcessor(size={"height": 73, "width": 71}, crop_size={"height": 64, "width": 64})
+        )
     with pytest.raises(ValueError, match="does not resize"):
         read_preprocessing(t.ViTImageProcessor(do_resize=False))
 
@@ -634,3 +640,117 @@ def test_loading_under_no_grad_gives_a_trainable_network():
             "resnet18_cifar", num_classes=3, image_size=8, model_args={"channels": [16, 16, 16, 16]}
         )
     assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "tiny_vit_5m_224", "efficientvit_m0", "transformers"])
+def test_what_a_network_keeps_in_eval_mode_is_trained(name, tmp_path):
+    """Attention biases, whose gather these networks keep until they leave eval mode."""
+    if name == "transformers":
+        import transformers as t
+
+        stages = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1]}
+        config = t.LevitConfig(image_size=64, key_dim=[8, 8, 8], patch_size=16, num_labels=5, **stages)
+        t.LevitForImageClassification(config).save_pretrained(tmp_path)
+        size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+        t.LevitImageProcessor(**size).save_pretrained(tmp_path)
+        backbone = load_backbone(tmp_path)
+    else:
+        tiny_vit = {"embed_dims": (16, 16, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
+        args = {
+            "levit_128s": TIMM["levit_128s"],
+            "tiny_vit_5m_224": tiny_vit,
+        }
+        backbone = load_backbone(name, num_classes=5, model_args=args.get(name))
+    biases = [parameter for name, parameter in backbone.named_parameters() if "attention_biases" in name]
+    assert biases
+    with torch.no_grad():
+        for parameter in backbone.parameters():  # some begin with branches that are 0
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    pixels = torch.rand(4, 3, *backbone.preprocessing.size)
+    with frozen_eval(backbone), torch.no_grad():
+        backbone(pixels)
+    backbone.train()(pixels).logits.square().sum().backward()
+    assert all(bias.grad is not None for bias in biases)
+    assert biases[0].grad.abs().max() > 0
+
+
+def test_a_network_whose_configuration_has_no_names_of_its_own(tmp_path):
+    import transformers as t
+
+    stages = {"hidden_sizes": [8, 8, 8, 16], "depths": [1] * 4, "num_attention_heads": [1, 1, 1, 2]}
+    t.PvtForImageClassification(t.PvtConfig(image_size=64, num_labels=5, **stages)).save_pretrained(tmp_path / "pvt")
+    t.PvtImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "pvt")
+    backbone = load_backbone(tmp_path / "pvt")
+    assert (backbone.num_classes, backbone.label_names) == (5, None)
+    backbone.reset_head(["cat", "dog", "eel"])
+    for number, names in enumerate((["cat", "dog", "eel"], None)):
+        write_model_folder(backbone, tmp_path / str(number))
+        again = load_backbone(tmp_path / str(number))
+        assert (again.num_classes, again.label_names) == (3, names)
+        backbone.reset_head(3)
+
+
+def test_a_head_beside_a_module_of_the_usual_name(tmp_path):
+    """HGNetV2's `classifier` only pools; its linear layer is `fc`."""
+    import transformers as t
+
+    config = t.HGNetV2Config(
+        num_labels=5, embedding_size=8, depths=[1], hidden_sizes=[16], stem_channels=[3, 4, 8], stage_in_channels=[8],
+        stage_mid_channels=[4], stage_out_channels=[16], stage_num_blocks=[1], stage_downsample=[False],
+        stage_light_block=[False], stage_kernel_size=[3], stage_numb_of_layers=[1],
+    )  # fmt: skip
+    t.HGNetV2ForImageClassification(config).save_pretrained(tmp_path)
+    t.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    backbone = load_backbone(tmp_path)
+    assert backbone.num_features == 16
+    backbone.reset_head(3)
+    assert backbone(torch.rand(2, 3, 32, 32)).logits.shape == (2, 3)
+
+
+def test_a_processor_that_gives_no_pixels_is_refused(tmp_path):
+    import numpy as np
+    import transformers as t
+
+    folder = transformers_folder("vit", tmp_path / "vit")
+    colours = np.random.default_rng(0).random((8, 3)).tolist()
+    t.ImageGPTImageProcessor(size={"height": 8, "width": 8}, clusters=colours).save_pretrained(folder)
+    fails(folder, "ImageGPTImageProcessor", "makes input_ids of an image instead of pixel values")
+    t.ViTImageProcessor(size={"height": 32, "width": 32}, resample=4).save_pretrained(folder)
+    fails(folder, "ViTImageProcessor", "image processor that only resizes, crops and normalises")
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Bit", "Deit", "PoolFormer", "ConvNext", "Levit"])
+def test_the_centre_is_cropped_where_the_processor_crops_it(kind):
+    """Images of every width: where the rest is odd, transformers and torchvision begin a pixel apart."""
+    import numpy as np
+    import transformers as t
+    from PIL import Image
+
+    from arrest_hub.image_processor import read_preprocessing
+    from arrest_hub.transforms import eval_transform
+
+    edge, crop = {"size": {"shortest_edge": 73}}, {"crop_size": {"height": 64, "width": 64}}
+    processor = {
+        "CLIP": lambda: t.CLIPImageProcessor(**edge, **crop),
+        "Bit": lambda: t.BitImageProcessor(**edge, **crop),
+        "Deit": lambda: t.DeiTImageProcessor(size={"height": 73, "width": 73}, **crop),
+        "PoolFormer": lambda: t.PoolFormerImageProcessor(size={"shortest_edge": 64}, **crop),
+        "ConvNext": lambda: t.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+        "Levit": lambda: t.LevitImageProcessor(size={"shortest_edge": 64}, **crop),
+    }[kind]()
+    wants = read_preprocessing(processor)
+    transform = eval_transform(wants)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (wants.mean, wants.std))
+    noise = np.random.default_rng(0).integers(0, 255, (9, 12, 3), dtype=np.uint8)
+    smooth = Image.fromarray(noise).resize((160, 100), Image.Resampling.BICUBIC)
+    for width in range(100, 116):
+        image = smooth.resize((width, 100))
+        expected = processor(images=image, return_tensors="pt")["pixel_values"][0] * std + mean
+        # uint8 in between: half a level of rounding, and what bicubic overshoots
+        assert (transform(image) / 255 - expected).abs().mean() < 0.004, width
+
+
+def test_whole_numbers_are_no_pixels():
+    backbone = timm_backbone("resnet18")
+    with pytest.raises(BackboneError, match="uint8: give floats in"):
+        backbone(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))

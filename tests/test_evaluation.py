@@ -753,3 +753,74 @@ def test_a_damaged_record_is_one_clear_error(folder, tmp_path, capsys):
     assert "--output-dir /proc/no/such cannot be made" in capsys.readouterr().err
     with pytest.raises(ArrestError, match="--output-dir /proc/no/such cannot be made"):
         finetune(tiny_config(tmp_path, output_dir="/proc/no/such"))
+
+
+class Detached(torch.nn.Module):
+    """A network whose logits know nothing of the pixels' gradient."""
+
+    def forward(self, pixels):
+        return robust_net()(pixels).detach()
+
+
+class InPlace(torch.nn.Module):
+    """A network that normalises the tensor that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = robust_net()
+
+    def forward(self, pixels):
+        pixels -= 0.0
+        pixels *= 0.5
+        return self.net(pixels)
+
+
+def test_what_is_no_dataset_and_no_network_is_one_clear_error():
+    pixels, labels = patterns(8, 4, seed=7)
+    net = robust_net()
+    for dataset, named in (
+        ([pixels, labels], "dataset is a list"), (torch.utils.data.TensorDataset(pixels, labels), "TensorDataset"),
+        (None, "NoneType"), ((pixels.numpy(), labels.numpy()), r"\(ndarray, ndarray\)"),
+        ((pixels, labels, labels), r"\(Tensor, Tensor, Tensor\)"), ((pixels,), r"\(Tensor\)"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=named):
+            arrest_hub.evaluate(net, dataset, attacks="clean")
+    with pytest.raises(ConfigError, match="teacher is a int"):
+        arrest_hub.evaluate(net, (pixels, labels), teacher=3)
+    with pytest.raises(ConfigError, match="fails on an image of shape"):
+        arrest_hub.evaluate(robust_net().bfloat16(), (pixels, labels), attacks="clean")
+    with pytest.raises(ConfigError, match="without a gradient"):
+        arrest_hub.evaluate(Detached(), (pixels, labels), attacks="clean,pgd-2")
+    report = arrest_hub.evaluate(Detached(), (pixels, labels), attacks="clean,noise,square", checks=False)
+    assert len(report.results) == 3
+    for config in ({"model": "x"}, None):
+        for function in (arrest_hub.finetune, arrest_hub.dry_run):
+            with pytest.raises(ConfigError, match="give a FinetuneConfig"):
+                function(config)
+    with pytest.raises(ConfigError, match=r"--dataset \(a tuple\)"):
+        arrest_hub.finetune(FinetuneConfig(model="resnet18_cifar", dataset=(pixels, labels)))
+
+
+def test_a_half_precision_model_of_ours_is_refused_and_can_classify(folder):
+    model = arrest_hub.from_pretrained(folder / "model").bfloat16()
+    (name, probability), *_ = model.classify(Image.new("RGB", (9, 9), (200, 10, 10)))
+    assert isinstance(name, str)
+    assert 0 < probability <= 1
+    with pytest.raises(ConfigError, match=r"bfloat16, and images are float32: give model\.float\(\)"):
+        arrest_hub.evaluate(model, patterns(8, 4, seed=7), attacks="clean")
+
+
+def test_the_callers_tensors_and_modes_are_left_alone():
+    pixels, labels = patterns(8, 4, seed=7)
+    before = pixels.clone()
+    net = InPlace().train()
+    net.net.eval()
+    arrest_hub.evaluate(net, (pixels, labels), attacks="clean,noise", checks=False)
+    with pytest.raises(ConfigError, match=r"\(1, 3, 8, 8\).*in-place"):  # autograd cannot follow it to the pixels
+        arrest_hub.evaluate(net, (pixels, labels), attacks="clean,pgd-2", checks=False)
+    assert torch.equal(pixels, before)
+    assert [net.training, net.net.training] == [True, False]
+
+
+def test_the_public_names_are_listed():
+    assert set(arrest_hub.__all__) <= set(dir(arrest_hub))

@@ -182,3 +182,14 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert backbone(torch.rand(1, 3, 32, 32)).logits.shape == (1, 5)
     write_model_folder(backbone, folder)  # results of other weights go with them
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_the_classes_of_what_is_trained_exclude_each_other(tmp_path):
+    """transformers' pipeline makes probabilities by `problem_type`: sigmoids where it says multi-label."""
+    folder = transformers_folder("vit", tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    write_model_folder(trained(load_backbone(folder)), tmp_path / "export")
+    assert (
+        json.loads((tmp_path / "export" / "config.json").read_text())["problem_type"] == "single_label_classification"
+    )

@@ -173,3 +173,11 @@ def test_a_common_weight_is_folded_for_each_convolution() -> None:
     assert len(pairs) == 2
     twin = FoldedNetwork(network, pairs)
     torch.testing.assert_close(twin(images), network(images))
+
+
+def test_looking_at_a_network_leaves_each_modules_mode() -> None:
+    network = WithBias().train()
+    network.norm.eval()
+    images = torch.rand(2, 3, 16, 16)
+    FoldedNetwork(network, foldable(network, images)).refresh()
+    assert [network.training, network.conv.training, network.norm.training] == [True, True, False]
