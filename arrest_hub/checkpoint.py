@@ -28,6 +28,8 @@ from arrest_hub.processes import from_main, raise_together
 
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
+REPLACED = ".replaced"
+"""Ends the name of a checkpoint while another takes its place."""
 EMA = "ema.safetensors"
 
 
@@ -99,10 +101,12 @@ def save_checkpoint(
         (temporary / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n", encoding="utf-8")
         (temporary / MANIFEST).write_text(json.dumps(_describe(temporary), indent=2) + "\n", encoding="utf-8")
         flush_to_disk(temporary)
-        if final.exists():  # of a run that went on from an earlier one
-            _remove(final)
+        replaced = final.with_name(final.name + REPLACED)
+        if final.exists():  # validated since, or of a run that went on from an earlier one
+            final.rename(replaced)
         temporary.rename(final)
         _flush(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         # later ones are of a course that was given up: the run went on from an earlier one
         every = list_checkpoints(folder, progress.phase)
         until = every[: every.index(final) + 1]
@@ -215,6 +219,17 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: nn.Module |
     if ema is not None:
         ema.load_state_dict(load_file(checkpoint / EMA))
     return read_progress(checkpoint)
+
+
+def put_back_replaced(folder: Path) -> None:
+    """Where a run was killed between taking a checkpoint's name and giving it to the new one: give the old one its
+    name back."""
+    for path in folder.glob(f"*{REPLACED}"):
+        final = path.with_name(path.name.removesuffix(REPLACED))
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(final)
 
 
 def remove_leftovers(folder: Path, *patterns: str) -> None:

@@ -27,7 +27,7 @@ from arrest_hub.export import weights_digest
 from arrest_hub.labels import match_labels
 from arrest_hub.model_source import companion_file
 from arrest_hub.pretrained import PretrainedClassifier
-from arrest_hub.processes import main_first
+from arrest_hub.processes import from_main, main_first
 from arrest_hub.results import read_results
 from arrest_hub.sources import same_dataset
 from arrest_hub.splits import load_eval_split
@@ -135,11 +135,15 @@ def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) 
     data = main_first(accelerator, load)
     origin, held_out, _ = data.split.name.partition("[held-out test]")
     if held_out:
-        try:
-            trained = main_first(accelerator, lambda: held_out_seed(config, subject, origin))
-        except HubError as error:
-            data.notes.append(f"whether {subject.name} was trained on these images cannot be told ({error})")
-            trained = None
+
+        def look() -> tuple[int | None, list[str]]:
+            try:
+                return held_out_seed(config, subject, origin), []
+            except HubError as error:
+                return None, [f"whether {subject.name} was trained on these images cannot be told ({error})"]
+
+        trained, told = from_main(accelerator, look)
+        data.notes += told
         if trained is not None and trained != config.seed:
             data = main_first(accelerator, partial(load, held_out_seed=trained))
             data.notes.append(
@@ -285,11 +289,16 @@ def load_teacher(
     """
     named = config.teacher not in (None, "auto")
     teacher_id = config.teacher if named else None
-    if config.teacher == "auto":
+
+    def look() -> tuple[str | None, list[str]]:  # in one process: another node's disk may hold less of the run
         try:
-            teacher_id = main_first(accelerator, lambda: find_teacher(subject))
+            return find_teacher(subject), []
         except ArrestError as error:
-            notes.append(f"no teacher: what lies beside {subject.name} cannot be read ({error})")
+            return None, [f"no teacher: what lies beside {subject.name} cannot be read ({error})"]
+
+    if config.teacher == "auto":
+        teacher_id, told = from_main(accelerator, look)
+        notes += told
     if teacher_id is None:
         return None
     size = None if subject.preprocessing is None else subject.preprocessing.size[0]

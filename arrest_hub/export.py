@@ -17,6 +17,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from arrest_hub.backbones import Backbone
+from arrest_hub.checkpoint import flush_to_disk
 from arrest_hub.image_processor import no_transformers_bars
 
 MAX_SHARD_SIZE = "5GB"
@@ -27,8 +28,8 @@ def write_model_folder(backbone: Backbone, folder: str | os.PathLike[str]) -> No
     """Write model.safetensors and config.json (for transformers also preprocessor_config.json) to ``folder``.
 
     The weights are float32. They are written to a sibling folder which is then renamed, so ``folder`` is
-    never half written; an existing ``folder`` is replaced with all it holds. The same weights give the same
-    bytes. Raises OSError when the folder cannot be written.
+    never half written, also where the power fails; an existing ``folder`` is replaced with all it holds.
+    The same weights give the same bytes. Raises OSError when the folder cannot be written.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +41,7 @@ def write_model_folder(backbone: Backbone, folder: str | os.PathLike[str]) -> No
                 _write_timm(network, backbone, new)
             else:
                 _write_transformers(network, backbone, new)
+        flush_to_disk(new)
         old = Path(staging) / "old"
         if folder.exists():
             folder.rename(old)

@@ -23,7 +23,6 @@ from arrest_hub.checkpoint import (
     best_folder,
     derive_seed,
     drop_best,
-    flush_to_disk,
     load_checkpoint,
     save_checkpoint,
 )
@@ -382,7 +381,6 @@ def _write_weights(model: Backbone | None, folder: Path) -> None:
     assert model is not None  # in the main process
     try:
         write_model_folder(model, folder)
-        flush_to_disk(folder)
     except (OSError, SafetensorError) as error:
         raise ArrestError(
             f"the weights {folder} cannot be written: {error}. Make room for them, then go on with the same command "

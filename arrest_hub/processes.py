@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -24,12 +25,17 @@ def main_first(accelerator: Accelerator, load: Callable[[], T]) -> T:
     """``load()`` in the main process, then, from its caches, in the others.
 
     Raises:
-        ArrestError: what the main process found; the others raise AlreadyReported instead of waiting for it.
+        ArrestError: what any of them found, of which another node's disk may give less; in all of them, so that none
+            waits for another (AlreadyReported where it is not the main process).
     """
     result = main_only(accelerator, load)
+    problem = None
     if not accelerator.is_main_process:
-        result = load()
-    accelerator.wait_for_everyone()
+        try:
+            result = load()
+        except ArrestError as error:
+            problem = f"process {accelerator.process_index} on {socket.gethostname()}: {error}"
+    raise_together(accelerator, problem)
     return result  # type: ignore[return-value]
 
 

@@ -109,7 +109,9 @@ class Log:
             if later_phase or (entry["phase"] == phase and entry["step"] > step):
                 continue
             kept.append(line)
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        whole = self.path.with_name(f"{self.path.name}.tmp")
+        whole.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        whole.replace(self.path)
 
     def write(self, entry: dict[str, Any], tracker_step: int) -> None:
         """Append one line; numbers also go to the tracker, under ``<phase>/<name>``, whose steps never go back."""

@@ -95,9 +95,9 @@ def training_record(
 ) -> TrainingRecord:
     """The facts of a run whose training is finished; ``accelerator`` is the one it trained with."""
     processes, examples = accelerator.num_processes, splits.train.num_examples
-    images = progress.step * config.grad_accum_steps * config.batch_size * processes
     standard = list_checkpoints(checkpoints, "standard")
-    seconds = progress.seconds + (read_progress(standard[-1]).seconds if standard else 0.0)
+    clean = read_progress(standard[-1]) if standard else Progress("standard")
+    images, seconds = progress.images - clean.images, progress.seconds + clean.seconds
     library = base.library if base else "timm"
     exported = exported_config(config, base)
     return TrainingRecord(

@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from arrest_hub.checkpoint import remove_leftovers
+from arrest_hub.checkpoint import put_back_replaced, remove_leftovers
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.config_sources import load_config
 from arrest_hub.processes import raise_together
@@ -146,6 +146,7 @@ def _start(config: FinetuneConfig, paths: RunPaths) -> None:
             elif path.name != LOCK:  # deleted, it would keep nobody out
                 path.unlink()
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
+    put_back_replaced(paths.checkpoints)
     remove_leftovers(paths.checkpoints, "*.tmp", ".best-*", ".last-*")
     remove_leftovers(paths.root, "export.*.tmp", ".teacher-*")
     if not paths.has_work:

@@ -20,10 +20,10 @@ from arrest_hub.transforms import Transform
 class StreamingImages(IterableDataset[dict[str, Any]]):
     """A streaming split as the same dicts as `ImageDataset`, each image read by exactly one reader.
 
-    A reader is one worker of one process. Readers share the shards (files) of the stream where it has enough
-    of them; otherwise every reader reads all of it and decodes its part. ``index`` counts the images of the
-    epoch in the order of this arrangement: it is unique, but the image it names depends on the number of
-    readers, and so does the order.
+    A reader is one worker of one process. The shards (files) of the stream are laid in a row, which is cut into as
+    many equal pieces as there are readers; of a shard that is cut, each reader decodes its rows. A stream that cannot
+    be read by shard is read whole by every reader. ``index`` counts the images of the epoch in the order of this
+    arrangement: it is unique, but the image it names depends on the number of readers, and so does the order.
 
     ``per_reader`` images make an epoch for each reader, so that all processes take the same number of steps;
     a reader that runs out early starts over. None: one pass, whatever its length. What ``corrupt`` skips is not
@@ -121,24 +121,20 @@ class StreamingImages(IterableDataset[dict[str, Any]]):
         stream, shards = self.split.dataset, self.split.dataset.num_shards
         rng = np.random.default_rng(mix(self.seed, epoch, lap))  # the same in every reader
         order = rng.permutation(shards) if self.shuffle else np.arange(shards)
-        apart = self.split.by_shard and self.shuffle and shards >= readers
 
         def rows() -> Iterator[dict[str, Any]]:
-            if apart:
-                for shard in order[reader::readers]:
-                    part = stream.shard(shards, int(shard))
-                    yield from _iterate(part.skip(self.split.skip) if shard == 0 and self.split.skip else part)
-            elif self.split.by_shard and self.shuffle:
-                yield from every(
-                    row
-                    for shard in order
-                    for row in _iterate(stream.shard(shards, int(shard)).skip(self.split.skip if shard == 0 else 0))
-                )
-            else:
-                yield from every(_iterate(stream.skip(self.split.skip) if self.split.skip else stream))
-
-        def every(all_rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-            return (row for i, row in enumerate(all_rows) if i % readers == reader)
+            if not (self.split.by_shard and self.shuffle):
+                whole = _iterate(stream.skip(self.split.skip) if self.split.skip else stream)
+                yield from (row for i, row in enumerate(whole) if i % readers == reader)
+                return
+            # in units of 1 / readers of a shard, a reader has as many as there are shards
+            begin, end = reader * shards, (reader + 1) * shards
+            for place in range(begin // readers, -(-end // readers)):
+                shard = int(order[place])
+                part = stream.shard(shards, shard)
+                part = part.skip(self.split.skip) if shard == 0 and self.split.skip else part
+                low, high = begin - place * readers, end - place * readers
+                yield from (row for i, row in enumerate(_iterate(part)) if low <= i % readers < high)
 
         if not self.shuffle:
             yield from rows()

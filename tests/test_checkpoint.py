@@ -1,17 +1,24 @@
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from arrest_hub import checkpoint
 from arrest_hub.checkpoint import (
     Progress,
     checkpoint_name,
     derive_seed,
     list_checkpoints,
     load_checkpoint,
+    newest_whole,
+    put_back_replaced,
     read_progress,
+    remove_leftovers,
     save_checkpoint,
 )
 
@@ -73,3 +80,38 @@ def test_seeds_differ_and_repeat():
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0, "x", 1) == derive_seed(0, "x", 1)
     assert derive_seed(1, 11) != derive_seed(11, 1)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["before the new one has its name", "before the old one is gone"])
+def test_a_checkpoint_that_is_replaced_is_never_lost(moment, tmp_path, monkeypatch):
+    """As where a validation was cut short, and the resumed run validates and saves the same step again."""
+    accelerator = Accelerator(cpu=True)
+    save_checkpoint(accelerator, tmp_path, Progress("robust", step=5, to_validate=True), None, 1)
+
+    def killed(self, *args, **kwargs):
+        if moment.startswith("before the new") == self.name.endswith(".tmp"):
+            raise Killed
+        return rename(self, *args, **kwargs)
+
+    rename, remove = Path.rename, shutil.rmtree
+    if moment.startswith("before the new"):
+        monkeypatch.setattr(Path, "rename", killed)
+    else:
+        monkeypatch.setattr(
+            checkpoint.shutil,
+            "rmtree",
+            lambda path, **rest: remove(path, **rest) if path.suffix == ".tmp" else killed(path),
+        )
+    with pytest.raises(Killed):
+        save_checkpoint(accelerator, tmp_path, Progress("robust", step=5, to_validate=False), None, 1)
+    monkeypatch.undo()
+    put_back_replaced(tmp_path)
+    remove_leftovers(tmp_path, "*.tmp")
+    (left,) = tmp_path.iterdir()
+    found, passed_over = newest_whole(accelerator, tmp_path, "robust")
+    assert (found, passed_over) == (left, [])
+    assert read_progress(left).to_validate == moment.startswith("before the new")

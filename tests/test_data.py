@@ -607,10 +607,30 @@ def test_stream_splits(shards):
         len(splits.test)
 
 
+@pytest.mark.parametrize("readers", [1, 2, 3, 4, 5, 8])
+def test_stream_readers_have_equal_parts(shards, readers):
+    """Also where the files (4, of 30 rows) do not divide evenly: no image twice in an epoch, but for a row of a file
+    that cannot be halved, and none left out but the rest; and no reader opens more files than its part lies in."""
+    split = load_splits(shards, streaming=True, validation_size=0).train
+    whole = 120 // readers
+    seen = []
+    for process in range(readers):
+        stream = StreamingImages(
+            split, EVAL, seed=5, num_processes=readers, process_index=process, buffer_size=16, per_reader=whole
+        )
+        stream.set_epoch(2)
+        part = values(stream)
+        assert len(part) == whole
+        assert len({value // 30 for value in part}) <= -(-4 // readers) + 1
+        seen += part
+    assert len(seen) == readers * whole
+    assert len(set(seen)) == len(seen) - (4 if readers == 8 else 0), "15 of 30 rows, dealt out in 8 parts of 3 or 4"
+
+
 @pytest.mark.parametrize("readers", [1, 2, 3, 7])
 @pytest.mark.parametrize(("held_out", "by_shard"), [(0, True), (10, True), (40, False)])
 def test_stream_readers_share_without_overlap(shards, readers, held_out, by_shard):
-    """By shard where there are enough of them (4), by example otherwise; never a held-out image."""
+    """By shard, or by example where the held-out images reach beyond the first; never a held-out image."""
     split = load_splits(shards, streaming=True, validation_size=held_out).train
     assert split.by_shard == by_shard
     orders = []

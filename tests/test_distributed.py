@@ -90,6 +90,11 @@ def test_what_two_processes_do_together():
     # where a stream is shared out by how many workers read it, they must be equally many
     assert found["workers"] == [[3, 8], [3, 3]]
     assert found["waited"] == [True, True]
+    first, second = found["load that fails"]
+    assert first.startswith("ArrestError: process 1 on ")
+    assert first.endswith(": no such folder here")
+    assert second.startswith("AlreadyReported")
+    assert found["teacher"] == ["resnet18_cifar"] * 2
 
 
 def test_two_processes_train_as_one_does(two, tmp_path, monkeypatch):

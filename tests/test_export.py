@@ -193,3 +193,13 @@ def test_the_classes_of_what_is_trained_exclude_each_other(tmp_path):
     assert (
         json.loads((tmp_path / "export" / "config.json").read_text())["problem_type"] == "single_label_classification"
     )
+
+
+def test_a_model_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A rename may outrun the contents, and a folder's name says that it is whole."""
+    flushed = []
+    monkeypatch.setattr(
+        export, "flush_to_disk", lambda folder: flushed.append(sorted(f.name for f in folder.iterdir()))
+    )
+    write_model_folder(timm_backbone("resnet18"), tmp_path / "export")
+    assert flushed == [["config.json", "model.safetensors"]]

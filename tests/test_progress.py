@@ -58,3 +58,19 @@ def test_rewind_drops_what_came_after_the_checkpoint(accelerator, tmp_path):
     assert steps() == [("standard", 2), ("standard", 4), ("robust", 2)]
     log.rewind("standard", 2)
     assert steps() == [("standard", 2)]
+
+
+def test_a_log_that_is_rewound_is_whole_at_every_moment(accelerator, tmp_path, monkeypatch):
+    log = Log(tmp_path / "log.jsonl", accelerator)
+    for step in (1, 2, 3):
+        log.write({"phase": "robust", "step": step, "epoch": 0}, step)
+    before = log.path.read_bytes()
+
+    def full(self, *args, **kwargs):
+        self.open("w").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(log.path), "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        log.rewind("robust", 2)
+    assert log.path.read_bytes() == before

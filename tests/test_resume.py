@@ -30,6 +30,7 @@ from arrest_hub.prepare import new_accelerator
 from arrest_hub.results import read_results
 from arrest_hub.throughput import TIMED
 from arrest_hub.train import finetune
+from arrest_hub.training_record import read_record
 
 CHANGES = {"checkpoint_every": 1, "keep_checkpoints": 3, "log_every": 1, "ema_decay": 0.9, "epochs": 3}
 
@@ -242,6 +243,8 @@ def test_another_batch_size_goes_on_at_the_end_of_an_epoch(tmp_path, capsys):
     # one epoch of 4 steps, then two of 9
     progress = read_progress(list_checkpoints(tmp_path / "run" / "checkpoints", "robust")[-1])
     assert (progress.step, progress.epoch, progress.offset, progress.place) == (22, 3, 5, 27)
+    record = read_record(tmp_path / "run" / "export" / "training_record.json")
+    assert record.epochs == round((4 * 8 + 18 * 4) / record.data.num_examples, 2)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     rates = {line["step"]: line["lr"] for line in lines if "lr" in line}
     assert list(rates) == [1, 2, 3, 4, *range(5, 23)]

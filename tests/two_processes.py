@@ -1,5 +1,6 @@
 """What test_distributed.py has two processes do together; prints a line of JSON, and so does no test by itself."""
 
+import dataclasses
 import json
 import os
 import time
@@ -16,15 +17,19 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
+from arrest_hub import eval_subjects
 from arrest_hub.arrest import ArrestObjective
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.backbones import load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
+from arrest_hub.errors import ArrestError, DataError
 from arrest_hub.estimate import measure_steps
+from arrest_hub.eval_config import EvalConfig
+from arrest_hub.eval_subjects import module_subject
 from arrest_hub.network_options import synchronise_batchnorm
 from arrest_hub.prepare import new_accelerator, num_workers
-from arrest_hub.processes import main_only
+from arrest_hub.processes import main_first, main_only
 from arrest_hub.progress import Meter
 from arrest_hub.step import train_step, worst_case
 from arrest_hub.train import build_objective
@@ -116,6 +121,36 @@ def waited_for_main(accelerator: Accelerator) -> list[bool]:
     return gather_object([True])
 
 
+def load_that_fails(accelerator: Accelerator) -> list[str]:
+    """What each process is told where the second cannot load what the first could."""
+
+    def load() -> str:
+        if accelerator.process_index == 1:
+            raise DataError("no such folder here")
+        return "loaded"
+
+    try:
+        said = main_first(accelerator, load)
+    except ArrestError as error:
+        said = f"{type(error).__name__}: {error}"
+    return gather_object([said])
+
+
+def teacher_of_one_disk(accelerator: Accelerator) -> list[str | None]:
+    """The teacher of each process, where only the first one's disk has the run that tells of it."""
+    subject = module_subject(tiny_backbone(len(NAMES)), "mine")
+    config, notes = EvalConfig(model="mine", dataset="data").validate(), []
+    found = {0: "resnet18_cifar", 1: None}[accelerator.process_index]
+    network = tiny_backbone(len(NAMES))
+    network.source = dataclasses.replace(network.source, pretrained=True)
+    with (
+        patch.object(eval_subjects, "find_teacher", lambda subject: found),
+        patch.object(eval_subjects, "load_backbone", lambda *args, **kwargs: network),
+    ):
+        teacher = eval_subjects.load_teacher(config, subject, len(NAMES), accelerator, notes)
+    return gather_object([teacher and teacher.name])
+
+
 def one_rank_replays_all(accelerator: Accelerator) -> dict[str, float]:
     """The largest difference between the weights after three steps of two processes, of which one finds nothing to
     attack, and of one process with the same images and thresholds; and the replay rate that is logged."""
@@ -199,6 +234,8 @@ if __name__ == "__main__":
         "counted": counted(together),
         "rehearsed": rehearsed(together),
         "workers": [workers_chosen(together, streaming=streaming) for streaming in (False, True)],
+        "load that fails": load_that_fails(together),
+        "teacher": teacher_of_one_disk(together),
         "waited": waited_for_main(together),  # the last: the others would have little time after it
     }
     together.print(json.dumps(found))
