@@ -29,15 +29,20 @@ def renamed(name: str) -> str:
     return name
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("resnet18_cifar10"))
     args = parser.parse_args(argv)
     if args.output_dir.exists():
         parser.error(f"--output-dir {args.output_dir} exists already: name another, or delete it")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     source = files("pyautoattack") / "examples" / "model_test.pt"
     if not source.is_file():
-        parser.error("this pyautoattack has no examples/model_test.pt: install pyautoattack 0.2.0")
+        sys.exit("this pyautoattack has no examples/model_test.pt: install pyautoattack 0.2.0")
     with source.open("rb") as file:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     model = timm.create_model("resnet18_cifar", num_classes=10)

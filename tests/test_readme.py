@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pretrained_resnet18
 import pytest
 
 from arrest_hub.cli import parse_eval, parse_finetune
@@ -28,6 +29,11 @@ def test_commands_parse(command):
     if words[:2] == ["accelerate", "launch"]:
         words = words[words.index("arrest_hub") + 1 :]
         words[0] = "arrest-" + words[0]
+    if words[:2] == ["python", "scripts/pretrained_resnet18.py"]:
+        assert pretrained_resnet18.parse(words[2:]).output_dir == Path(
+            "resnet18_cifar10"
+        )  # it is run in test_reproduce
+        return
     if words[0] in ("arrest-push", "arrest-card"):
         assert {"arrest-push": parse_push, "arrest-card": parse_card}[words[0]](words[1:]).folder
         return
