@@ -168,7 +168,7 @@ def run_evaluation(
     images = tensor_images(pair, config.dataset) if pair is not None else load_images(config, subject, accelerator)
     if paths is not None and config.resume and (done := from_main(accelerator, partial(_read_record, paths))):
         return _finished(config, paths, subject, accelerator, *done)
-    gradients = not {"clean", "noise", "square"}.issuperset(config.attack_names)
+    gradients = bool(config.eps_curve) or not {"noise", "square"}.issuperset(config.attack_names)
     num_classes = count_classes(subject, images, accelerator, gradients=gradients)
     problems = [problem for name in config.attack_names if (problem := part_problem(name, num_classes))]
     if problems:

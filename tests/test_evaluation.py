@@ -791,6 +791,8 @@ def test_what_is_no_dataset_and_no_network_is_one_clear_error():
         arrest_hub.evaluate(robust_net().bfloat16(), (pixels, labels), attacks="clean")
     with pytest.raises(ConfigError, match="without a gradient"):
         arrest_hub.evaluate(Detached(), (pixels, labels), attacks="clean,pgd-2")
+    with pytest.raises(ConfigError, match="without a gradient"):  # the curve is PGD's
+        arrest_hub.evaluate(Detached(), (pixels, labels), attacks="clean", eps_curve="0:8/255:2")
     report = arrest_hub.evaluate(Detached(), (pixels, labels), attacks="clean,noise,square", checks=False)
     assert len(report.results) == 3
     for config in ({"model": "x"}, None):
