@@ -109,11 +109,9 @@ def save_checkpoint(
         shutil.rmtree(replaced, ignore_errors=True)
         # later ones are of a course that was given up: the run went on from an earlier one
         every = list_checkpoints(folder, progress.phase)
-        until = every[: every.index(final) + 1]
-        ends = [checkpoint for checkpoint in until if _ends_epoch(checkpoint)]
-        for old in set(every) - {*until[-keep:], *ends[-1:]}:
-            _remove(old)
-        drop_best(folder)
+        for later in every[every.index(final) + 1 :]:
+            _remove(later)
+        drop_old(final, progress.phase, keep)
 
     main = accelerator.is_main_process
     # libraries have errors of their own for a full disk; whatever it is, it must not leave the others waiting
@@ -141,6 +139,20 @@ def list_checkpoints(folder: Path, phase: str) -> list[Path]:
     return sorted(
         (path for path in found if (path / MANIFEST).is_file()), key=lambda path: int(path.name.split("-")[1])
     )
+
+
+def drop_old(newest: Path, phase: str, keep: int) -> None:
+    """Delete the checkpoints of ``phase`` before ``newest``, but for the last ``keep`` with it and the newest from the
+    end of an epoch, and the best weights that none names then.
+
+    A run that goes on does it too: one that was killed after its last checkpoint, and before this, kept one too many.
+    """
+    every = list_checkpoints(newest.parent, phase)
+    until = every[: every.index(newest) + 1]
+    ends = [checkpoint for checkpoint in until if _ends_epoch(checkpoint)]
+    for old in set(until) - {*until[-keep:], *ends[-1:]}:
+        _remove(old)
+    drop_best(newest.parent)
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -23,6 +23,7 @@ from arrest_hub.checkpoint import (
     best_folder,
     derive_seed,
     drop_best,
+    drop_old,
     load_checkpoint,
     save_checkpoint,
 )
@@ -107,6 +108,8 @@ def train_phase(
     progress = Progress(phase, model_revision=run.model_revision, dataset_revision=run.splits.revision, layout=layout)
     if checkpoint is not None:
         progress = load_checkpoint(accelerator, Path(checkpoint), ema)
+        if accelerator.is_main_process:
+            drop_old(Path(checkpoint), phase, config.keep_checkpoints)
         accelerator.step = 0  # a checkpoint is of whole steps, and --grad-accum-steps may be another now
         if progress.layout != layout:
             progress.layout = layout

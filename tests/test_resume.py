@@ -19,7 +19,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import killed_after, tiny_config
 
-from arrest_hub import loop, run_folder
+from arrest_hub import checkpoint, loop, run_folder
 from arrest_hub.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
 from arrest_hub.cli import parse_finetune
 from arrest_hub.config_sources import load_config
@@ -167,8 +167,8 @@ def test_a_damaged_checkpoint_is_passed_over(name, change, why, whole, capsys):
 
 def test_with_no_whole_checkpoint_the_run_starts_again_and_says_so(whole, capsys):
     folder, expected = whole
-    for checkpoint in dead_run(folder, "none-whole", at=2):
-        cut(checkpoint / "model.safetensors")
+    for written in dead_run(folder, "none-whole", at=2):
+        cut(written / "model.safetensors")
     finetune(run_config(folder, "none-whole", resume=True))
     assert "no checkpoint is whole" in capsys.readouterr().out
     assert outcome(folder / "none-whole") == expected
@@ -354,6 +354,25 @@ def train_in_child(values):
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     torch.set_num_threads(1)
     finetune(dataclasses.replace(tiny_config(Path(values.pop("folder"))), **values))
+
+
+def test_killed_between_the_last_checkpoint_and_the_deletion_of_the_oldest(whole, monkeypatch):
+    folder, expected = whole
+    run, remove = folder / "not deleted", checkpoint._remove
+
+    def killed(path):
+        if path.name in ("step-000008", "step-000009"):  # as it is at the end of an epoch, step 8 goes with step 9
+            raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(run_config(folder, run.name))
+    steps = [read_progress(path).step for path in list_checkpoints(run / "checkpoints", "robust")]
+    assert steps == [8, 9, 10, 11, 12]
+    finetune(run_config(folder, run.name, resume=True))
+    assert outcome(run) == expected
 
 
 @pytest.mark.slow
