@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from arrest_hub.cli import eval_command, finetune_command, run_cli
+from arrest_hub.cli import eval_command, finetune_command, leave, run_cli
 from arrest_hub.errors import did_you_mean
 from arrest_hub.push_cli import card_command, push_command
 
@@ -24,4 +24,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import errno
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -321,6 +323,23 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resum
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """End the process with ``code``; one of several without taking the interpreter down, as multiprocessing's do.
+
+    Threads of Gloo outlive `destroy_process_group` after a sharded training, whose mesh PyTorch keeps in caches of its
+    own. One that lets go of a tensor while the interpreter is taken down aborts the process, and its launcher then
+    kills the others, also one that still writes the results (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # nobody may be there to read it
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def finetune_command(argv: Sequence[str]) -> None:
     """`arrest-finetune`: parse, then train. Raises ArrestError for bad input."""
     config, notes = parse_finetune(argv)
@@ -353,9 +372,9 @@ def eval_command(argv: Sequence[str]) -> None:
 
 def eval_main() -> None:
     """Entry point of `arrest-eval`."""
-    sys.exit(run_cli(eval_command, sys.argv[1:]))
+    leave(run_cli(eval_command, sys.argv[1:]))
 
 
 def finetune_main() -> None:
     """Entry point of `arrest-finetune`."""
-    sys.exit(run_cli(finetune_command, sys.argv[1:]))
+    leave(run_cli(finetune_command, sys.argv[1:]))

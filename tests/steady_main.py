@@ -5,7 +5,7 @@ import sys
 from two_processes import steady_attack, steady_noise
 
 from arrest_hub import train
-from arrest_hub.cli import finetune_command
+from arrest_hub.cli import finetune_command, leave, run_cli
 
 
 def steady_pgd(logits_fn, pixels, labels, *, generator=None, **numbers):
@@ -18,4 +18,4 @@ def steady_ball(pixels, *, generator=None, **numbers):
 
 if __name__ == "__main__":
     train.pgd, train.random_in_ball = steady_pgd, steady_ball
-    finetune_command(sys.argv[1:])
+    leave(run_cli(finetune_command, sys.argv[1:]))

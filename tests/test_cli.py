@@ -163,6 +163,31 @@ def test_exit_codes_of_what_ends_a_run(capsys):
         ends(FileNotFoundError(errno.ENOENT, "No such file"))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_ends_without_taking_the_interpreter_down(processes):
+    """What is registered for the end still happens, and so does what other threads have in hand."""
+    code = """
+import atexit, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from arrest_hub.cli import leave
+
+class AtTheVeryEnd:
+    def __del__(self):
+        print("taken down")
+
+held = AtTheVeryEnd()
+atexit.register(print, "atexit")
+ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.2), print("thread")))
+print("unflushed", end=" ")
+leave(7)
+"""
+    environment = dict(os.environ, WORLD_SIZE=str(processes))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (7, "")
+    expected = ["unflushed", "thread", "atexit"] + ["taken", "down"] * (processes == 1)
+    assert done.stdout.split() == expected
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_run_outlives_the_reader_of_its_output(stream, tmp_path):
     """As of `| head`."""
