@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from arrest_hub.errors import BackboneError
 from arrest_hub.heads import ClassificationHead, Slot, head_names, reset_transformers_head, set_submodule
+from arrest_hub.model_config import no_head
 from arrest_hub.model_source import LocatedModel, ModelSource, find_weights, locate
 from arrest_hub.transforms import Preprocessing
 
@@ -210,7 +211,7 @@ def load_backbone(
     ``model_id`` is a folder with a config.json (timm's or transformers'), ``timm/<name>`` for timm's weights
     on the Hub, ``org/name[@revision]`` on the Hub, or the bare name of a timm architecture, which starts from
     a random initialisation. ``pretrained=False`` keeps the architecture of an id with weights, with random
-    ones. ``num_classes`` replaces a head of another size by a fresh one, and puts one on a timm network that has none,
+    ones. ``num_classes`` replaces a head of another size by a fresh one, and puts one on a network that has none,
     which is all that ``head_if_none`` does (`new_head` tells); ``image_size`` (pixels, square) overrides the model's
     own; ``model_args`` are timm's keyword arguments for a bare architecture name.
     Weights are safetensors; ``allow_pickle`` admits pickles, read by torch.load(weights_only=True).
@@ -224,14 +225,19 @@ def load_backbone(
     for name, value in (("num_classes", num_classes), ("head_if_none", head_if_none), ("image_size", image_size)):
         if value is not None and value < 1:
             raise BackboneError(f"{name} is {value} for model {model_id!r}; it must be a positive whole number.")
-    located = locate(model_id, revision=revision, pretrained=pretrained, allow_pickle=allow_pickle, cache_dir=cache_dir)
+    count_if_none = num_classes or head_if_none
+    located = locate(
+        model_id, revision=revision, pretrained=pretrained, head_wanted=count_if_none is None,
+        allow_pickle=allow_pickle, cache_dir=cache_dir,
+    )  # fmt: skip
     if model_args and located.folder is not None:
         raise BackboneError(
             f"model_args {dict(model_args)} were given for model {model_id!r}, whose architecture its config.json "
             "fixes. Give them with a bare timm architecture name, or leave them out."
         )
-    timm_build = partial(_build_timm, head_if_none=num_classes or head_if_none)
-    build = timm_build if located.source.library == "timm" else _build_transformers
+    build = partial(
+        _build_timm if located.source.library == "timm" else _build_transformers, head_if_none=count_if_none
+    )
     if located.source.pretrained:
         with torch.random.fork_rng(devices=[]):
             backbone = build(located, image_size, {}, allow_pickle)
@@ -273,10 +279,7 @@ def _build_timm(
         )
     headless = native.num_classes < 1
     if headless and head_if_none is None:
-        raise BackboneError(
-            f"Model {source.model_id!r} has no classification head (num_classes is 0). Choose a model with one, or "
-            "have one trained first with --standard-epochs N (from Python, num_classes=N puts on a random one)."
-        )
+        raise no_head(source.model_id, "has no classification head (num_classes is 0). Choose a model with one")
     if headless:
         native.reset_classifier(head_if_none)
     for key in ("file", "source"):  # the path is of this machine and has no place in an export
@@ -296,20 +299,29 @@ def _build_timm(
 
 
 def _build_transformers(
-    located: LocatedModel, image_size: int | None, model_args: dict[str, Any], allow_pickle: bool
+    located: LocatedModel,
+    image_size: int | None,
+    model_args: dict[str, Any],
+    allow_pickle: bool,
+    *,
+    head_if_none: int | None,
 ) -> Backbone:
     from transformers import AutoConfig, AutoModelForImageClassification
 
-    from arrest_hub.image_processor import load_processor, no_transformers_bars
+    from arrest_hub.image_processor import load_processor, quiet_transformers
 
     source, folder = located.source, located.folder
     assert folder is not None  # a bare name is always timm's
     processor, preprocessing = load_processor(folder, source.model_id, image_size)
+    saved_as = (located.config or {}).get("architectures") or [source.architecture]
+    headless = saved_as[0] != source.architecture  # what `check_config` lets pass only where a head is put on
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if headless:
+            config.num_labels = head_if_none
         if source.pretrained:
             weights = find_weights(folder, source.model_id, "transformers", allow_pickle)
-            with no_transformers_bars():
+            with quiet_transformers():
                 native, info = AutoModelForImageClassification.from_pretrained(
                     folder,
                     config=config,
@@ -331,6 +343,9 @@ def _build_transformers(
     if mismatched:
         raise _build_failure(source, folder, {}, ValueError("; ".join(sorted(mismatched)[:4]) + "."))
     missing = sorted(info.get("missing_keys", ()))
+    if headless:
+        new = tuple(f"{name}." for name in head_names(native, source))
+        missing = [key for key in missing if not key.startswith(new)]
     if missing:
         raise BackboneError(
             f"The weights of model {source.model_id!r} lack {len(missing)} parameters of {source.architecture} "
@@ -343,7 +358,9 @@ def _build_transformers(
         native.config.label2id = {name: i for i, name in names.items()}
     if names == {i: f"LABEL_{i}" for i in range(len(names))}:
         names = None  # transformers' placeholder
-    return Backbone(native, source, preprocessing, _complete_names(names, native.config.num_labels), processor)
+    backbone = Backbone(native, source, preprocessing, _complete_names(names, native.config.num_labels), processor)
+    backbone.new_head = headless
+    return backbone
 
 
 def _build_failure(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from arrest_hub.backbones import Backbone
 from arrest_hub.checkpoint import flush_to_disk
-from arrest_hub.image_processor import no_transformers_bars
+from arrest_hub.image_processor import quiet_transformers
 
 MAX_SHARD_SIZE = "5GB"
 """Of transformers' weights; larger ones are split into several files with an index. timm reads one file only."""
@@ -88,7 +88,7 @@ def _write_transformers(network: Any, backbone: Backbone, folder: Path) -> None:
         network.config.label2id = {name: index for index, name in enumerate(names)}
     if network.config.problem_type is not None:  # of the network before: the logits are of one class among several
         network.config.problem_type = "single_label_classification"
-    with no_transformers_bars():
+    with quiet_transformers():
         network.save_pretrained(folder, state_dict=_portable_state(network), max_shard_size=MAX_SHARD_SIZE)
     backbone.processor.save_pretrained(folder)
 

@@ -22,15 +22,18 @@ _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PI
 
 
 @contextmanager
-def no_transformers_bars() -> Iterator[None]:
-    """transformers draws a bar for every load and save, also of a few tensors; a run has a bar of its own."""
+def quiet_transformers() -> Iterator[None]:
+    """transformers draws a bar for every load and save, also of a few tensors; a run has a bar of its own. It reports
+    weights that a model has no use for, or lacks: what that means for a run is said, or refused, by its caller."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(max(verbosity, logging.ERROR))
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

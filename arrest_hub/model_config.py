@@ -33,24 +33,28 @@ def read_config(file: Path, model_id: str) -> dict[str, Any]:
     return config
 
 
-def check_config(config: Mapping[str, Any], model_id: str) -> tuple[str, str]:
-    """(library, architecture) of an image classifier's config.json; BackboneError for anything else."""
+def check_config(config: Mapping[str, Any], model_id: str, *, head_wanted: bool = True) -> tuple[str, str]:
+    """(library, architecture) of an image classifier's config.json; BackboneError for anything else.
+
+    Without ``head_wanted`` a network without a head serves too: of a transformers one, such as a ViTModel, the
+    architecture is the classifier that is made of it.
+    """
     if config.get("model_type") == "timm_wrapper":
         raise BackboneError(
             f"Model {model_id!r} is a timm model wrapped by transformers (model_type 'timm_wrapper'). "
             "Give the timm model itself, such as 'timm/resnet50.a1_in1k'."
         )
     if "architecture" in config:
-        return "timm", _check_timm_config(config, model_id)
+        return "timm", _check_timm_config(config, model_id, head_wanted)
     if "model_type" in config or "architectures" in config:
-        return "transformers", _check_transformers_config(config, model_id)
+        return "transformers", _check_transformers_config(config, model_id, head_wanted)
     raise BackboneError(
         f"The config.json of model {model_id!r} has neither 'architecture' (timm) nor 'model_type' "
         "(transformers). Give an image classifier saved by one of the two."
     )
 
 
-def _check_timm_config(config: Mapping[str, Any], model_id: str) -> str:
+def _check_timm_config(config: Mapping[str, Any], model_id: str, head_wanted: bool) -> str:
     architecture = config["architecture"]
     if not isinstance(architecture, str) or not is_model(architecture):
         raise BackboneError(
@@ -66,16 +70,18 @@ def _check_timm_config(config: Mapping[str, Any], model_id: str) -> str:
             "objects. Export the model again with timm's save_for_hf(..., safe_serialization=True)."
         )
     classes = args.get("num_classes", config.get("num_classes", cfg.get("num_classes", 1000)))
+    if classes == 0 and head_wanted:
+        raise no_head(model_id, "has no classification head (num_classes is 0). Choose a model with one")
     _check_classes_and_channels(
         model_id,
-        1 if classes == 0 else classes,  # a network without a head can be given one
+        1 if classes == 0 else classes,
         args.get("in_chans") or (cfg.get("input_size") or [3])[0],
         "num_classes",
     )
     return architecture
 
 
-def _check_transformers_config(config: Mapping[str, Any], model_id: str) -> str:
+def _check_transformers_config(config: Mapping[str, Any], model_id: str, head_wanted: bool) -> str:
     if config.get("auto_map"):
         raise BackboneError(
             f"Model {model_id!r} runs Python code from its repository (auto_map in config.json), which is never "
@@ -98,16 +104,27 @@ def _check_transformers_config(config: Mapping[str, Any], model_id: str) -> str:
     classifiers = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(model_type, ())
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     saved_as = config.get("architectures") or classifiers[:1]
-    if not saved_as or saved_as[0] not in classifiers:
-        wanted = f" Finetune {classifiers[0]} first, then give that." if classifiers else ""
+    if not saved_as or not classifiers:
         raise BackboneError(
-            f"Model {model_id!r} is a {saved_as[0] if saved_as else model_type}, not an image classifier.{wanted}"
+            f"Model {model_id!r} is a {saved_as[0] if saved_as else model_type}, not an image classifier. Choose one."
         )
+    headless = saved_as[0] not in classifiers
+    if headless and head_wanted:
+        wanted = f"is a {saved_as[0]}, without a classification head. Choose a {classifiers[0]}"
+        raise no_head(model_id, wanted)
     named = config.get("id2label")  # transformers takes null for none
     classes = config.get("num_labels", 2) if named is None else len(named)
     channels = config.get("num_channels", (config.get("vision_config") or {}).get("num_channels", 3))
-    _check_classes_and_channels(model_id, classes, channels, "num_labels")
-    return str(saved_as[0])
+    _check_classes_and_channels(model_id, 1 if headless else classes, channels, "num_labels")
+    return str(classifiers[0] if headless else saved_as[0])
+
+
+def no_head(model_id: str, what: str) -> BackboneError:
+    """The error for a network without a head where one is wanted; ``what`` it is, and what to choose instead."""
+    return BackboneError(
+        f"Model {model_id!r} {what}, or have arrest-finetune train one first with --standard-epochs N (from Python, "
+        "num_classes=N puts on a random one)."
+    )
 
 
 def _check_classes_and_channels(model_id: str, classes: Any, channels: Any, key: str) -> None:

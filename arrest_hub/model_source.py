@@ -64,12 +64,14 @@ def locate(
     *,
     revision: str | None = None,
     pretrained: bool = True,
+    head_wanted: bool = True,
     allow_pickle: bool = False,
     cache_dir: str | Path | None = None,
 ) -> LocatedModel:
     """Find ``model_id`` (see ``backbones.load_backbone`` for the forms it takes), downloading if need be.
 
-    Raises BackboneError for an id that names nothing usable, HubError when the Hub cannot serve it.
+    Without ``head_wanted`` a network without a classification head serves too. Raises BackboneError for an id that
+    names nothing usable, HubError when the Hub cannot serve it.
     """
     path = Path(model_id).expanduser()
     name, _, suffix = model_id.partition("@")
@@ -82,7 +84,7 @@ def locate(
             )
         if path.is_file():
             raise BackboneError(f"Model {model_id!r} is a file. Give the folder it lies in.")
-        return _from_hub(model_id, name, suffix or revision, pretrained, allow_pickle, cache_dir)
+        return _from_hub(model_id, name, suffix or revision, pretrained, head_wanted, allow_pickle, cache_dir)
     if revision:
         raise BackboneError(
             f"revision={revision!r} was given, but {model_id!r} is not a Hub id. "
@@ -90,7 +92,7 @@ def locate(
         )
     # a folder without a config.json may happen to carry an architecture's name
     if path.is_dir() and ((path / "config.json").is_file() or not is_model(model_id)):
-        return _from_folder(model_id, path, pretrained, allow_pickle)
+        return _from_folder(model_id, path, pretrained, head_wanted, allow_pickle)
     if path.is_file():
         raise BackboneError(f"Model {model_id!r} is a file. Give the folder it lies in, with its config.json.")
     if os.sep in model_id or model_id.startswith((".", "~")):
@@ -225,7 +227,7 @@ def _from_architecture_name(model_id: str) -> LocatedModel:
     )
 
 
-def _from_folder(model_id: str, folder: Path, pretrained: bool, allow_pickle: bool) -> LocatedModel:
+def _from_folder(model_id: str, folder: Path, pretrained: bool, head_wanted: bool, allow_pickle: bool) -> LocatedModel:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise BackboneError(
@@ -234,7 +236,7 @@ def _from_folder(model_id: str, folder: Path, pretrained: bool, allow_pickle: bo
             "run's export/."
         )
     config = read_config(config_file, model_id)
-    library, architecture = check_config(config, model_id)
+    library, architecture = check_config(config, model_id, head_wanted=head_wanted)
     if pretrained:
         find_weights(folder, model_id, library, allow_pickle)
     source = ModelSource(model_id, library, architecture, None, pretrained, None)
@@ -246,6 +248,7 @@ def _from_hub(
     repo_id: str,
     revision: str | None,
     pretrained: bool,
+    head_wanted: bool,
     allow_pickle: bool,
     cache_dir: str | Path | None,
 ) -> LocatedModel:
@@ -255,7 +258,7 @@ def _from_hub(
         config_file = Path(hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache_dir))
         check_hash(config_file, repo_id)
         config = read_config(config_file, model_id)
-        library, architecture = check_config(config, model_id)
+        library, architecture = check_config(config, model_id, head_wanted=head_wanted)
         # the cache keeps each commit in a folder of its name: from here on the commit is pinned
         commit = config_file.parent.name
         wanted = ["config.json"]

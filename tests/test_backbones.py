@@ -287,6 +287,41 @@ def test_a_network_without_a_head_is_given_one(name, args, tmp_path):
     assert (backbone.num_classes, backbone.new_head) == (3, False), "it has one"
 
 
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext", "resnet", "beit", "dinov2", "siglip", "deit_distilled"])
+def test_a_transformers_network_without_a_head_is_given_one(family, tmp_path, capfd):
+    from transformers import AutoModel, AutoModelForImageClassification
+
+    folder = transformers_folder(family, tmp_path / "net")
+    base = AutoModel.from_config(AutoModelForImageClassification.from_pretrained(folder).config)
+    base.save_pretrained(folder)
+    assert base.config.architectures == [type(base).__name__]
+    fails(folder, "without a classification head", "--standard-epochs", type(base).__name__)
+    for flags in ({"num_classes": 4}, {"head_if_none": 4}):
+        state = torch.get_rng_state()
+        capfd.readouterr()
+        backbone = load_backbone(folder, **flags)
+        assert "MISSING" not in capfd.readouterr().err, "the new head is said by who asks for it"
+        assert torch.equal(torch.get_rng_state(), state)
+        assert (backbone.num_classes, backbone.new_head, backbone.label_names) == (4, True, None)
+        assert backbone.source.architecture.endswith("ForImageClassification")
+        pixels = torch.rand(2, 3, *backbone.preprocessing.size)
+        with torch.no_grad():
+            logits = backbone(pixels).logits
+            plain = AutoModelForImageClassification.from_pretrained(folder, num_labels=4).eval()
+            own = dict(plain.named_parameters())
+            with backbone.native() as native:
+                for name, parameter in native.named_parameters():
+                    if name.startswith("classifier"):
+                        own[name].copy_(parameter)
+            torch.testing.assert_close(logits, plain(backbone.normalize(pixels)).logits, rtol=1e-4, atol=1e-5)
+    backbone.label_names = ["a", "b", "c", "d"]
+    write_model_folder(backbone, tmp_path / "export")
+    again = load_backbone(tmp_path / "export")
+    assert (again.num_classes, again.label_names, again.new_head) == (4, ["a", "b", "c", "d"], False)
+    with torch.no_grad():
+        torch.testing.assert_close(again(pixels).logits, logits)
+
+
 def test_both_heads_of_a_distilled_network_are_renewed():
     backbone = load_backbone("repvit_m0_9", image_size=64)
     backbone.reset_head(["a", "b"])
@@ -442,7 +477,8 @@ def test_unusable_transformers_folders(tmp_path):
 
     fails(broken("code", auto_map={"AutoConfig": "x.Y"}), "never", "auto_map")
     fails(broken("type", model_type="vitt"), "vitt", "Did you mean 'vit")
-    fails(broken("task", architectures=["ViTModel"]), "not an image classifier", "ViTForImageClassification")
+    fails(broken("task", architectures=["ViTModel"]), "without a classification head", "ViTForImageClassification")
+    fails(broken("lost", architectures=["ViTModel"], num_hidden_layers=2), "lack", "random numbers", num_classes=5)
     fails(broken("text", model_type="bert", architectures=["BertModel"]), "not an image classifier")
     fails(broken("gray", num_channels=1), "1 channels")
     fails(broken("wrapped", model_type="timm_wrapper"), "timm_wrapper")

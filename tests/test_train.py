@@ -7,6 +7,7 @@ import multiprocessing
 import pytest
 import timm
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 from steady_main import steady_ball, steady_pgd
@@ -557,16 +558,30 @@ def test_the_planned_length_is_what_is_run(tmp_path, capsys):
     assert "step 1)" in out
 
 
-def test_a_network_without_a_head_gets_one_from_the_clean_phase(tmp_path, capsys):
-    net = timm.create_model("test_resnet", num_classes=0, pretrained=False)
-    timm.models.save_for_hf(net, tmp_path / "net", safe_serialization=True, data_config={"input_size": (3, 16, 16)})
+def headless_folder(library, folder):
+    """A network without a head, as its library saves it."""
+    if library == "timm":
+        net = timm.create_model("test_resnet", num_classes=0, pretrained=False)
+        timm.models.save_for_hf(net, folder, safe_serialization=True, data_config={"input_size": (3, 16, 16)})
+        return
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_network_without_a_head_gets_one_from_the_clean_phase(library, tmp_path, capsys):
+    headless_folder(library, tmp_path / "net")
     changes = {"model": str(tmp_path / "net"), "max_steps": 1, "validation_size": 0, "limit_eval": 6}
     with pytest.raises(BackboneError, match="--standard-epochs"):
         finetune(tiny_config(tmp_path, **changes))
     run = finetune(tiny_config(tmp_path, standard_epochs=1, **changes))
     assert "head: new, 3 classes (the model had none)" in capsys.readouterr().out
-    loaded = timm.create_model(f"local-dir:{run.export}", pretrained=True)
-    assert loaded.num_classes == 3
+    if library == "timm":
+        assert timm.create_model(f"local-dir:{run.export}", pretrained=True).num_classes == 3
+    else:
+        loaded = transformers.AutoModelForImageClassification.from_pretrained(run.export)
+        assert loaded.config.id2label == dict(enumerate(NAMES))
     assert load_backbone(run.export).label_names == load_backbone(run.path / "teacher").label_names == NAMES
 
 
