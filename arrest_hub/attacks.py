@@ -208,9 +208,11 @@ def pgd(
                 moved = here + signs * size if isinstance(size, Tensor) else here.add(signs, alpha=size)
                 moved = moved.clamp_(low[which], high[which])
             else:
-                step = size * gradient / sample_norm(gradient).clamp_min(1e-30)
+                # the norm of a half-precision gradient may overflow, and the smallest number here be none of its own
+                direction = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                step = size * direction / sample_norm(direction).clamp_min(1e-30)
                 ball = eps[which] if isinstance(eps, Tensor) else eps
-                moved = project(here + step, pixels[which], eps=ball, norm=norm)
+                moved = project(here + step.to(here.dtype), pixels[which], eps=ball, norm=norm)
         return moved, zero, logits.detach()
 
     zero_gradients = torch.zeros(len(pixels), device=pixels.device)

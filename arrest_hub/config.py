@@ -340,5 +340,8 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
 
 def default_output_dir(config: FinetuneConfig) -> str:
     """``runs/<model>-<dataset>-<method>``, made of characters every file system takes."""
-    parts = [Path(config.model.split("@")[0]).name, Path(config.dataset.split(":")[0]).name, config.method]
-    return "runs/" + "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.") or "x" for part in parts)
+    folder = Path(config.model).expanduser()
+    named = folder if folder.is_dir() else Path(config.model.split("@")[0])
+    model = (named.resolve() if named.name in ("", "..") else named).name
+    parts = [model, Path(config.dataset.split(":")[0]).name, config.method]
+    return "runs/" + "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.")[:80] or "x" for part in parts)

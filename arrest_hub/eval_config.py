@@ -198,20 +198,23 @@ def parse_curve(text: str) -> list[Fraction]:
 
 
 def fraction_name(value: Fraction) -> str:
-    """A radius as people write it: in 255ths where that is exact, so 8/255 and not 0.0313725."""
+    """A radius as people write it: in 255ths where that is exact, so 8/255 and not 0.0313725; but 1 and not 255/255."""
     scaled = value * 255
-    return f"{scaled.numerator}/255" if scaled.denominator == 1 and scaled else str(value)
+    return f"{scaled.numerator}/255" if scaled.denominator == 1 and value.denominator > 1 else str(value)
 
 
 def evaluation_name(*parts: str) -> str:
-    """Parts joined by hyphens, made of characters that every file system takes; of paths the last two names."""
+    """Parts joined by hyphens, made of characters that every file system takes, and as many as it takes; of paths the
+    last two names, of ids on the Hub without the revision."""
     words = []
     for part in parts:
-        path = Path(part.split("@")[0].rstrip("/"))
+        folder = Path(part).expanduser()
+        path = folder if folder.is_dir() else Path(part.split("@")[0].rstrip("/"))
+        path = path.resolve() if path.name in ("", "..") else path
         # runs/mine/export says less by its last name than by the one before
         name = path.parent.name if path.name == "export" and path.parent.name else path.name
         words.append(part if re.fullmatch(r"\d+/\d+", part) else name)
-    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word).strip("_.") or "x" for word in words)
+    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word).strip("_.")[:80] or "x" for word in words)
 
 
 def unknown_eval_key(name: str) -> str:

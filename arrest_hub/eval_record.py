@@ -18,12 +18,23 @@ from arrest_hub.card_facts import EVALUATION_FIGURES, CardFacts, read_card, read
 from arrest_hub.eval_config import EvalConfig, resume_problems
 from arrest_hub.model_card import card_is_generated, render_card
 from arrest_hub.processes import from_main, raise_together
-from arrest_hub.results import EvalReport, Result, merge_reports, read_results
+from arrest_hub.results import (
+    CHANCE,
+    TRANSFER,
+    EvalReport,
+    Result,
+    merge_reports,
+    radius,
+    read_results,
+    strength_text,
+    weaker_figures,
+)
 from arrest_hub.robustbench import write_robustbench
 from arrest_hub.run_folder import make_folder
 from arrest_hub.verdicts import Verdicts, read_verdicts
 
 PER_CLASS = "per_class.png"
+CURVE = "eps_curve.png"
 
 
 @dataclass
@@ -176,7 +187,8 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     folder = Path(config.model).expanduser()
     card = folder / "README.md"
     try:
-        if _read_training(config.model) is None or not (folder / "results.json").is_file():
+        training = _read_training(config.model)
+        if training is None or not (folder / "results.json").is_file():
             return []
         old = read_results(folder / "results.json")
         old_verdicts = read_verdicts(folder / "verdicts.parquet") if (folder / "verdicts.parquet").is_file() else None
@@ -186,9 +198,16 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
         return [f"{folder} is left as it is, since a file in it is damaged: {type(error).__name__}: {error}"]
     if old.model.get("weights_sha256") != report.model["weights_sha256"]:
         return [f"{folder} is left as it is: its results.json is of other weights than those evaluated."]
-    another = _another_teacher(config, old, report)
-    if another:  # the card's teacher is the network that was finetuned
+    left = ""
+    if _another_teacher(config, old, report):  # the card's teacher is the network that was finetuned
         report, figures = _without_teacher(report), []
+        teacher = "the teacher found" if config.teacher == "auto" else config.teacher
+        left += f"; without figures of {teacher}, not known to be where it came from, and pictures"
+    trained = str(training.get("norm")), radius(str(training.get("eps")))
+    here = config.norm, radius(config.eps)
+    if _threat(report) is None and here != (_threat(old) or trained):  # what is beside clean accuracy is of the flags'
+        report, figures = _without_threat(report), []
+        left += f"; without checks, curve and pictures, which are of another threat model, {config.norm} {config.eps}"
     differing = _differences(old, report)
     superseded = bool(differing) and not config.cascade and _supersedes(report, old)
     if config.cascade:
@@ -206,9 +225,11 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
         report = dataclasses.replace(report, model=old.model | report.model)
     merged = report if superseded else merge_reports(old, report)
     figures = [figure for figure in figures if figure.name != PER_CLASS or merged.strongest() == report.strongest()]
-    if _attack(merged.strongest()) != _attack(old.strongest()):
+    if _found(merged.strongest()) != _found(old.strongest()):
         (folder / "figures" / PER_CLASS).unlink(missing_ok=True)  # of an attack that is no longer the strongest
-    new_figures = "figures/ " if figures else ""
+    if report.eps_curve:
+        (folder / "figures" / CURVE).unlink(missing_ok=True)  # of the radii before
+    new_figures = ", figures/" if figures else ""
     for figure in figures:
         (folder / "figures").mkdir(exist_ok=True)
         shutil.copyfile(figure, folder / "figures" / figure.name)
@@ -221,12 +242,10 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
             return [f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md is not, "
                     f"since a file beside it is damaged ({error})"]  # fmt: skip
         card.write_text(text, encoding="utf-8")
-        teacher = "the teacher found" if config.teacher == "auto" else config.teacher
-        left = f"; without figures of {teacher}, not known to be where it came from, and pictures" * another
-        return [f"{folder}: results.json, verdicts.parquet, {new_figures}and README.md are brought up to date{left}"]
+        return [f"{folder}: results.json, verdicts.parquet{new_figures} and README.md are brought up to date{left}"]
     return [
         f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md was edited "
-        "and is left as it is"
+        f"and is left as it is{left}"
     ]
 
 
@@ -241,11 +260,24 @@ def _another_teacher(config: EvalConfig, old: EvalReport, new: EvalReport) -> bo
 def _without_teacher(report: EvalReport) -> EvalReport:
     curve = {name: points for name, points in report.eps_curve.items() if name != "teacher"}
     model = {name: value for name, value in report.model.items() if name not in ("teacher", "teacher_sha256")}
-    return dataclasses.replace(report, teacher_results=[], eps_curve=curve, model=model)
+    checks = [check for check in report.checks if check.name != TRANSFER]
+    return dataclasses.replace(report, teacher_results=[], eps_curve=curve, model=model, checks=checks)
+
+
+def _without_threat(report: EvalReport) -> EvalReport:
+    """Clean accuracy, and the check that is of it."""
+    checks = [check for check in report.checks if check.name == CHANCE]
+    return dataclasses.replace(report, eps_curve={}, checks=checks)
+
+
+def _threat(report: EvalReport) -> tuple[Any, ...] | None:
+    """Norm and radius of a report's attacks; None where there is none."""
+    return next(((row.norm, radius(row.eps)) for row in report.results if row.attack is not None), None)
 
 
 def _differences(old: EvalReport, new: EvalReport) -> list[str]:
-    """Why figures do not belong on one card: other images, arithmetic, size or threat model."""
+    """Why figures do not belong on one card: other images, arithmetic, size or threat model, or the same attack made
+    in another way, which found less: a robust accuracy is at most what any attack leaves."""
 
     def facts(report: EvalReport) -> dict[str, Any]:
         clean = report.results[0]
@@ -258,10 +290,16 @@ def _differences(old: EvalReport, new: EvalReport) -> list[str]:
         }
 
     before, after = facts(old), facts(new)
+    if _threat(old) == _threat(new):  # 0.5 is 1/2
+        before["threat"] = after["threat"]
     return [
         f"{name} {before[name]} there, {after[name]} here"
         for name in before
         if before[name] != after[name] and None not in (before[name], after[name])
+    ] + [
+        f"{row.attack.upper() if row.attack else 'clean'} {strength_text(earlier)} leaves {100 * earlier.value:.1f} % "
+        f"there, {strength_text(row)} {100 * row.value:.1f} % here"
+        for earlier, row in weaker_figures(old.results, new.results)
     ]
 
 
@@ -272,7 +310,7 @@ def _supersedes(new: EvalReport, old: EvalReport) -> bool:
     def figures(rows: Sequence[Result]) -> dict[tuple[Any, ...], int]:
         # a split is named with the number drawn from it: test[100]; train[held-out test] is not a part of train here
         return {
-            (row.metric, row.attack, row.norm, row.eps, row.dataset, re.sub(r"\[\d+\]$", "", row.split)): row.n
+            (row.metric, row.attack, row.norm, radius(row.eps), row.dataset, re.sub(r"\[\d+\]$", "", row.split)): row.n
             for row in rows
         }
 
@@ -293,8 +331,8 @@ def _same_images(old: EvalReport, before: Verdicts | None, after: Verdicts) -> b
     return np.array_equal(before.index, after.index) and np.array_equal(before.label, after.label)
 
 
-def _attack(row: Result | None) -> str | None:
-    return None if row is None else row.attack
+def _found(row: Result | None) -> tuple[Any, ...] | None:
+    return None if row is None else (row.attack, row.correct, row.n)
 
 
 def _merged_verdicts(old: Verdicts | None, new: Verdicts) -> Verdicts:

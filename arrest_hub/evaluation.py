@@ -44,6 +44,7 @@ from arrest_hub.eval_subjects import (
 )
 from arrest_hub.journal import Journal
 from arrest_hub.model_source import locate
+from arrest_hub.network_options import compile_problem
 from arrest_hub.prepare import launcher_warning, new_accelerator
 from arrest_hub.pretrained import PretrainedClassifier
 from arrest_hub.processes import from_main, main_only
@@ -156,6 +157,10 @@ def run_evaluation(
             problems += robustbench_problems(config.dataset, config.norm, config.attack_names)
             if Path(config.robustbench_json).is_dir():
                 problems.append(f"--robustbench-json {config.robustbench_json} is a folder: give the name of a file.")
+            try:
+                Path(config.robustbench_json).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problems.append(f"--robustbench-json {config.robustbench_json} cannot be written ({error.strerror}).")
         if problems:
             raise ConfigError(problems)
 
@@ -278,6 +283,8 @@ def _finished(
 
 def precision_problems(config: EvalConfig) -> list[str]:
     """What this machine cannot do of the configuration: a line for each."""
+    if config.compile and (problem := compile_problem()):
+        return [problem]
     if config.precision == "tf32" and not torch.cuda.is_available():
         return ["--precision tf32 needs an NVIDIA GPU and this machine offers none: give fp32."]
     cuda = torch.cuda.is_available()
@@ -314,6 +321,13 @@ def evaluate_all(configs: Sequence[EvalConfig]) -> list[Evaluation]:
         ]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
+        if len(configs) > 1 and not (configs[0].overwrite or configs[0].resume):
+            done = Path(configs[0].output_dir).parent / "comparison.json"
+            if done.exists():
+                raise ConfigError(
+                    f"{done} is there already, of these or of other models: give another --output-dir, or replace it "
+                    "with --overwrite."
+                )
         for config in configs[1:]:  # a missing one is said before the first is attacked for hours
             locate(config.model, allow_pickle=config.allow_pickle)
 

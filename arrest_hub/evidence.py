@@ -153,8 +153,16 @@ def _picture(pixels: Tensor) -> np.ndarray:
 
 
 def class_name_function(names: Sequence[str] | None) -> Any:
-    """Output number -> what to call it."""
-    return lambda number: str(names[number]) if names is not None and number < len(names) else f"class {number}"
+    """Output number -> what to call it; with the number where several have one name (ImageNet's two cranes)."""
+    counts = Counter(names or ())
+
+    def call(number: int) -> str:
+        if names is None or number >= len(names):
+            return f"class {number}"
+        name = str(names[number])
+        return name if counts[names[number]] == 1 else f"{name} ({number})"
+
+    return call
 
 
 def per_class_counts(verdicts: Verdicts, attack: str, num_classes: int) -> tuple[list[tuple[int, int]], ...]:

@@ -68,6 +68,15 @@ def parse_fraction(text: str) -> Fraction:
         raise ValueError(text) from error
 
 
+def fraction_text(value: Any) -> str:
+    """A fraction as text, as it was typed, or from Python's number: of 8/255 as of "8/255". Raises ValueError."""
+    # what Python makes of 8/255, and not a short decimal fraction such as 0.2
+    if isinstance(value, float) and len(repr(value)) > 8 and abs(255 * value - round(255 * value)) < 1e-9:
+        value = f"{round(255 * value)}/255"
+    parse_fraction(str(value))
+    return str(value).replace(" ", "")
+
+
 def convert(field: dataclasses.Field[Any], value: Any) -> Any:
     """Bring a value from a flag (text) or from YAML (typed) to its field's type and check its range.
 
@@ -108,14 +117,11 @@ def convert(field: dataclasses.Field[Any], value: Any) -> Any:
             raise ValueError(f"{wrong}{did_you_mean(value, meta['choices'])}")
         return value
     if kind == "fraction":
-        # what Python makes of 8/255, and not a short decimal fraction such as 0.2
-        if isinstance(value, float) and len(repr(value)) > 8 and abs(255 * value - round(255 * value)) < 1e-9:
-            value = f"{round(255 * value)}/255"
         try:
-            number: float | Fraction = parse_fraction(str(value))
+            result: Any = fraction_text(value)
         except ValueError:
             raise wrong from None
-        result: Any = str(value).replace(" ", "")
+        number: float | Fraction = parse_fraction(result)
     elif kind == "int":
         try:
             number = result = int(value) if isinstance(value, str) else value

@@ -174,7 +174,7 @@ def measure_export(
     }  # fmt: skip
     if teacher is not None:
         report.model["teacher_sha256"] = weights_digest(teacher)
-    if teacher_id is not None and "@" in teacher_id:  # on the Hub: another machine can find it too
+    if teacher is not None and teacher.source.hub_id is not None:  # another machine can find it too
         report.model["teacher"] = teacher_id
     return report
 

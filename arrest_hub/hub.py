@@ -7,6 +7,7 @@ what differs is sent; nothing on disk changes before the commit is made.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import warnings
@@ -205,7 +206,7 @@ def local_files(export: Path, card: bytes) -> dict[str, LocalFile]:
             problems.append(f"{path} is a link to a folder: put the files there instead, or remove it.")
         elif path.suffix in PICKLES:
             problems.append(f"{path} is a pickle, which nobody should load: remove it. The weights are safetensors.")
-        elif path.is_dir() or name == CARD or any(part.startswith(".") for part in Path(name).parts):
+        elif path.is_dir() or name == CARD or _is_left_out(name):
             continue
         elif not path.is_file():
             problems.append(f"{path} is neither a file nor a folder: remove it.")
@@ -290,7 +291,8 @@ class _Repository:
         head = self.api.model_info(self.repo_id, revision=self.branch).sha
         assert head is not None
         remote = self._remote(head)
-        self._check_ours(remote)
+        if not self.config.create_pr:
+            self._check_ours(remote, files, head)
         changed = differing(files, remote)
         if CARD in changed and CARD in remote and not self.config.create_pr and self._keeps_card(files[CARD], head):
             changed.remove(CARD)
@@ -329,13 +331,23 @@ class _Repository:
     def _url(self, commit: str) -> str:
         return f"{self.api.endpoint}/{self.repo_id}/tree/{commit}"
 
-    def _check_ours(self, remote: dict[str, tuple[str, str | None]]) -> None:
+    def _check_ours(self, remote: dict[str, tuple[str, str | None]], files: dict[str, LocalFile], commit: str) -> None:
         """Another model that happens to have this name is not replaced."""
-        if "config.json" in remote and RECORD not in remote and not self.config.create_pr:
-            raise HubError(
-                f"{self.repo_id} holds a model that was not pushed by arrest-push (it has no {RECORD}): give another "
-                "--repo-id, or propose the change with --create-pr."
-            )
+        if "config.json" not in remote:
+            return
+        instead = "give another --repo-id, or propose the change with --create-pr."
+        with TemporaryDirectory() as folder:
+
+            def fetch(name: str) -> Path:
+                return Path(self.api.hf_hub_download(self.repo_id, name, revision=commit, local_dir=folder))
+
+            if RECORD not in remote and not (CARD in remote and is_sealed(read_card(fetch(CARD)))):
+                raise HubError(
+                    f"{self.repo_id} holds a model that was not pushed by arrest-push (it has no {RECORD}): {instead}"
+                )
+            there, here = _architecture(fetch("config.json")), _architecture(files["config.json"].content)
+        if there != here:
+            raise HubError(f"{self.repo_id} holds another network, {there}, and this is {here}: {instead}")
 
     def _keeps_card(self, ours: LocalFile, commit: str) -> bool:
         """Whether the card at a commit stays: somebody wrote it there, and the one to push is a generated one."""
@@ -348,8 +360,9 @@ class _Repository:
             self.say(f"the {CARD} of {self.repo_id} was edited there; yours, edited here, replaces it")
             return False
         self.say(
-            f"the {CARD} of {self.repo_id} was edited there and stays as it is, with the figures that it states. To "
-            "replace it, delete it there and push again, or propose the change with --create-pr."
+            f"the {CARD} of {self.repo_id} was edited, there or before an earlier push, and stays as it is, with the "
+            "figures that it states. To replace it, delete it there and push again, or propose the change with "
+            "--create-pr."
         )
         return True
 
@@ -370,6 +383,20 @@ def differing(files: dict[str, LocalFile], remote: dict[str, tuple[str, str | No
         if path in remote and (remote[path][1] == file.sha256 if remote[path][1] else remote[path][0] == file.git_sha1)
     ]  # fmt: skip
     return [path for path in files if path not in same]
+
+
+def _architecture(config: Path | bytes) -> str:
+    """What a config.json calls its network; "unknown" if it cannot be read."""
+    try:
+        values = json.loads(config if isinstance(config, bytes) else config.read_bytes())
+        return str(values.get("architecture") or values["architectures"][0])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return "unknown"
+
+
+def _is_left_out(name: str) -> bool:
+    """Hidden files, and what is half of a file since its writer was killed."""
+    return any(part.startswith(".") for part in Path(name).parts) or name.endswith(".tmp")
 
 
 def _is_own(path: str) -> bool:

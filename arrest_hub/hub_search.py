@@ -9,7 +9,7 @@ from typing import Any
 
 from arrest_hub.card_facts import threat_tags
 from arrest_hub.errors import ConfigError
-from arrest_hub.fields import eps_problem, parse_fraction
+from arrest_hub.fields import eps_problem, fraction_text
 from arrest_hub.hub_access import with_retries
 
 TAG = "arrest-hub"
@@ -43,7 +43,7 @@ def list_models(
     search: str | None = None,
     *,
     norm: str | None = None,
-    eps: str | None = None,
+    eps: str | float | None = None,
     dataset: str | None = None,
     method: str | None = None,
     base_model: str | None = None,
@@ -53,9 +53,9 @@ def list_models(
 ) -> list[PublishedModel]:
     """The models published with arrest-hub that fit all that is given, most downloaded first.
 
-    ``search`` is part of the id; ``norm`` "linf" or "l2"; ``eps`` a radius such as "8/255", together with ``norm``;
-    ``dataset`` a `datasets` id or a name such as "cifar10"; ``method`` "arrest", "at", "trades"; ``base_model`` an id;
-    ``tags`` any others; ``author`` a user or an organisation; ``limit`` at most so many.
+    ``search`` is part of the id; ``norm`` "linf" or "l2"; ``eps`` a radius such as "8/255" or 8/255, together with
+    ``norm``; ``dataset`` a `datasets` id or a name such as "cifar10"; ``method`` "arrest", "at", "trades";
+    ``base_model`` an id; ``tags`` any others; ``author`` a user or an organisation; ``limit`` at most so many.
 
     Raises:
         ConfigError: a value that no model can have. HubError: the Hub cannot be reached or refuses.
@@ -71,19 +71,19 @@ def list_models(
     api = HfApi()
 
     def ask() -> list[PublishedModel]:
-        found = api.list_models(filter=wanted, search=search, author=author, sort="downloads", cardData=True)
+        found = api.list_models(filter=wanted, search=search, author=author, sort="downloads", cardData=True, full=True)
         return [_from_info(info) for info in islice(found, limit)]
 
     return with_retries(ask, "list the models", lambda _: None)
 
 
-def _threat_filter(norm: str | None, eps: str | None) -> list[str]:
+def _threat_filter(norm: str | None, eps: str | float | None) -> list[str]:
     if norm is not None and norm not in NORMS:
         raise ConfigError(f"norm {norm!r} is not one of {', '.join(NORMS)}.")
     if eps is None:
         return [norm] if norm else []
     try:
-        parse_fraction(eps)
+        eps = fraction_text(eps)
     except ValueError:
         raise ConfigError(f"eps {eps!r} is not a fraction such as 8/255.") from None
     if norm is None:

@@ -67,7 +67,9 @@ def license_of_card(header: Mapping[str, Any]) -> License | None:
     if not stated or str(stated).lower() in ("unknown", "none"):
         return None
     name, link = header.get("license_name"), header.get("license_link")
-    return License(str(stated), None if name is None else str(name), None if link is None else str(link))
+    known = str(stated).lower() in PERMISSIVE | RESTRICTIVE  # the Hub's ids are in lower case; people write Apache-2.0
+    stated = str(stated).lower() if known else str(stated)
+    return License(stated, None if name is None else str(name), None if link is None else str(link))
 
 
 def choose_license(
@@ -88,10 +90,15 @@ def choose_license(
             None,
             f"the licence of the base model {base_name} is not known (its card states none): find out, then {ask}",
         )
+    shown = base_license.id + (f" ({base_license.name})" if base_license.name else "")
+    if base_license.id not in PERMISSIVE | RESTRICTIVE:
+        return None, (
+            f"the base model {base_name} is under {shown}, which is not one of the licences that are known here: read "
+            f"it, then {ask.replace('apache-2.0', 'other')}"
+        )
     if base_license.id not in PERMISSIVE:
-        shown = base_license.id + (f" ({base_license.name})" if base_license.name else "")
         return None, (
             f"the base model {base_name} is under {shown}, which sets conditions for models made from it: read them, "
-            f"then {ask.replace('apache-2.0', base_license.id if base_license.id in RESTRICTIVE else 'other')}"
+            f"then {ask.replace('apache-2.0', base_license.id)}"
         )
     return base_license, None

@@ -17,7 +17,7 @@ from arrest_hub.attacks import LogitsFn, random_in_ball
 from arrest_hub.autoattack import AutoAttackParts, model_flags, square_flag
 from arrest_hub.checkpoint import derive_seed
 from arrest_hub.evaluator import Attacked, AttackFn, Evaluator
-from arrest_hub.results import Check, wilson_interval
+from arrest_hub.results import CHANCE, TRANSFER, Check, wilson_interval
 
 SQUARE_QUERIES = 500
 SLACK = 0.01
@@ -66,7 +66,7 @@ def chance_check(correct: int, n: int, num_classes: int) -> Check:
     )
     passed = low > 1 / num_classes
     return Check(
-        "clean accuracy above chance", "pass" if passed else "warn", round(correct / n, 6),
+        CHANCE, "pass" if passed else "warn", round(correct / n, 6),
         finding if passed else f"{finding} {warning}",
     )  # fmt: skip
 
@@ -265,9 +265,8 @@ def _transfer_check(
     settings: CheckSettings,
     teacher: Evaluator | None,
 ) -> Check:
-    name = "white-box beats transfer from the teacher"
     if teacher is None:
-        return _skipped(name, "no teacher is known (--teacher names one)")
+        return _skipped(TRANSFER, "no teacher is known (--teacher names one)")
     attack = pgd_attack(
         evaluator.classify, settings.threat, steps=settings.steps, step_size=settings.step_size, seed=settings.seed,
         name="check transfer", source=teacher.classify,
@@ -278,7 +277,7 @@ def _transfer_check(
         )
     stands, own = 1 - len(run.broken) / len(positions), 1 - len(white) / len(positions)
     return share_check(
-        name, own - stands, SLACK,
+        TRANSFER, own - stands, SLACK,
         f"{100 * stands:.1f} % stand examples made on the teacher, {100 * own:.1f} % those made on the model.",
         "Examples made for another network hurt more than the model's own: its gradients are masked.",
     )  # fmt: skip

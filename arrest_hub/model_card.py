@@ -96,10 +96,18 @@ def render_card(facts: CardFacts) -> str:
         needs_arrest_hub=str(report.model["architecture"]).endswith("_cifar"),
         labels=(facts.label_names or [])[:MOST_LABELS],
         changed=facts.changed_parameters(),
-        citations=[CITATIONS[name] for name in cited] + (base.citations if base else []),
+        citations=_without_repeats([CITATIONS[name] for name in cited] + (base.citations if base else [])),
         statuses={"pass": "pass", "warn": "**warn**", "skipped": "not measured"},
     )
     return seal(card)
+
+
+def _without_repeats(entries: list[str]) -> list[str]:
+    """BibTeX entries, each key once: a base model of ours cites what its finetuned one does."""
+    by_key: dict[str, str] = {}
+    for entry in entries:
+        by_key.setdefault(entry.partition("{")[2].partition(",")[0].strip(), entry)
+    return list(by_key.values())
 
 
 def _reference(base: BaseModel) -> str:

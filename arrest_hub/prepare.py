@@ -31,6 +31,7 @@ from arrest_hub.data import ImageSplit, Splits, load_splits
 from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import flag
 from arrest_hub.labels import match_labels
+from arrest_hub.network_options import compile_problem
 from arrest_hub.processes import main_first
 from arrest_hub.run_folder import RunPaths
 from arrest_hub.schedule import length_problems
@@ -70,7 +71,8 @@ def _no_step(name: str, device: str) -> str | None:
 def environment_problems(config: FinetuneConfig) -> list[str]:
     """What this machine cannot do of the configuration: optimizer, precision, tracker. A line for each."""
     cuda = _uses_cuda()
-    problems = [problem for problem in [optimizer_problem(config.optimizer)] if problem]
+    found = [optimizer_problem(config.optimizer), compile_problem() if config.compile else None]
+    problems = [problem for problem in found if problem]
     if config.mixed_precision == "fp16" and not cuda:
         problems.append("--mixed-precision fp16 needs a GPU and this machine offers none: give no or bf16.")
     if config.mixed_precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):

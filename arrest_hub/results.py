@@ -7,13 +7,19 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 FORMAT_VERSION = 1
 MISSING = "–"
 """Stands in tables for what was not measured."""
+CHANCE = "clean accuracy above chance"
+"""The check that is of clean accuracy alone."""
+TRANSFER = "white-box beats transfer from the teacher"
+"""The check that is of the teacher too."""
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -205,8 +211,31 @@ def _merged_checks(old: list[Check], new: list[Check]) -> list[Check]:
     return list(found.values())
 
 
+def radius(eps: str | None) -> Fraction | str | None:
+    """The number that a radius is, however it is written: 0.5 is 1/2; what is no number stays as it is."""
+    try:
+        return None if eps is None else Fraction(eps)
+    except ValueError:
+        return eps
+
+
 def _key(row: Result) -> tuple[Any, ...]:
-    return row.metric, row.attack, row.norm, row.eps, row.dataset, row.split
+    return row.metric, row.attack, row.norm, radius(row.eps), row.dataset, row.split
+
+
+def weaker_figures(old: Iterable[Result], new: Iterable[Result]) -> list[tuple[Result, Result]]:
+    """Pairs of an earlier figure and one of the same attack, made in another way, that leaves more images standing."""
+    before = {_key(row): row for row in old}
+    pairs = [(before[_key(row)], row) for row in new if _key(row) in before]
+    return [(a, b) for a, b in pairs if a.n == b.n and _strength(a) != _strength(b) and b.correct > a.correct]
+
+
+def strength_text(row: Result) -> str:
+    """``with 5 restarts and steps of 0.00784``: what its name does not tell of an attack."""
+    restarts, step, before = _strength(row)
+    steps = "" if step is None else f" and steps of {step:.3g}"
+    after = f", after {', '.join(before)}" if before else ""
+    return f"with {restarts} restart{'s' * (restarts != 1)}{steps}{after}"
 
 
 def _strength(row: Result) -> tuple[Any, ...]:

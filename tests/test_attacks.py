@@ -380,3 +380,22 @@ def test_pure_half_precision_no_steps_and_no_images(norm):
     found = pgd(lambda x: x, pixels, labels, eps=eps, step_size=None, steps=0, norm=norm, start=start)
     assert torch.equal(found.adversarial, start)
     assert random_in_ball(pixels[:0], eps=eps, norm=norm).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_half_precision_l2_steps_are_as_long_as_others(scale):
+    """The norm of the gradient overflows there, and of no gradient at all it is zero."""
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1])
+    weight = torch.randn(2, 3 * 16 * 16, generator=torch.Generator().manual_seed(1))
+
+    def attacked(x):
+        def logits(z):
+            return scale * (z.flatten(1) @ weight.to(z.dtype).T).float() / 100
+
+        return pgd(logits, x, labels, eps=0.5, step_size=0.25, steps=2, norm="l2", start=x).adversarial
+
+    half, whole = attacked(pixels.half()).float(), attacked(pixels)
+    torch.testing.assert_close(half, whole, rtol=0, atol=2e-3)
+    moved = (half - pixels.half().float()).flatten(1).norm(dim=1)
+    assert moved.tolist() == pytest.approx([0.0 if scale == 0 else 0.5] * 2, abs=0.02)

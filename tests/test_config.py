@@ -1,5 +1,6 @@
 import dataclasses
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import yaml
@@ -7,6 +8,7 @@ import yaml
 from arrest_hub.config import FIELDS, FinetuneConfig
 from arrest_hub.config_sources import anchored, load_config, resolve, resume_config
 from arrest_hub.errors import ConfigError
+from arrest_hub.eval_config import EvalConfig, fraction_name
 from arrest_hub.fields import convert, parse_fraction
 
 GOOD = {"model": "m", "dataset": "d"}
@@ -198,3 +200,30 @@ def test_only_local_folders_are_anchored(tmp_path, monkeypatch):
     assert names(model="resnet18", dataset="org/other") == ("resnet18", "org/other")
     (tmp_path / "resnet18" / "config.json").write_text("{}")
     assert names(model="resnet18", dataset=".") == (str(tmp_path / "resnet18"), str(tmp_path))
+
+
+def test_default_folders_are_named_after_folders_whatever_their_names_hold(tmp_path, monkeypatch):
+    (tmp_path / "me@corp" / "lr@0.1" / "export").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "me@corp")
+
+    def run(model):
+        return FinetuneConfig(model=model, dataset="d", method="at").validate().output_dir
+
+    def evaluation(model):
+        return EvalConfig(model=model, dataset="d", eps="8/255").validate().output_dir
+
+    assert run("org/name@main") == "runs/name-d-at"
+    assert evaluation("org/name@main") == "evals/name-d-linf-8_255"
+    assert run(str(tmp_path / "me@corp" / "lr@0.1")) == run("lr@0.1") == "runs/lr_0.1-d-at"
+    assert evaluation("lr@0.1/export") == evaluation("lr@0.1") == "evals/lr_0.1-d-linf-8_255"
+    assert run(".") == "runs/me_corp-d-at"
+    assert evaluation(".") == "evals/me_corp-d-linf-8_255"
+    assert len(Path(evaluation("n" * 240)).name) < 120, "file systems take 255 characters"
+    assert len(Path(run("n" * 240)).name) < 120
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [("8/255", "8/255"), ("128/255", "128/255"), ("1/2", "1/2"), ("1", "1"), ("2", "2"), ("0", "0")]
+)
+def test_radii_are_written_as_people_do(value, name):
+    assert fraction_name(Fraction(value)) == name

@@ -39,7 +39,7 @@ from arrest_hub.eval_record import update_export
 from arrest_hub.eval_subjects import find_teacher
 from arrest_hub.evaluation import run_evaluation
 from arrest_hub.export import write_model_folder
-from arrest_hub.results import EvalReport, Result, read_results
+from arrest_hub.results import CHANCE, TRANSFER, Check, CurvePoint, EvalReport, Result, read_results
 from arrest_hub.train import finetune
 from arrest_hub.training_record import FILE_NAME as RECORD
 from arrest_hub.verdicts import Verdicts, read_verdicts
@@ -368,6 +368,14 @@ def test_several_models_are_compared(folder, tmp_path, capsys):
     assert "| model |" in (out / "comparison.md").read_text()
     assert "harmonic mean" in capsys.readouterr().out
     assert (out / "model" / "results.json").exists()
+    before = (out / "comparison.json").read_bytes()
+    write_model(tmp_path / "third")
+    others = [str(tmp_path / "other"), str(tmp_path / "third"), *argv[1:]]
+    assert run_cli(eval_command, others) == 2
+    assert "comparison.json is there already" in capsys.readouterr().err
+    assert (out / "comparison.json").read_bytes() == before
+    eval_command([*others, "--overwrite"])
+    assert (out / "comparison.json").read_bytes() != before
 
 
 def test_an_export_is_brought_up_to_date(tmp_path, capsys):
@@ -557,6 +565,105 @@ def test_accuracy_by_class_is_drawn_of_the_strongest_attack(export, tmp_path):
     assert update("autoattack", 1) == "autoattack"
 
 
+def test_clean_accuracy_alone_brings_nothing_of_another_threat_model(export, tmp_path):
+    """Its checks, curve and pictures are of the radius that the flags have, which may be nothing but the default."""
+    (export / "figures").mkdir()
+    (export / "figures" / "gallery.png").write_text("l2")
+    before = made_up_report(norm="l2", eps="0.5")
+    before.checks = [Check(CHANCE, "pass", 0.8, "80 %."), Check("noise", "warn", 0.5, "masked")]
+    before.eps_curve = {"student": [CurvePoint("0.5", 1, 2)]}
+    before.write(export / "results.json")
+    clean = made_up_report(attacks=())
+    clean.checks = [Check(CHANCE, "pass", 0.9, "90 %."), Check("noise", "pass", 0.0, "fine")]
+    clean.eps_curve = {"student": [CurvePoint("8/255", 2, 2)]}
+    (tmp_path / "gallery.png").write_text("linf")
+    drawn = [tmp_path / "gallery.png"]
+
+    def update(**threat):
+        config = EvalConfig(model=str(export), dataset="data", attacks="clean", **threat)
+        (sentence,) = update_export(config, clean, made_up_verdicts([0] * 4), drawn)
+        assert "brought up to date" in sentence
+        return sentence, read_results(export / "results.json"), (export / "figures" / "gallery.png").read_text()
+
+    sentence, after, picture = update()
+    assert "another threat model, linf 8/255" in sentence
+    assert [check.status for check in after.checks] == ["pass", "warn"]
+    assert after.checks[0].value == 0.9
+    assert (after.eps_curve, picture) == (before.eps_curve, "l2")
+    sentence, after, picture = update(norm="l2", eps="1/2")
+    assert "threat" not in sentence
+    assert [check.status for check in after.checks] == ["pass", "pass"]
+    assert (after.eps_curve, picture) == (clean.eps_curve, "linf")
+
+
+def test_the_same_radius_in_other_words_is_the_same(export):
+    made_up_report(norm="l2", eps="0.5").write(export / "results.json")
+    config = EvalConfig(model=str(export), dataset="data", norm="l2", eps="1/2")
+    again = made_up_report(norm="l2", eps="1/2", attacks=("pgd-20", "noise"))
+    assert "up to date" in update_export(config, again, made_up_verdicts([0] * 4), [])[0]
+    rows = read_results(export / "results.json").results
+    assert [(row.attack, row.eps) for row in rows] == [(None, None), ("pgd-20", "1/2"), ("noise", "1/2")]
+
+
+def test_a_weaker_attack_of_the_same_name_takes_no_figure_away(export):
+    """A robust accuracy is at most what any attack leaves."""
+    config = EvalConfig(model=str(export), dataset="data")
+
+    def update(correct, **parameters):
+        report = made_up_report(n=40)
+        report.results[1] = dataclasses.replace(report.results[1], correct=correct, attack_parameters=parameters)
+        if not (export / "results.json").exists():
+            report.write(export / "results.json")
+        (sentence,) = update_export(config, report, made_up_verdicts([0] * 4), [])
+        return sentence, read_results(export / "results.json").get("robust_accuracy").correct
+
+    assert update(20, restarts=4, step_size=0.01)[1] == 20
+    sentence, kept = update(30, restarts=4, step_size=0.0001)
+    assert kept == 20
+    assert "PGD-20 with 4 restarts and steps of 0.01 leaves 50.0 % there" in sentence
+    assert "with 4 restarts and steps of 0.0001 75.0 % here" in sentence
+    assert update(19, restarts=1, step_size=0.02)[1] == 19, "it found more"
+    assert update(21, restarts=1, step_size=0.02)[1] == 21, "the same attack, measured again"
+
+
+def test_a_new_curve_takes_the_picture_of_the_old_one_away(export):
+    (export / "figures").mkdir()
+    for name in ("eps_curve.png", "gallery.png"):
+        (export / "figures" / name).write_text("old")
+    made_up_report().write(export / "results.json")
+    new = made_up_report()
+    new.eps_curve = {"student": [CurvePoint("8/255", 2, 2)]}
+    config = EvalConfig(model=str(export), dataset="data", eps="40/255")
+    update_export(config, new, made_up_verdicts([0] * 4), [])
+    assert [path.name for path in (export / "figures").iterdir()] == ["gallery.png"]
+
+
+def test_checks_against_another_teacher_stay_off_the_card(export):
+    before = made_up_report()
+    before.model["teacher_sha256"] = "t"
+    before.checks = [Check(TRANSFER, "warn", 0.5, "hurt more")]
+    before.write(export / "results.json")
+    new = made_up_report()
+    new.teacher_results = new.results
+    new.model["teacher_sha256"] = "other"
+    new.checks = [Check(TRANSFER, "pass", 0.0, "fine")]
+    config = EvalConfig(model=str(export), dataset="data", teacher="other", eps="40/255")
+    update_export(config, new, made_up_verdicts([0] * 4), [])
+    assert read_results(export / "results.json").checks == before.checks
+
+
+def test_a_machine_that_cannot_compile_says_so_at_once(folder, tmp_path, capsys, monkeypatch):
+    def cannot(*_, **__):
+        raise RuntimeError("no C++ compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", cannot)
+    assert run_cli(eval_command, arguments(folder, tmp_path / "out", "--compile")) == 2
+    said = capsys.readouterr().err
+    assert "error: --compile: this machine cannot compile (no C++ compiler at all)" in said
+    with pytest.raises(ConfigError, match="cannot compile"):
+        finetune(tiny_config(tmp_path, compile=True))
+
+
 def test_robustbench_entry_is_refused_before_the_work(folder, tmp_path, capsys):
     argv = arguments(folder, tmp_path / "out", "--robustbench-json", str(tmp_path / "entry.json"))
     assert run_cli(eval_command, argv) == 2
@@ -566,6 +673,10 @@ def test_robustbench_entry_is_refused_before_the_work(folder, tmp_path, capsys):
             EvalConfig(model="m", dataset="cifar10", attacks=" PGD-20, AutoAttack", robustbench_json=str(tmp_path))
         )
     assert caught.value.problems == [f"--robustbench-json {tmp_path} is a folder: give the name of a file."]
+    (tmp_path / "file").touch()
+    entry = str(tmp_path / "file" / "entry.json")
+    with pytest.raises(ConfigError, match=r"entry\.json cannot be written"):
+        run_evaluation(EvalConfig(model="m", dataset="cifar10", attacks="pgd-20,autoattack", robustbench_json=entry))
     parse_eval(["m", "--dataset", "cifar10", "--attacks", " PGD-20, AutoAttack", "--robustbench-json", "entry.json"])
     assert not (tmp_path / "out").exists()
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from tiny import patterns, robust_net
 
 from arrest_hub.evaluator import Evaluator, TensorImages
-from arrest_hub.evidence import _gallery_positions, evenly_spaced, measure_curve, per_class_counts
+from arrest_hub.evidence import _gallery_positions, class_name_function, evenly_spaced, measure_curve, per_class_counts
 from arrest_hub.journal import Journal
 from arrest_hub.verdicts import Verdicts
 
@@ -55,3 +55,10 @@ def test_the_curve_falls_from_clean_accuracy_to_nothing():
     assert points[0].correct == right < 40
     assert points[1].correct > points[2].correct >= points[3].correct == 0
     assert {point.n for point in points} == {40}
+
+
+def test_classes_of_one_name_are_told_apart():
+    """ImageNet has two cranes: an image that is taken for the other one is not right."""
+    name = class_name_function(["crane", "robin", "crane"])
+    assert [name(number) for number in range(4)] == ["crane (0)", "robin", "crane (2)", "class 3"]
+    assert class_name_function(None)(1) == "class 1"

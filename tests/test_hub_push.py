@@ -415,7 +415,7 @@ def test_what_others_added_or_edited_on_the_hub_is_left(hub, run):
     )
     assert files.keys().isdisjoint({"figures/drift.png", *ours})
     assert files["README.md"] == edited
-    assert "was edited there and stays as it is" in outcome.out
+    assert "was edited, there or before an earlier push, and stays as it is" in outcome.out
     again = push(hub, run, "--repo-id", repo_id, **WITHOUT_XET)
     assert "has all of it already" in again.out, again
 
@@ -730,6 +730,28 @@ def test_another_model_is_not_overwritten(hub, run):
     assert "was not pushed by arrest-push" in outcome.err
     assert hub.files("me/mine-already")["model.safetensors"] == b"weights"
     assert contents(run) == before
+
+
+def test_nor_is_another_network_of_ours(hub, run, published):
+    before = hub.files("me/transformers-robust")
+    assert published["transformers"][1].code == 0
+    outcome = push(hub, run, "--repo-id", "me/transformers-robust")
+    assert outcome.code == 2
+    assert "holds another network, ViTForImageClassification, and this is" in outcome.err
+    assert hub.files("me/transformers-robust") == before
+
+
+def test_half_a_file_is_not_pushed(hub, run):
+    (run / "export" / "results.json.tmp").write_text("{")
+    assert push(hub, run, "--repo-id", "me/no-halves").code == 0
+    assert "results.json.tmp" not in hub.files("me/no-halves")
+
+
+def test_a_model_without_a_record_is_pushed_again(hub, run):
+    (run / "export" / "training_record.json").unlink()
+    for _ in range(2):
+        assert push(hub, run, "--repo-id", "me/no-record", "--license", "mit").code == 0
+    assert "training_record.json" not in hub.files("me/no-record")
 
 
 def test_a_gitignore_on_the_hub_hides_nothing_silently(hub, run):

@@ -47,6 +47,8 @@ def test_no_licence_is_both_permissive_and_restrictive():
     ("header", "license"),
     [
         ({"license": "mit"}, License("mit")),
+        ({"license": "Apache-2.0"}, License("apache-2.0")),
+        ({"license": "Mine"}, License("Mine")),
         ({"license": ["mit"]}, License("mit")),
         ({"license": ["mit", "apache-2.0"]}, License("mit, apache-2.0")),
         ({"license": "other", "license_name": "My licence", "license_link": "LICENSE.md"}, OTHER),
@@ -99,5 +101,5 @@ def test_conditions_on_derived_models_have_to_be_read_first():
 @pytest.mark.parametrize("license", ["my-own", "mit, apache-2.0", "MIT"])
 def test_a_licence_the_hub_does_not_list_is_not_taken_over(license):
     problem = refusal(License(license), "org/base")
-    assert f"is under {license}" in problem
+    assert f"is under {license}, which is not one" in problem
     assert "--license other" in problem, "one that `license_problems` accepts"

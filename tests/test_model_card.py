@@ -274,6 +274,9 @@ def test_the_method_and_the_base_are_cited(method, key):
     assert header(card)["tags"][3] == method
     assert CITATIONS[method] in citations
     assert "theirs" not in render_card(make(method=method, base=LOCAL_BASE))
+    ours = dataclasses.replace(LOCAL_BASE, citations=[CITATIONS[method], "@misc{theirs, title = {T}}"])
+    both = section(render_card(make(method=method, base=ours)), "Citation")
+    assert re.findall(r"@\w+\{([a-z]+\d*)", both) == [key, "theirs"], "a base model of ours cites the same"
 
 
 def test_usage_with_timm():

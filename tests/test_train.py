@@ -575,8 +575,9 @@ def test_a_network_without_a_head_gets_one_from_the_clean_phase(library, tmp_pat
     changes = {"model": str(tmp_path / "net"), "max_steps": 1, "validation_size": 0, "limit_eval": 6}
     with pytest.raises(BackboneError, match="--standard-epochs"):
         finetune(tiny_config(tmp_path, **changes))
-    run = finetune(tiny_config(tmp_path, standard_epochs=1, **changes))
+    run = finetune(tiny_config(tmp_path, standard_epochs=1, output_dir=str(tmp_path / "me@corp" / "run"), **changes))
     assert "head: new, 3 classes (the model had none)" in capsys.readouterr().out
+    assert "me@corp" not in (run.export / "results.json").read_text(), "a path with @ is no id on the Hub"
     if library == "timm":
         assert timm.create_model(f"local-dir:{run.export}", pretrained=True).num_classes == 3
     else:
