@@ -96,6 +96,8 @@ class EvalSession:
         if chance.status == "warn":  # before the hours that the attacks may take
             self.accelerator.print(f"warning: {chance.finding}")
         verdicts, outcomes = self.attack(clean)
+        # of a first batch compilation takes most of the time
+        only_compiled = config.compile and len(clean.label) <= config.batch_size * self.accelerator.num_processes
         report = EvalReport(
             results=self.results(clean, outcomes),
             precision=config.arithmetic_name,
@@ -104,7 +106,7 @@ class EvalSession:
             | {"pyautoattack": version("pyautoattack")},
             hardware=hardware_name(self.accelerator),
             model=self.subject.info | self.teacher_facts(),
-            images_per_second=round(clean.images_per_second, 1),
+            images_per_second=None if only_compiled else round(clean.images_per_second, 1),
         )
         other = self._evaluator(teacher.module, "teacher") if teacher else None
         if other is not None:

@@ -112,6 +112,13 @@ def test_pgd_stays_in_the_ball(norm):
     assert ball.value == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize(("batch_size", "known"), [(7, True), (30, False)])
+def test_the_time_of_compilation_is_no_speed(batch_size, known, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    found = run(smooth_net(4), patterns(30, 4, seed=7), batch_size=batch_size, compile=True)
+    assert (found.report.images_per_second is not None) == known
+
+
 def test_channels_last_and_bf16_are_said_and_agree():
     pair = patterns(24, 3, seed=7)
     net = tiny_backbone()
