@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar10_suites import PAPERS, SUITES, VARIANTS
+from cifar10_suites import PAPERS, SHORT, SUITES, VARIANTS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -146,6 +146,15 @@ def apgd_text(rows: Mapping[str, Sequence[Row]]) -> list[str]:
     ]
 
 
+SWEPT = ("best", "aft", "trades", "at")
+"""Variants whose learning rate is swept."""
+
+
+def by_method_and_rate(key: str) -> tuple[int, float]:
+    """Where a variant of a CPU's suite stands in the table of learning rates."""
+    return SWEPT.index(key.partition("-lr-")[0]), float(VARIANTS[key].flags.get("lr", SHORT["lr"]))
+
+
 def suite_text(name: str, folder: Path) -> list[str]:
     """The tables of a suite."""
     rows = read_suite(folder)
@@ -153,15 +162,17 @@ def suite_text(name: str, folder: Path) -> list[str]:
     titles = {
         "main": "Methods", "ablation": "Ingredients, each added to ARREST",
         "recipe": "Added to the recipe (λ 100), or changed in it", "choices": "What was chosen",
-        "lambda": "λ", "tau": "τ",
+        "lambda": "λ", "tau": "τ", "lr": "Learning rate, 0.02 where not said",
     }  # fmt: skip
     for group, title in titles.items():
         keys = [key for key, variant in VARIANTS.items() if variant.group == group]
         compared = "best" if group == "recipe" else "arrest"
-        if group != "main" and compared in rows:
+        if group not in ("main", "lr") and compared in rows:
             keys.insert(0, compared)
         if group == "lambda":  # the recipe is the sweep's λ 100
             keys.insert(keys.index("lambda-300"), "best")
+        if group == "lr":
+            keys = sorted((*SWEPT, *keys), key=by_method_and_rate)
         if any(key in rows and VARIANTS[key].group == group for key in keys):
             lines += [f"**{title}**", "", *table(rows, keys), ""]
     return lines
@@ -216,16 +227,19 @@ def draw_sweeps(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
     curves = {
         "λ (τ 0.25)": (["lambda-3", "arrest", "lambda-30", "best", "lambda-300"], COLOURS[0], "o", (9, 18)),
         "τ (λ 10)": (["tau-0.15", "tau-0.20", "arrest", "tau-0.30", "rgkd"], COLOURS[2], "s", (-26, -13)),
+        "learning rate (λ 100)": (["best", "best-lr-0.04", "best-lr-0.08"], COLOURS[3], "^", (9, 20)),
+        "learning rate (AFT)": (["aft", "aft-lr-0.04", "aft-lr-0.08", "aft-lr-0.16"], COLOURS[1], "v", (-16, -16, 9)),
     }
     for label, (keys, colour, marker, heights) in curves.items():
         points = {key: point for key in keys if (point := first_point(narrow.get(key, ()), "apgd")) is not None}
         if len(points) > 1:
             axes.plot(*zip(*points.values(), strict=True), color=colour, marker=marker, linewidth=1.2, label=label)
             for number, (key, point) in enumerate(points.items()):
-                if key == "arrest" and marker != "o":
-                    continue  # on both curves, named once
-                name = {"arrest": "λ 10", "best": "λ 100", "rgkd": "no replay"}.get(key, VARIANTS[key].title)
-                place = (0, heights[number % 2])  # two heights, since neighbours are close
+                if (key == "arrest" and marker != "o") or (key == "best" and marker == "^"):
+                    continue  # on two curves, named once
+                titled = VARIANTS[key].title.rpartition(", ")[2]
+                name = {"arrest": "λ 10", "best": "λ 100", "rgkd": "no replay"}.get(key, titled)
+                place = (0, heights[number % len(heights)])  # several, since neighbours are close
                 axes.annotate(name, point, place, textcoords="offset points", ha="center", fontsize=8, color=colour)
     axes.margins(x=0.08, y=0.2)
     axes.set(title=f"{SUITES['narrow'].title}: sweeps", xlabel="clean accuracy (%)", ylabel="under APGD (%)")
