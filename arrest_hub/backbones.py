@@ -144,7 +144,7 @@ class Backbone(nn.Module):
         count = len(self._head_names)
         for index, name in enumerate(self._head_names):
             self.head.classifiers[index] = self.body.get_submodule(name)
-            set_submodule(self.body, name, nn.Identity() if count == 1 else Slot(index, count))
+            set_submodule(self.body, name, nn.Identity() if count == 1 else Slot(index, count, self.head.widths))
 
     def _self_check(self) -> None:
         """Compare with the native network's own logits; sets ``num_features`` and ``num_classes``.

@@ -24,17 +24,25 @@ _TRANSFORMERS_HEADS = (
 class Slot(nn.Module):
     """Stands where one of several averaged heads was, and writes its input into its own part of the output.
 
-    Scaled by the number of heads, so that the average the network takes is the inputs side by side.
+    Scaled by the number of heads, so that the average the network takes is the inputs side by side. ``widths``: what
+    `head_widths` says of the heads.
     """
 
-    def __init__(self, index: int, count: int) -> None:
+    def __init__(self, index: int, count: int, widths: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.index, self.count = index, count
+        self.index, self.count, self.widths = index, count, widths
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [torch.zeros_like(x)] * self.count
+        widths = [x.shape[1]] * self.count if self.widths is None else self.widths
+        parts = [x.new_zeros(len(x), width, *x.shape[2:]) for width in widths]
         parts[self.index] = x * self.count
         return torch.cat(parts, dim=1)
+
+
+def head_widths(classifiers: Sequence[nn.Module]) -> list[int] | None:
+    """How many features each head takes (CrossViT's branches differ); None where they do not say, and take as many."""
+    widths = [width for head in classifiers if isinstance(width := getattr(head, "in_features", None), int)]
+    return widths if len(widths) == len(classifiers) else None
 
 
 class ClassificationHead(nn.Module):
@@ -43,9 +51,11 @@ class ClassificationHead(nn.Module):
     def __init__(self, classifiers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.classifiers = nn.ModuleList(classifiers)
+        self.widths = head_widths(classifiers) if len(classifiers) > 1 else None
 
     def forward(self, representation: Tensor) -> Tensor:
-        parts = representation.chunk(len(self.classifiers), dim=1)
+        count = len(self.classifiers)
+        parts = representation.chunk(count, dim=1) if self.widths is None else representation.split(self.widths, dim=1)
         logits = []
         for classifier, part in zip(self.classifiers, parts, strict=True):
             # some networks classify by a 1x1 convolution

@@ -332,6 +332,20 @@ def test_both_heads_of_a_distilled_network_are_renewed():
     assert representation.shape[1] == backbone.num_features
 
 
+def test_heads_of_branches_of_different_widths():
+    """CrossViT's two branches: the representation is both side by side, and plain timm's logits are the same."""
+    backbone = load_backbone("crossvit_tiny_240", num_classes=3)
+    pixels = torch.rand(2, 3, 240, 240)
+    with torch.no_grad():
+        logits, representation = backbone(pixels)
+        assert (logits.shape, representation.shape) == ((2, 3), (2, 96 + 192))
+        with backbone.native() as network:
+            plain = backbone.normalize(pixels)
+            torch.testing.assert_close(network(plain), logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(network.forward_head(network.forward_features(plain), pre_logits=True),
+                                       representation, rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
 class Sharpened(torch.nn.Module):
     """A classifier that works on its logits after the head: no linear head gives them."""
 
