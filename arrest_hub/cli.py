@@ -9,6 +9,7 @@ import errno
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -323,6 +324,10 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resum
     return 0
 
 
+LAST_SECONDS = 2.0
+"""How much later than it would a process ends, of several that fail together, that does not say what is wrong."""
+
+
 def leave(code: int) -> NoReturn:
     """End the process with ``code``; one of several without taking the interpreter down, as multiprocessing's do.
 
@@ -331,6 +336,8 @@ def leave(code: int) -> NoReturn:
     kills the others, also one that still writes the results (https://github.com/pytorch/pytorch/pull/179291).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if code and os.environ.get("RANK", "0") != "0":
+            time.sleep(LAST_SECONDS)  # a launcher kills the others as soon as one has failed: the first says why
         threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from arrest_hub import __version__
-from arrest_hub.cli import eval_parser, finetune_command, finetune_parser, parse_eval, parse_finetune, run_cli
+from arrest_hub import __version__, cli
+from arrest_hub.cli import eval_parser, finetune_command, finetune_parser, leave, parse_eval, parse_finetune, run_cli
 from arrest_hub.config import FIELDS
 from arrest_hub.errors import ConfigError, Terminated
 from arrest_hub.fields import flag
@@ -186,6 +186,26 @@ leave(7)
     assert (done.returncode, done.stderr) == (7, "")
     expected = ["unflushed", "thread", "atexit"] + ["taken", "down"] * (processes == 1)
     assert done.stdout.split() == expected
+
+
+@pytest.mark.parametrize(("rank", "code", "waits"), [("0", 2, False), ("1", 2, True), ("1", 0, False)])
+def test_the_process_that_says_what_is_wrong_ends_first(rank, code, waits, monkeypatch):
+    """Its launcher would kill it before."""
+    waited, ended = [], []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli.threading, "_shutdown", lambda: None)
+    monkeypatch.setattr(cli.atexit, "_run_exitfuncs", lambda: None)
+
+    def end(code):
+        ended.append(code)
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli.os, "_exit", end)
+    with pytest.raises(SystemExit):
+        leave(code)
+    assert (ended, bool(waited)) == ([code], waits)
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
