@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from arrest_hub.results import (
     TRANSFER,
     EvalReport,
     Result,
+    attack_title,
     merge_reports,
     radius,
     read_results,
@@ -153,6 +155,17 @@ def write_record(paths: EvalPaths, report: EvalReport, verdicts: Verdicts) -> No
     report.write(paths.results)
 
 
+def entry_folder_problems(path: Path) -> list[str]:
+    """Why an entry of RobustBench cannot be written there; its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return [f"--robustbench-json {path} cannot be written ({error.strerror}): give another file."]
+    if not os.access(path.parent, os.W_OK):
+        return [f"--robustbench-json {path} cannot be written (no permission for its folder): give another file."]
+    return []
+
+
 def write_entry(config: EvalConfig, report: EvalReport) -> list[str]:
     """The entry of RobustBench, if it is wanted: sentences to print."""
     if config.robustbench_json is None:
@@ -208,6 +221,12 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     if _threat(report) is None and here != (_threat(old) or trained):  # what is beside clean accuracy is of the flags'
         report, figures = _without_threat(report), []
         left += f"; without checks, curve and pictures, which are of another threat model, {config.norm} {config.eps}"
+    for earlier, row in weaker_figures(old.results, report.results):  # a robust accuracy is at most what any leaves
+        report, verdicts = _without_attack(report, verdicts, row)
+        left += (
+            f"; without {attack_title(row.attack or '')} {strength_text(row)}, which leaves {100 * row.value:.1f} %, "
+            f"since that {strength_text(earlier)} leaves {100 * earlier.value:.1f} %"
+        )
     differing = _differences(old, report)
     superseded = bool(differing) and not config.cascade and _supersedes(report, old)
     if config.cascade:
@@ -270,14 +289,25 @@ def _without_threat(report: EvalReport) -> EvalReport:
     return dataclasses.replace(report, eps_curve={}, checks=checks)
 
 
+def _without_attack(report: EvalReport, verdicts: Verdicts, left: Result) -> tuple[EvalReport, Verdicts]:
+    """Neither the figures of an attack nor its verdicts."""
+    results, teacher_results = (
+        [row for row in rows if row.attack != left.attack] for rows in (report.results, report.teacher_results)
+    )
+    broken_by = {name: column for name, column in verdicts.broken_by.items() if name != left.attack}
+    return (
+        dataclasses.replace(report, results=results, teacher_results=teacher_results),
+        Verdicts(verdicts.index, verdicts.label, verdicts.prediction, broken_by, verdicts.metadata),
+    )
+
+
 def _threat(report: EvalReport) -> tuple[Any, ...] | None:
     """Norm and radius of a report's attacks; None where there is none."""
     return next(((row.norm, radius(row.eps)) for row in report.results if row.attack is not None), None)
 
 
 def _differences(old: EvalReport, new: EvalReport) -> list[str]:
-    """Why figures do not belong on one card: other images, arithmetic, size or threat model, or the same attack made
-    in another way, which found less: a robust accuracy is at most what any attack leaves."""
+    """Why figures do not belong on one card: other images, arithmetic, size or threat model."""
 
     def facts(report: EvalReport) -> dict[str, Any]:
         clean = report.results[0]
@@ -296,10 +326,6 @@ def _differences(old: EvalReport, new: EvalReport) -> list[str]:
         f"{name} {before[name]} there, {after[name]} here"
         for name in before
         if before[name] != after[name] and None not in (before[name], after[name])
-    ] + [
-        f"{row.attack.upper() if row.attack else 'clean'} {strength_text(earlier)} leaves {100 * earlier.value:.1f} % "
-        f"there, {strength_text(row)} {100 * row.value:.1f} % here"
-        for earlier, row in weaker_figures(old.results, new.results)
     ]
 
 

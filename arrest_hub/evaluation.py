@@ -21,6 +21,7 @@ from arrest_hub.errors import ConfigError
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.eval_record import (
     EvalPaths,
+    entry_folder_problems,
     folder_problems,
     start_folder,
     training_facts,
@@ -153,14 +154,14 @@ def run_evaluation(
 
     def check() -> None:
         problems = precision_problems(config) + (folder_problems(config, paths) if paths else [])
+        if config.compile and (problem := compile_problem(accelerator.device)):
+            problems.append(problem)
         if config.robustbench_json is not None:
             problems += robustbench_problems(config.dataset, config.norm, config.attack_names)
             if Path(config.robustbench_json).is_dir():
                 problems.append(f"--robustbench-json {config.robustbench_json} is a folder: give the name of a file.")
-            try:
-                Path(config.robustbench_json).parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                problems.append(f"--robustbench-json {config.robustbench_json} cannot be written ({error.strerror}).")
+            if not problems:
+                problems += entry_folder_problems(Path(config.robustbench_json))
         if problems:
             raise ConfigError(problems)
 
@@ -283,8 +284,6 @@ def _finished(
 
 def precision_problems(config: EvalConfig) -> list[str]:
     """What this machine cannot do of the configuration: a line for each."""
-    if config.compile and (problem := compile_problem()):
-        return [problem]
     if config.precision == "tf32" and not torch.cuda.is_available():
         return ["--precision tf32 needs an NVIDIA GPU and this machine offers none: give fp32."]
     cuda = torch.cuda.is_available()

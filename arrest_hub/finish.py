@@ -23,12 +23,13 @@ from arrest_hub.eval_session import EvalSession
 from arrest_hub.eval_subjects import dataset_name, module_subject, split_images
 from arrest_hub.export import weights_digest, write_model_folder
 from arrest_hub.guards import not_finite_tensor
-from arrest_hub.hub import CARD, Pushed
+from arrest_hub.hub import Pushed
 from arrest_hub.journal import Journal
 from arrest_hub.model_card import before_name, card_is_generated, render_card
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.processes import from_main, raise_together
 from arrest_hub.provenance import exported_config, training_record
+from arrest_hub.pushed_files import CARD
 from arrest_hub.results import EvalReport, Result, results_table
 from arrest_hub.run_folder import RunPaths
 from arrest_hub.training_figure import plot_training

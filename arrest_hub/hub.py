@@ -6,10 +6,7 @@ what differs is sent; nothing on disk changes before the commit is made.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +17,6 @@ from typing import Any
 import yaml
 
 from arrest_hub.card_facts import (
-    FIGURES,
     CardFacts,
     Publication,
     has_body,
@@ -33,23 +29,8 @@ from arrest_hub.hub_access import WAITS, check_access, explain, with_retries
 from arrest_hub.licenses import License, choose_license
 from arrest_hub.model_card import card_is_generated, render_card
 from arrest_hub.push_config import CardConfig, PushConfig
+from arrest_hub.pushed_files import CARD, LocalFile, architecture_name, differing, is_own, local_file, local_files
 from arrest_hub.training_record import FILE_NAME as RECORD
-
-CARD = "README.md"
-PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt")
-# what an earlier push may have left in the repository and this one would not overwrite
-OWN_FILES = ("model.safetensors", "model.safetensors.index.json", "preprocessor_config.json", "verdicts.parquet",
-             *(f"figures/{name}" for name in FIGURES))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    """A file to push: where its content is (a path, or the bytes), and its hashes as git and LFS make them."""
-
-    content: Path | bytes
-    size: int
-    sha256: str
-    git_sha1: str
 
 
 @dataclass(frozen=True)
@@ -97,7 +78,7 @@ def run_push(config: PushConfig, say: Callable[[str], None]) -> Pushed:
     try:
         full = check_access(config.repo_id, private=config.private, create_pr=config.create_pr, say=say)
         card = card_for(export, full, given)
-        pushed = _Repository(full, config, say).push(files | {CARD: _local_file(card)})
+        pushed = _Repository(full, config, say).push(files | {CARD: local_file(card)})
         _write_card(export, card)
     except HubError as error:
         raise HubError(f"{error}\nTry again with: {config.command()}") from error
@@ -191,48 +172,6 @@ def _facts(export: Path, publication: Publication) -> CardFacts:
         ) from error
 
 
-def local_files(export: Path, card: bytes) -> dict[str, LocalFile]:
-    """What is pushed, by its path in the repository: every file in ``export``, with ``card`` as its README.md.
-
-    Raises:
-        ConfigError: a link leads out of the folder, or there are pickles or no weights.
-    """
-    problems, files = [], {CARD: _local_file(card)}
-    for path in sorted(export.rglob("*")):
-        name = path.relative_to(export).as_posix()
-        if path.is_symlink() and not path.resolve().is_relative_to(export.resolve()):
-            problems.append(f"{path} is a link that leads out of the folder: put the file there instead, or remove it.")
-        elif path.is_symlink() and path.is_dir():
-            problems.append(f"{path} is a link to a folder: put the files there instead, or remove it.")
-        elif path.suffix in PICKLES:
-            problems.append(f"{path} is a pickle, which nobody should load: remove it. The weights are safetensors.")
-        elif path.is_dir() or name == CARD or _is_left_out(name):
-            continue
-        elif not path.is_file():
-            problems.append(f"{path} is neither a file nor a folder: remove it.")
-        else:
-            files[name] = _local_file(path)
-    if not any(name.endswith(".safetensors") for name in files):
-        problems.append(f"{export} has no weights (model.safetensors).")
-    if problems:
-        raise ConfigError(problems)
-    return dict(sorted(files.items()))
-
-
-def _local_file(content: Path | bytes) -> LocalFile:
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    if isinstance(content, bytes):
-        sha256.update(content)
-        sha1.update(content)
-    else:
-        with content.open("rb") as file:
-            while block := file.read(1 << 20):
-                sha256.update(block)
-                sha1.update(block)
-    return LocalFile(content, size, sha256.hexdigest(), sha1.hexdigest())
-
-
 class _Repository:
     """The repository while it is pushed to."""
 
@@ -296,7 +235,7 @@ class _Repository:
         changed = differing(files, remote)
         if CARD in changed and CARD in remote and not self.config.create_pr and self._keeps_card(files[CARD], head):
             changed.remove(CARD)
-        deleted = sorted(path for path in remote if path not in files and _is_own(path))
+        deleted = sorted(path for path in remote if path not in files and is_own(path))
         tagged = self._tagged() if self.config.tag else None
         if tagged is not None and (changed or deleted or tagged != head):  # found out before the commit, not after
             raise HubError(
@@ -345,7 +284,7 @@ class _Repository:
                 raise HubError(
                     f"{self.repo_id} holds a model that was not pushed by arrest-push (it has no {RECORD}): {instead}"
                 )
-            there, here = _architecture(fetch("config.json")), _architecture(files["config.json"].content)
+            there, here = architecture_name(fetch("config.json")), architecture_name(files["config.json"].content)
         if there != here:
             raise HubError(f"{self.repo_id} holds another network, {there}, and this is {here}: {instead}")
 
@@ -374,33 +313,6 @@ class _Repository:
                 f"{self.repo_id} @ {commit[:12]} lacks {', '.join(missing)}, or holds something else under that name. "
                 "Does its .gitignore name it? Remove that line there, then push again."
             )
-
-
-def differing(files: dict[str, LocalFile], remote: dict[str, tuple[str, str | None]]) -> list[str]:
-    """The files that the repository lacks or holds with other content."""
-    same = [
-        path for path, file in files.items()
-        if path in remote and (remote[path][1] == file.sha256 if remote[path][1] else remote[path][0] == file.git_sha1)
-    ]  # fmt: skip
-    return [path for path in files if path not in same]
-
-
-def _architecture(config: Path | bytes) -> str:
-    """What a config.json calls its network; "unknown" if it cannot be read."""
-    try:
-        values = json.loads(config if isinstance(config, bytes) else config.read_bytes())
-        return str(values.get("architecture") or values["architectures"][0])
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return "unknown"
-
-
-def _is_left_out(name: str) -> bool:
-    """Hidden files, and what is half of a file since its writer was killed."""
-    return any(part.startswith(".") for part in Path(name).parts) or name.endswith(".tmp")
-
-
-def _is_own(path: str) -> bool:
-    return path in OWN_FILES or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", path) is not None
 
 
 def _payload(content: Path | bytes) -> str | bytes:

@@ -17,10 +17,10 @@ CACHED = 16 * 2**20
 """Half of the last-level cache of a server's CPU (docs/performance.md has what other sizes give)."""
 
 
-def compile_problem() -> str | None:
-    """Why --compile cannot be used on this machine, such as a missing C++ compiler; None if it can."""
+def compile_problem(device: torch.device | str) -> str | None:
+    """Why --compile cannot be used with a device, such as a missing C++ compiler; None if it can."""
     try:
-        torch.compile(lambda x: x + 1)(torch.ones(2, device="cuda" if torch.cuda.is_available() else "cpu"))
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # it fails in as many ways as there are compilers
         why = " ".join(str(error).split())[:200] or type(error).__name__
         return f"--compile: this machine cannot compile ({why}). Install what is missing, or leave it out."

@@ -46,7 +46,7 @@ def optimizer_problem(name: str) -> str | None:
         return f"--optimizer {name!r} is not one of timm's.{did_you_mean(name, known)}"
     why = _no_step(name, "cpu")
     if why is not None and _uses_cuda():  # not before: each process would take memory of a GPU
-        why = _no_step(name, f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
+        why = _no_step(name, _own_device())
     if why is None:
         return None
     return f"--optimizer {name} does not work here ({why}): give another, such as sgd, adamw or lion."
@@ -54,6 +54,13 @@ def optimizer_problem(name: str) -> str | None:
 
 def _uses_cuda() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+
+
+def _own_device() -> str:
+    """The device that this process will have: on any other it would take memory of another process's GPU."""
+    if not _uses_cuda():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
 def _no_step(name: str, device: str) -> str | None:
@@ -71,7 +78,7 @@ def _no_step(name: str, device: str) -> str | None:
 def environment_problems(config: FinetuneConfig) -> list[str]:
     """What this machine cannot do of the configuration: optimizer, precision, tracker. A line for each."""
     cuda = _uses_cuda()
-    found = [optimizer_problem(config.optimizer), compile_problem() if config.compile else None]
+    found = [optimizer_problem(config.optimizer), compile_problem(_own_device()) if config.compile else None]
     problems = [problem for problem in found if problem]
     if config.mixed_precision == "fp16" and not cuda:
         problems.append("--mixed-precision fp16 needs a GPU and this machine offers none: give no or bf16.")

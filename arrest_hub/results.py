@@ -215,7 +215,7 @@ def radius(eps: str | None) -> Fraction | str | None:
     """The number that a radius is, however it is written: 0.5 is 1/2; what is no number stays as it is."""
     try:
         return None if eps is None else Fraction(eps)
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         return eps
 
 

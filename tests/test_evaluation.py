@@ -616,19 +616,24 @@ def test_a_weaker_attack_of_the_same_name_takes_no_figure_away(export):
     """A robust accuracy is at most what any attack leaves."""
     config = EvalConfig(model=str(export), dataset="data")
 
-    def update(correct, **parameters):
-        report = made_up_report(n=40)
+    def update(correct, attacks=("pgd-20",), **parameters):
+        report = made_up_report(n=40, attacks=attacks)
         report.results[1] = dataclasses.replace(report.results[1], correct=correct, attack_parameters=parameters)
         if not (export / "results.json").exists():
             report.write(export / "results.json")
-        (sentence,) = update_export(config, report, made_up_verdicts([0] * 4), [])
-        return sentence, read_results(export / "results.json").get("robust_accuracy").correct
+        verdicts = made_up_verdicts([0] * 4, **{name.replace("-", "_"): [str(correct)] * 4 for name in attacks})
+        (sentence,) = update_export(config, report, verdicts, [])
+        return sentence, read_results(export / "results.json").get("robust_accuracy", attack="pgd-20").correct
 
     assert update(20, restarts=4, step_size=0.01)[1] == 20
-    sentence, kept = update(30, restarts=4, step_size=0.0001)
+    sentence, kept = update(30, ("pgd-20", "noise"), restarts=4, step_size=0.0001)
     assert kept == 20
-    assert "PGD-20 with 4 restarts and steps of 0.01 leaves 50.0 % there" in sentence
-    assert "with 4 restarts and steps of 0.0001 75.0 % here" in sentence
+    assert "without PGD-20 with 4 restarts and steps of 0.0001, which leaves 75.0 %" in sentence
+    assert "since that with 4 restarts and steps of 0.01 leaves 50.0 %" in sentence
+    rows = read_results(export / "results.json").results
+    assert [row.attack for row in rows] == [None, "pgd-20", "noise"], "the rest is taken up"
+    columns = read_verdicts(export / "verdicts.parquet").broken_by
+    assert {name: column[0] for name, column in columns.items()} == {"pgd-20": "20", "noise": "30"}
     assert update(19, restarts=1, step_size=0.02)[1] == 19, "it found more"
     assert update(21, restarts=1, step_size=0.02)[1] == 21, "the same attack, measured again"
 

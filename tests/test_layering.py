@@ -18,7 +18,7 @@ LEVELS = [
      "figures", "training_figure", "sharding", "guards", "progress",
      "processes", "stopping"},
     {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",
-     "hub_access", "hub_search", "hub", "pretrained"},
+     "hub_access", "hub_search", "pushed_files", "hub", "pretrained"},
     {"validation", "provenance", "run_folder", "prepare", "run", "checks", "resume", "schedule", "step", "loop",
      "finish", "estimate", "plan", "train", "evaluator", "attack_stages", "masking", "evidence", "eval_subjects",
      "eval_record", "eval_session", "evaluation"},
@@ -40,8 +40,8 @@ MATHS = (
 )
 NO_TORCH = ("errors", "fields", "attack_schedule", "config", "config_sources", "eval_config", "recipe_files", "results",
             "verdicts", "figures", "training_figure", "comparison", "robustbench", "licenses", "training_record",
-            "push_config", "card_facts", "hub_access", "hub_search", "hub", "cli", "push_cli", "model_card",
-            "__main__")  # fmt: skip
+            "push_config", "card_facts", "hub_access", "hub_search", "pushed_files", "hub", "cli", "push_cli",
+            "model_card", "__main__")  # fmt: skip
 
 
 def imports(name, late=False):
