@@ -14,7 +14,7 @@ from tiny import tiny_backbone, tiny_config, write_model
 from torch import nn
 from torch._dynamo.utils import counters
 
-from arrest_hub import loop, step, train
+from arrest_hub import loop, prepare, step, train
 from arrest_hub.attacks import frozen_eval, margin, pgd, project, random_in_ball
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
@@ -418,3 +418,15 @@ def test_averaged_weights_are_validated_compiled(tmp_path, monkeypatch):
     (network,) = seen
     assert isinstance(network, Backbone)
     assert network._compiled_call_impl is not None
+
+
+def test_what_is_tried_is_tried_on_the_processs_own_gpu(monkeypatch):
+    """On another one it would take memory of another process."""
+    assert prepare._own_device() == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for rank, device in ((None, "cuda:0"), ("2", "cuda:2"), ("6", "cuda:2")):
+        monkeypatch.delenv("LOCAL_RANK", raising=False) if rank is None else monkeypatch.setenv("LOCAL_RANK", rank)
+        assert prepare._own_device() == device
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert prepare._own_device() == "cpu"
