@@ -9,42 +9,21 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
-from safetensors import SafetensorError
-from timm.data.model_config import resolve_input_data_config
-from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 from arrest_hub.errors import BackboneError
 from arrest_hub.heads import ClassificationHead, Slot, head_names, reset_transformers_head, set_submodule
-from arrest_hub.model_config import no_head
-from arrest_hub.model_source import LocatedModel, ModelSource, find_weights, locate
+from arrest_hub.model_source import ModelSource, locate
+from arrest_hub.networks import build_network
 from arrest_hub.transforms import Preprocessing
 
 __all__ = ["Backbone", "BackboneOutput", "ModelSource", "load_backbone"]
-
-# What the libraries raise when a config and its weights, or a config and its architecture, do not fit.
-_BUILD_ERRORS = (
-    RuntimeError,  # load_state_dict: missing and unexpected keys, shapes; torch.load: unsafe pickles
-    TypeError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-    OSError,
-    ImportError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
 
 
 class BackboneOutput(NamedTuple):
@@ -235,156 +214,19 @@ def load_backbone(
             f"model_args {dict(model_args)} were given for model {model_id!r}, whose architecture its config.json "
             "fixes. Give them with a bare timm architecture name, or leave them out."
         )
-    build = partial(
-        _build_timm if located.source.library == "timm" else _build_transformers, head_if_none=count_if_none
-    )
-    if located.source.pretrained:
-        with torch.random.fork_rng(devices=[]):
-            backbone = build(located, image_size, {}, allow_pickle)
-    else:
+    args: dict[str, Any] = {}
+    if not located.source.pretrained:
         args = dict(model_args or {})
         if located.folder is None and num_classes is not None:
             args.setdefault("num_classes", num_classes)
-        backbone = build(located, image_size, args, allow_pickle)
+    # what the libraries draw before they load weights leaves no trace
+    with torch.random.fork_rng(devices=[], enabled=located.source.pretrained):
+        built = build_network(located, image_size, args, allow_pickle, count_if_none)
+        backbone = Backbone(built.network, located.source, built.preprocessing, built.label_names, built.processor)
+    backbone.new_head = built.new_head
     if num_classes is not None and backbone.num_classes != num_classes:
         backbone.reset_head(num_classes)
     return backbone
-
-
-def _build_timm(
-    located: LocatedModel,
-    image_size: int | None,
-    model_args: dict[str, Any],
-    allow_pickle: bool,
-    *,
-    head_if_none: int | None,
-) -> Backbone:
-    source, folder = located.source, located.folder
-    request = {} if image_size is None else {"img_size": image_size}
-    overlay: dict[str, Any] = {"source": None}
-    if folder is not None and source.pretrained:
-        # timm loads exactly this file, strictly; left to itself it may prefer a pickle to a safetensors file
-        overlay["file"] = str(find_weights(folder, source.model_id, "timm", allow_pickle))
-    name = source.architecture if folder is None else f"local-dir:{folder}"
-    try:
-        args = resolve_model_input_args(name, request, **model_args)
-        native: Any = timm.create_model(**args, pretrained=source.pretrained, pretrained_cfg_overlay=overlay)
-        data = resolve_input_data_config(native, request)
-    except _BUILD_ERRORS as error:
-        raise _build_failure(source, folder, model_args, error) from error
-    if getattr(native, "in_chans", 3) != 3:
-        raise BackboneError(
-            f"Model {source.model_id!r} takes images of {native.in_chans} channels; only RGB images (3) are "
-            "supported. Leave in_chans out."
-        )
-    headless = native.num_classes < 1
-    if headless and head_if_none is None:
-        raise no_head(source.model_id, "has no classification head (num_classes is 0). Choose a model with one")
-    if headless:
-        native.reset_classifier(head_if_none)
-    for key in ("file", "source"):  # the path is of this machine and has no place in an export
-        native.pretrained_cfg.pop(key, None)
-    preprocessing = Preprocessing(
-        size=(int(data["input_size"][1]), int(data["input_size"][2])),
-        mean=_triple(data["mean"]),
-        std=_triple(data["std"]),
-        crop_pct=float(data["crop_pct"]),
-        crop_mode=str(data["crop_mode"]),
-        interpolation=str(data["interpolation"]),
-    )
-    names = native.pretrained_cfg.pop("label_names", None)
-    backbone = Backbone(native, source, preprocessing, _complete_names(names, native.num_classes))
-    backbone.new_head = headless
-    return backbone
-
-
-def _build_transformers(
-    located: LocatedModel,
-    image_size: int | None,
-    model_args: dict[str, Any],
-    allow_pickle: bool,
-    *,
-    head_if_none: int | None,
-) -> Backbone:
-    from transformers import AutoConfig, AutoModelForImageClassification
-
-    from arrest_hub.image_processor import load_processor, quiet_transformers
-
-    source, folder = located.source, located.folder
-    assert folder is not None  # a bare name is always timm's
-    processor, preprocessing = load_processor(folder, source.model_id, image_size)
-    saved_as = (located.config or {}).get("architectures") or [source.architecture]
-    headless = saved_as[0] != source.architecture  # what `check_config` lets pass only where a head is put on
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if headless:
-            config.num_labels = head_if_none
-        if source.pretrained:
-            weights = find_weights(folder, source.model_id, "transformers", allow_pickle)
-            with quiet_transformers():
-                native, info = AutoModelForImageClassification.from_pretrained(
-                    folder,
-                    config=config,
-                    dtype=torch.float32,
-                    use_safetensors=".safetensors" in weights.name,
-                    weights_only=True,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    ignore_mismatched_sizes=True,  # refused below, by name
-                    output_loading_info=True,
-                )
-        else:
-            native = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
-            info = {}
-    except _BUILD_ERRORS as error:
-        raise _build_failure(source, folder, model_args, error) from error
-    # transformers starts what a file lacks from random numbers; keys it has no use for (a pooler) are harmless
-    mismatched = [f"{key} is {tuple(a)}, not {tuple(b)}" for key, a, b in info.get("mismatched_keys", ())]
-    if mismatched:
-        raise _build_failure(source, folder, {}, ValueError("; ".join(sorted(mismatched)[:4]) + "."))
-    missing = sorted(info.get("missing_keys", ()))
-    if headless:
-        new = tuple(f"{name}." for name in head_names(native, source))
-        missing = [key for key in missing if not key.startswith(new)]
-    if missing:
-        raise BackboneError(
-            f"The weights of model {source.model_id!r} lack {len(missing)} parameters of {source.architecture} "
-            f"({', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}), which would be random numbers. "
-            "Give a model finetuned for image classification, or save the weights again."
-        )
-    names = native.config.id2label
-    if names is None:  # some of its models (PVT) have none of their own
-        native.config.id2label = names = {i: f"LABEL_{i}" for i in range(native.config.num_labels)}
-        native.config.label2id = {name: i for i, name in names.items()}
-    if names == {i: f"LABEL_{i}" for i in range(len(names))}:
-        names = None  # transformers' placeholder
-    backbone = Backbone(native, source, preprocessing, _complete_names(names, native.config.num_labels), processor)
-    backbone.new_head = headless
-    return backbone
-
-
-def _build_failure(
-    source: ModelSource, folder: Path | None, model_args: Mapping[str, Any], error: BaseException
-) -> BackboneError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    why = " ".join(lines[:3])
-    why = why if len(why) <= 400 else why[:400] + " ..."
-    why += "" if why.endswith((".", "...", "!")) else "."
-    if folder is None:
-        given = f" with model_args {dict(model_args)}" if model_args else ""
-        return BackboneError(
-            f"The timm architecture {source.architecture!r} cannot be built{given}: {why} "
-            "Check model_args and the image size."
-        )
-    if any(isinstance(e, pickle.UnpicklingError) for e in (error, error.__cause__)):
-        return BackboneError(
-            f"Model {source.model_id!r} ({source.architecture}) cannot be loaded: its pickled weights are damaged "
-            "or hold more than tensors, which is never executed. Convert the weights to safetensors."
-        )
-    return BackboneError(
-        f"Model {source.model_id!r} ({source.architecture}) cannot be loaded: {why} "
-        "Its weights are damaged, or do not belong to its config.json: download or export it again."
-    )
 
 
 def _parameters_behind(output: Tensor) -> set[Tensor]:
@@ -403,21 +245,6 @@ def _parameters_behind(output: Tensor) -> set[Tensor]:
 
 def _output_tensor(output: Any) -> Any:
     return output.logits if hasattr(output, "logits") else output
-
-
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = tuple(values) * 3 if len(values) == 1 else values
-    return float(red), float(green), float(blue)
-
-
-def _complete_names(names: Any, count: int) -> list[str] | None:
-    """Label names in the order of the classes, or None where not every class has one."""
-    if isinstance(names, Mapping):
-        named = {int(key): str(value) for key, value in names.items()}
-        names = [named[i] for i in range(count)] if set(range(count)) <= set(named) else None
-    if not names or len(names) != count:
-        return None
-    return [str(name) for name in names]
 
 
 def _first_line(error: BaseException) -> str:

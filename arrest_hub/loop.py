@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,31 +12,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
-from torch import nn
-from tqdm import tqdm
 
 from arrest_hub.backbones import Backbone
-from arrest_hub.checkpoint import (
-    Progress,
-    best_folder,
-    derive_seed,
-    drop_best,
-    drop_old,
-    load_checkpoint,
-    save_checkpoint,
-)
+from arrest_hub.checkpoint import Progress, derive_seed, drop_old, load_checkpoint, save_checkpoint
 from arrest_hub.checks import report_corrupt, stop_if_all_skipped, stop_unless_finite, warn
 from arrest_hub.config import FinetuneConfig
-from arrest_hub.data import ImageSplit, StreamingImages, eval_loader, train_loader
+from arrest_hub.data import StreamingImages, train_loader
+from arrest_hub.epoch_validation import validate
 from arrest_hub.errors import ArrestError, ConfigError, DataError, Terminated
-from arrest_hub.export import write_model_folder
 from arrest_hub.guards import at_chance, collapse_warning
 from arrest_hub.objective import Objective
 from arrest_hub.processes import any_process, main_only
 from arrest_hub.progress import Meter, progress_bar
-from arrest_hub.results import harmonic_mean
 from arrest_hub.resume import batch_layout, resume_point
 from arrest_hub.run import Run
 from arrest_hub.run_folder import record_batches
@@ -49,14 +37,11 @@ from arrest_hub.step import (
     make_optimizer,
     make_perturbation,
     recomputed_statistics,
-    refresh,
     train_step,
-    validation_attack,
 )
 from arrest_hub.stopping import watch_for_termination
 from arrest_hub.throughput import Pace, Utilisation
-from arrest_hub.transforms import eval_transform, train_transform
-from arrest_hub.validation import Counts, count_correct
+from arrest_hub.transforms import train_transform
 
 # far above the cross-entropy that a confident network can have at its first adversarial batch
 DIVERGED = 1e5
@@ -231,7 +216,7 @@ def train_phase(
             if progress.to_validate:
                 weights = student if ema is None else ema.module
                 with pace.paused():
-                    counts = _validate(run, phase, weights, validated, progress, stop_if_asked)
+                    counts = validate(run, phase, weights, validated, progress, stop_if_asked)
                 progress.to_validate = False
                 if not seen:  # not every method looks at the clean images
                     correct, seen = counts.clean, counts.n
@@ -342,79 +327,4 @@ def _log(run: Run, phase: str, progress: Progress, values: dict[str, float], bar
         {name.split("_")[0]: f"{value:.3g}" for name, value in shown.items()}
         | {name: f"{100 * values[key]:.0f} %" for name, key in shares.items() if key in values}
         | ({"MFU": f"{100 * values['mfu']:.0f} %"} if "mfu" in values else {})
-    )
-
-
-def _validate(
-    run: Run,
-    phase: str,
-    model: Backbone,
-    validated: nn.Module,
-    progress: Progress,
-    after_batch: Callable[[], None],
-) -> Counts:
-    """Clean accuracy, and in the robust phase PGD accuracy, on the validation images; keeps the best weights.
-
-    The test split plays no part in the choice. ``validated``: ``model``, or what `for_eval_passes` made of it.
-    """
-    assert run.splits.validation is not None
-    refresh(validated)
-    transform = eval_transform(model.preprocessing)
-    counts = count_validation(run, run.splits.validation, transform, validated, phase == "robust", after_batch)
-    values: dict[str, Any] = {"validation_clean_accuracy": counts.clean / counts.n, "n": counts.n}
-    if phase == "robust":
-        score = harmonic_mean(counts.clean / counts.n, counts.robust / counts.n)
-        values |= {"validation_robust_accuracy": counts.robust / counts.n, "validation_harmonic_mean": score}
-        if progress.best_score is None or score > progress.best_score:
-            progress.best_score, progress.best_step = score, progress.step
-            whole, folder = run.whole(model), best_folder(run.paths.checkpoints, progress.step)
-            main_only(run.accelerator, lambda: _write_weights(whole, folder))
-            if run.accelerator.is_main_process:
-                drop_best(run.paths.checkpoints, progress.step)
-    run.log.write({"phase": phase, "step": progress.step, "epoch": progress.epoch, **values}, run.images_logged)
-    shown = ", ".join(
-        f"{name.removeprefix('validation_')} {value:.3f}" for name, value in values.items() if name != "n"
-    )
-    if run.accelerator.is_main_process:
-        tqdm.write(f"{phase} epoch {progress.epoch}, step {progress.step}, {counts.n} validation images: {shown}")
-    return counts
-
-
-def _write_weights(model: Backbone | None, folder: Path) -> None:
-    assert model is not None  # in the main process
-    try:
-        write_model_folder(model, folder)
-    except (OSError, SafetensorError) as error:
-        raise ArrestError(
-            f"the weights {folder} cannot be written: {error}. Make room for them, then go on with the same command "
-            "and --resume."
-        ) from error
-
-
-def count_validation(
-    run: Run,
-    split: ImageSplit,
-    transform: Callable[[Any], Any],
-    network: nn.Module,
-    attack: bool,
-    after_batch: Callable[[], None],
-) -> Counts:
-    """Counts on the validation images in the training's own precision, with the training's attack."""
-    config = run.config
-    if run.validation_loader is None:  # once a run: its worker processes outlive an evaluation
-        run.validation_loader = run.accelerator.prepare(
-            eval_loader(split, transform, batch_size=config.batch_size, num_workers=run.num_workers)
-        )
-    settings = validation_attack(config, run.images_at_once)
-    return count_correct(
-        network,
-        run.validation_loader,
-        run.accelerator,
-        settings if attack else None,
-        seed=config.seed,
-        description="validation",
-        total=split.num_examples,
-        nested=True,
-        after_batch=after_batch,
-        static_shapes=config.compile or is_sharded(run.accelerator),
     )

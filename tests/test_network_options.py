@@ -349,14 +349,14 @@ def test_compiled_training_gives_the_same_and_settles(method, kind, tmp_path, mo
     # traced and differentiated as by the default backend, without the minute that its C++ takes
     for network in (Backbone, FoldedNetwork):
         monkeypatch.setattr(network, "compile", lambda self: nn.Module.compile(self, backend="aot_eager"))
-    validate, graphs = loop._validate, []
+    validate, graphs = loop.validate, []
 
     def counted(*args):
         result = validate(*args)
         graphs.append(counters["stats"]["unique_graphs"])
         return result
 
-    monkeypatch.setattr(loop, "_validate", counted)
+    monkeypatch.setattr(loop, "validate", counted)
     torch._dynamo.reset()
     counters.clear()
     finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "compiled"), compile=True, **changes))
@@ -405,13 +405,13 @@ def test_what_a_cpu_would_miscompute_keeps_the_usual_layout(tmp_path, capsys):
 
 def test_averaged_weights_are_validated_compiled(tmp_path, monkeypatch):
     """Also where nothing can be folded."""
-    validate, seen = loop._validate, []
+    validate, seen = loop.validate, []
 
     def kept(run, phase, model, validated, *rest):
         seen.append(validated)
         return validate(run, phase, model, validated, *rest)
 
-    monkeypatch.setattr(loop, "_validate", kept)
+    monkeypatch.setattr(loop, "validate", kept)
     monkeypatch.setattr(Backbone, "compile", lambda self: nn.Module.compile(self, backend="eager"))
     changes = {"model": vit_folder(tmp_path / "vit"), "max_steps": 1, "validation_size": 4, "limit_eval": 8}
     finetune(tiny_config(tmp_path, ema_decay=0.9, compile=True, **changes))

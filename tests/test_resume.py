@@ -19,7 +19,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import killed_after, tiny_config
 
-from arrest_hub import checkpoint, loop, run_folder
+from arrest_hub import checkpoint, epoch_validation, loop, run_folder
 from arrest_hub.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
 from arrest_hub.cli import parse_finetune
 from arrest_hub.config_sources import load_config
@@ -201,12 +201,12 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing(whole, monkeypatch):
 def test_best_weights_of_every_checkpoint_are_kept(tmp_path, monkeypatch):
     """Going back to an earlier checkpoint must not find its best weights replaced by later ones."""
     scores = iter([5, 8, 9, 5])
-    plain = loop.count_correct
+    plain = epoch_validation.count_correct
 
     def scored(*args, **kwargs):
         return plain(*args, **kwargs)._replace(n=10, clean=10, robust=next(scores))
 
-    monkeypatch.setattr(loop, "count_correct", scored)
+    monkeypatch.setattr(epoch_validation, "count_correct", scored)
     finetune(run_config(tmp_path, "run", keep_checkpoints=6))
     checkpoints = tmp_path / "run" / "checkpoints"
     assert {read_progress(path).best_step for path in list_checkpoints(checkpoints, "robust")} == {4, 8, 12}
@@ -216,13 +216,13 @@ def test_best_weights_of_every_checkpoint_are_kept(tmp_path, monkeypatch):
 
 
 def test_best_weights_do_not_pile_up_between_checkpoints(tmp_path, monkeypatch):
-    scores, plain, seen = iter([5, 8, 9]), loop.count_correct, []
+    scores, plain, seen = iter([5, 8, 9]), epoch_validation.count_correct, []
 
     def scored(*args, **kwargs):
         seen.append(sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("best*")))
         return plain(*args, **kwargs)._replace(n=10, clean=10, robust=next(scores))
 
-    monkeypatch.setattr(loop, "count_correct", scored)
+    monkeypatch.setattr(epoch_validation, "count_correct", scored)
     finetune(run_config(tmp_path, "run", checkpoint_every=100))
     assert seen == [[], ["best-000004"], ["best-000008"]]
 

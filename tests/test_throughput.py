@@ -113,7 +113,7 @@ def test_a_pause_takes_no_time(monkeypatch):
 @pytest.mark.parametrize("method", ["arrest", "at", "trades"])
 def test_the_log_says_where_the_time_went(method, tmp_path, monkeypatch):
     """In every line the parts are a whole at most, also where a validation lies between two lines."""
-    monkeypatch.setattr(loop, "_validate", slow(loop._validate))
+    monkeypatch.setattr(loop, "validate", slow(loop.validate))
     # four steps an epoch, a line every three
     finetune(tiny_config(tmp_path, method=method, log_every=3))
     lines = [line for line in log_lines(tmp_path / "run", drop=()) if "loss" in line]

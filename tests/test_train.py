@@ -14,6 +14,7 @@ from steady_main import steady_ball, steady_pgd
 from timm.utils import ModelEmaV3
 from tiny import NAMES, tiny_config, write_images, write_model
 
+import arrest_hub.epoch_validation as epoch_validation
 import arrest_hub.loop as loop
 import arrest_hub.step as step_module
 from arrest_hub import train
@@ -400,13 +401,13 @@ def test_a_transformers_model(tmp_path):
 
 def test_best_weights_are_exported(tmp_path, monkeypatch):
     scores = iter([0.9, 0.1, 0.3])
-    plain = loop.count_correct
+    plain = epoch_validation.count_correct
 
     def scored(*args, **kwargs):
         counts = plain(*args, **kwargs)
         return counts._replace(clean=10, n=10, robust=int(10 * next(scores)))
 
-    monkeypatch.setattr(loop, "count_correct", scored)
+    monkeypatch.setattr(epoch_validation, "count_correct", scored)
     finetune(tiny_config(tmp_path, epochs=3, lr=0.1))
     best = load_file(tmp_path / "run" / "checkpoints" / "best-000004" / "model.safetensors")
     last = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
@@ -417,13 +418,13 @@ def test_best_weights_are_exported(tmp_path, monkeypatch):
 
 def test_validation_workers_do_not_pile_up(tmp_path, monkeypatch):
     alive = []
-    plain = loop._validate
+    plain = loop.validate
 
     def validate(*args):
         plain(*args)
         alive.append(len(multiprocessing.active_children()))
 
-    monkeypatch.setattr(loop, "_validate", validate)
+    monkeypatch.setattr(loop, "validate", validate)
     finetune(tiny_config(tmp_path, epochs=3, num_workers=1))
     assert alive == [alive[0]] * 3, "one worker for training and one for validation, however many epochs"
 
