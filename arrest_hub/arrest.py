@@ -21,8 +21,8 @@ def angular_distance(u: Tensor, v: Tensor) -> Tensor:
     """arccos(<u, v> / |u||v|) / pi of each pair of rows: [B, D], [B, D] -> [B], in [0, 1].
 
     Computed in fp32 or wider, also under autocast, as 2 atan2(|u' - v'|, |u' + v'|) / pi of the unit vectors u', v'
-    (the angle formula of W. Kahan): exact to rounding and with a finite gradient everywhere, also at u = v and
-    u = -v, where that of arccos is infinite.
+    (the angle formula of W. Kahan): exact to rounding for norms between 1e-12 and 1e18, and with a finite gradient
+    everywhere, also at u = v and u = -v, where that of arccos is infinite.
     """
     with torch.autocast(device_type=u.device.type, enabled=False):
         if u.dtype in (torch.float16, torch.bfloat16):

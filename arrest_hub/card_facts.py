@@ -25,7 +25,7 @@ from arrest_hub.training_record import TrainingRecord, read_record
 FIGURES = {
     "eps_curve.png": "Accuracy against the size of the perturbation, with 95 % intervals.",
     "gallery.png": "Clean images, adversarial ones and their difference.",
-    "per_class.png": "Accuracy by class, clean and under the strongest attack measured.",
+    "per_class.png": "Accuracy by class, clean and under the attack named in it.",
     "drift.png": "How far the representation is from the teacher's.",
     "training.png": "The course of training.",
 }

@@ -80,7 +80,8 @@ class EvalConfig:
         "correctly classified images that the checks attack", low=1)
     eps_curve: str | None = _field(None, "str", "evidence",
         "accuracy against eps, as start:stop:count, such as 0:16/255:9", optional=True)
-    curve_images: int = _field(1000, "int", "evidence", "images of the eps curve and the drift, evenly spaced", low=1)
+    curve_images: int = _field(1000, "int", "evidence",
+        "images of the eps curve and the drift, drawn with --seed", low=1)
     figures: bool = _field(True, "bool", "evidence", "draw figures/")
     robustbench_json: str | None = _field(None, "str", "evidence",
         "also write the entry in RobustBench's model_info form to this file", optional=True)

@@ -17,7 +17,7 @@ from arrest_hub.attack_stages import AttackOutcome, ThreatModel, pgd_attack, run
 from arrest_hub.eval_config import EvalConfig, parse_curve
 from arrest_hub.eval_subjects import EvalImages, Subject, preprocessing_facts
 from arrest_hub.evaluator import CleanOutcome, Evaluator, TensorImages
-from arrest_hub.evidence import draw_figures, evenly_spaced, gallery_rows, measure_curve, measure_drift
+from arrest_hub.evidence import draw, draw_figures, gallery_rows, measure_curve, measure_drift
 from arrest_hub.figures import GalleryRow
 from arrest_hub.journal import Journal
 from arrest_hub.masking import CheckSettings, autoattack_checks, ball_check, chance_check, masking_checks
@@ -114,7 +114,7 @@ class EvalSession:
         report.checks = [chance]
         if config.checks:
             report.checks += self.checks(other, clean, outcomes)
-        positions = evenly_spaced(range(len(clean.label)), config.curve_images)
+        positions = draw(range(len(clean.label)), config.curve_images, config.seed)
         if config.eps_curve is not None:
             self.curve(report, other, positions)
         return Measured(report, verdicts, self.drifts(positions))
@@ -208,7 +208,7 @@ class EvalSession:
         count = min(config.batch_size, len(clean.label))
         _, pixels, labels, _ = next(self.evaluator.batches(range(count), [0]))
         return found + masking_checks(
-            self.evaluator, evenly_spaced(right, config.check_images), settings,
+            self.evaluator, draw(right, config.check_images, config.seed), settings,
             teacher=teacher, first_batch=(pixels, labels),
             pixels_per_image=pixels[0].numel(),
         )  # fmt: skip

@@ -27,11 +27,13 @@ CURVE_STEPS = 20
 GALLERY_IMAGES = 6
 
 
-def evenly_spaced(positions: Sequence[int], count: int) -> list[int]:
-    """``count`` of the positions, evenly spaced (all, if there are no more): every class of an ordered set is met."""
+def draw(positions: Sequence[int], count: int, seed: int) -> list[int]:
+    """``count`` of the positions at random, in their order (all, if there are no more). Evenly spaced ones would all be
+    of one class where the classes take turns."""
     if len(positions) <= count:
         return list(positions)
-    return [positions[i * len(positions) // count] for i in range(count)]
+    chosen = np.random.default_rng(seed).choice(len(positions), count, replace=False)
+    return [positions[i] for i in np.sort(chosen)]
 
 
 def measure_curve(

@@ -30,11 +30,13 @@ class Board:
     splits: tuple[str, ...]
     images: str
     eps: Mapping[str, str]
+    size: tuple[int, int] | None = None
+    """Height and width of the images that are attacked, where every entry's are."""
 
 
 _BOARDS = {
-    "cifar10": Board(10_000, ("test",), "the 10,000 test images", {"linf": "8/255", "l2": "0.5"}),
-    "cifar100": Board(10_000, ("test",), "the 10,000 test images", {"linf": "8/255"}),
+    "cifar10": Board(10_000, ("test",), "the 10,000 test images", {"linf": "8/255", "l2": "0.5"}, (32, 32)),
+    "cifar100": Board(10_000, ("test",), "the 10,000 test images", {"linf": "8/255"}, (32, 32)),
     "imagenet": Board(5_000, ("validation", "val"), "5,000 validation images of its own choice", {"linf": "4/255"}),
 }
 _METHODS = {
@@ -182,6 +184,19 @@ def _image_notes(row: Result, board: Board) -> list[str]:
     return [f"Evaluated on {row.n:,} images of the split {row.split!r}; RobustBench uses {board.images}."]
 
 
+def _size_note(norm: str, size: tuple[int, ...], expected: tuple[int, int]) -> str:
+    (height, width), (their_height, their_width) = size, expected
+    note = (
+        f"The images are resized to {height}x{width} and attacked there; RobustBench attacks them at "
+        f"{their_height}x{their_width}."
+    )
+    if norm == "l2" and height * width > their_height * their_width:
+        # a perturbation that is the same in every pixel grows with the root of their number
+        ratio = (height * width / (their_height * their_width)) ** 0.5
+        note += f" The same l2 radius then allows perturbations up to {ratio:.1f} times weaker."
+    return note
+
+
 def _setting_notes(report: EvalReport, row: Result, dataset: str) -> list[str]:
     """What differs from RobustBench's own evaluation, and what speaks against the figure."""
     notes = []
@@ -190,6 +205,9 @@ def _setting_notes(report: EvalReport, row: Result, dataset: str) -> list[str]:
         notes.append(f"RobustBench has no {dataset} leaderboard for {row.norm}.")
     elif Fraction(usual) != Fraction(row.eps or ""):
         notes.append(f"The radius of RobustBench's {dataset} {row.norm} leaderboard is {usual}.")
+    size, expected = report.preprocessing.get("size"), _BOARDS[dataset].size
+    if expected is not None and size is not None and tuple(size) != expected:
+        notes.append(_size_note(row.norm or "", tuple(size), expected))
     if report.precision != "fp32":
         notes.append(f"Evaluated in {report.precision}.")
     if before := row.attack_parameters.get("after"):

@@ -87,16 +87,16 @@ def spread(values: Sequence[float | None], digits: int = 1) -> str:
     return text if len(known) == 1 else f"{text} ({min(known):.{digits}f}–{max(known):.{digits}f})"
 
 
-def usual_hardware(rows: Mapping[str, Sequence[Row]]) -> str:
-    """What most of a suite's runs were made on."""
-    return Counter(run.hardware for runs in rows.values() for run in runs).most_common(1)[0][0]
+def hardware_marks(rows: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+    """A mark behind minutes for each machine of a suite: none for that of most runs, then *, ** and so on."""
+    places = Counter(run.hardware for runs in rows.values() for run in runs).most_common()
+    return {place: "*" * number for number, (place, _) in enumerate(places)}
 
 
-def minutes_text(runs: Sequence[Row], usual: str) -> str:
-    """Mean minutes on the usual hardware, and with a star on any other: times of two machines have no mean."""
-    by_place = {star: [run.run["train_minutes"] for run in runs if (run.hardware != usual) == bool(star)]
-                for star in ("", "*")}  # fmt: skip
-    return ", ".join(f"{statistics.mean(times):.1f}{star}" for star, times in by_place.items() if times)
+def minutes_text(runs: Sequence[Row], marks: Mapping[str, str]) -> str:
+    """Mean minutes by machine, each with its mark: times of two machines have no mean."""
+    times = {mark: [run.run["train_minutes"] for run in runs if run.hardware == place] for place, mark in marks.items()}
+    return ", ".join(f"{statistics.mean(minutes):.1f}{mark}" for mark, minutes in times.items() if minutes)
 
 
 def table(rows: Mapping[str, Sequence[Row]], keys: Iterable[str]) -> list[str]:
@@ -117,7 +117,7 @@ def table(rows: Mapping[str, Sequence[Row]], keys: Iterable[str]) -> list[str]:
             few = f" of {len(attacked)}" if 0 < len(attacked) < len(runs) else ""
             shares.append(spread([run.share(attack) for run in attacked]) + few)
             means.append(spread([run.harmonic(attack) for run in attacked]))
-        minutes = minutes_text(runs, usual_hardware(rows))
+        minutes = minutes_text(runs, hardware_marks(rows))
         lines.append(
             f"| {VARIANTS[key].title} | {len(runs)} | {' | '.join(shares + means)} "
             f"| {runs[0].run['passes']} | {minutes} | `{key}` |"
@@ -126,10 +126,10 @@ def table(rows: Mapping[str, Sequence[Row]], keys: Iterable[str]) -> list[str]:
 
 
 def hardware_text(rows: Mapping[str, Sequence[Row]]) -> list[str]:
-    """What a star behind minutes means; nothing where all runs were made on one machine."""
-    usual = usual_hardware(rows)
-    others = sorted({run.hardware for runs in rows.values() for run in runs} - {usual})
-    return [f"Minutes are of {usual}; with a star, of {' or '.join(others)}.", ""] if others else []
+    """What stars behind minutes mean; nothing where all runs were made on one machine."""
+    usual, *others = ((place, mark.replace("*", "\\*")) for place, mark in hardware_marks(rows).items())
+    texts = "".join(f"; with {mark}, of {place}" for place, mark in others)
+    return [f"Minutes are of {usual[0]}{texts}.", ""] if others else []
 
 
 def apgd_text(rows: Mapping[str, Sequence[Row]]) -> list[str]:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from tiny import patterns, robust_net
 
 from arrest_hub.evaluator import Evaluator, TensorImages
-from arrest_hub.evidence import _gallery_positions, class_name_function, evenly_spaced, measure_curve, per_class_counts
+from arrest_hub.evidence import _gallery_positions, class_name_function, draw, measure_curve, per_class_counts
 from arrest_hub.journal import Journal
 from arrest_hub.verdicts import Verdicts
 
@@ -28,9 +28,14 @@ def test_the_gallery_prefers_what_pgd_broke_and_one_of_each_class():
     assert _gallery_positions(make([0, 1], [1, 0])) == [0, 1], "nothing is right: still a picture"
 
 
-def test_evenly_spaced():
-    assert evenly_spaced(range(10), 5) == [0, 2, 4, 6, 8]
-    assert evenly_spaced([3, 4], 5) == [3, 4]
+def test_what_is_drawn_is_of_every_class_whatever_their_order():
+    for labels in ([i % 10 for i in range(2000)], [i // 200 for i in range(2000)]):  # in turns, and one after another
+        drawn = draw(range(2000), 200, seed=0)
+        assert len(set(drawn)) == 200
+        assert drawn == sorted(drawn)
+        assert all(8 <= sum(labels[i] == k for i in drawn) <= 35 for k in range(10))
+    assert draw(range(2000), 200, seed=0) == drawn != draw(range(2000), 200, seed=1)
+    assert draw([3, 4], 5, seed=0) == [3, 4]
 
 
 def test_counts_by_class():

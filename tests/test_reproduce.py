@@ -188,14 +188,15 @@ def test_the_table_counts_what_is_there(tmp_path):
     assert arrest.split("|")[5:10] == [" – ", " – ", " 31.1 ", " – ", " – "], "what is not measured is not guessed"
 
 
-def test_minutes_of_two_machines_are_kept_apart():
-    runs = [cifar10_report.Row(0, {}, {"train_minutes": minutes}, place)
-            for minutes, place in ((4.0, "a"), (5.0, "a"), (9.0, "b"))]  # fmt: skip
-    assert cifar10_report.usual_hardware({"aft": runs}) == "a"
-    assert cifar10_report.minutes_text(runs, "a") == "4.5, 9.0*"
-    assert cifar10_report.minutes_text(runs[2:], "a") == "9.0*"
-    assert cifar10_report.hardware_text({"aft": runs})[0] == "Minutes are of a; with a star, of b."
-    assert cifar10_report.hardware_text({"aft": runs[:2]}) == [], "there is no star"
+def test_minutes_of_several_machines_are_kept_apart():
+    times = ((4.0, "a"), (5.0, "a"), (6.0, "a"), (9.0, "b"), (11.0, "b"), (9.0, "c"))
+    runs = [cifar10_report.Row(0, {}, {"train_minutes": minutes}, place) for minutes, place in times]
+    marks = cifar10_report.hardware_marks({"aft": runs[:2], "arrest": runs[2:]})
+    assert marks == {"a": "", "b": "*", "c": "**"}
+    assert cifar10_report.minutes_text(runs, marks) == "5.0, 10.0*, 9.0**"
+    assert cifar10_report.minutes_text(runs[3:5], marks) == "10.0*"
+    assert cifar10_report.hardware_text({"aft": runs})[0] == r"Minutes are of a; with \*, of b; with \*\*, of c."
+    assert cifar10_report.hardware_text({"aft": runs[:3]}) == [], "there is no star"
 
 
 def test_what_apgd_leaves_is_read_from_autoattack_and_from_a_cascade(tmp_path):

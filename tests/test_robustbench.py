@@ -116,6 +116,13 @@ def test_fewer_or_other_images_are_said():
 def test_settings_that_are_not_robustbenchs_are_said():
     assert "leaderboard is 8/255" in entry(eps="4/255")["footnote"]
     assert "Evaluated in bf16." in entry(precision="bf16")["footnote"]
+    assert "footnote" not in entry(preprocessing={"size": [32, 32]})
+    larger = entry(preprocessing={"size": [224, 224]})["footnote"]
+    assert larger == "The images are resized to 224x224 and attacked there; RobustBench attacks them at 32x32."
+    assert "up to 7.0 times weaker" in entry(norm="l2", eps="0.5", preprocessing={"size": [224, 224]})["footnote"]
+    assert "resized" not in entry("imagenet", n=5000, split="val", eps="4/255", preprocessing={"size": [288, 288]}).get(
+        "footnote", ""
+    )
     assert "worst case together with PGD-20" in entry(after=["pgd-20"])["footnote"]
 
 
