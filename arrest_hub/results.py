@@ -190,7 +190,7 @@ def merge_reports(old: EvalReport, new: EvalReport) -> EvalReport:
     def merged(before: list[Result], after: list[Result]) -> list[Result]:
         known = {_key(row) for row in after}
         kept = [row for row in before if _key(row) not in known]
-        return sorted(kept + after, key=lambda row: row.metric != "clean_accuracy")
+        return sorted(kept + after, key=_place)
 
     report = dataclasses.replace(
         new,
@@ -202,6 +202,14 @@ def merge_reports(old: EvalReport, new: EvalReport) -> EvalReport:
     )
     report.model = old.model | new.model
     return report
+
+
+def _place(row: Result) -> int:
+    """Clean accuracy first, then noise, PGD, parts of AutoAttack, and AutoAttack: about as strong as they are."""
+    if row.attack is None or row.metric == "clean_accuracy":
+        return 0
+    kind = row.attack.partition("-")[0]
+    return {"noise": 1, "pgd": 2, "autoattack": 4}.get(kind, 3)
 
 
 def _merged_checks(old: list[Check], new: list[Check]) -> list[Check]:

@@ -225,9 +225,9 @@ def test_merging_replaces_the_same_figure_and_keeps_the_others():
     assert [(row.attack, row.eps, row.dataset, row.correct) for row in merged.results] == [
         (None, None, "digits", 91),
         (None, None, "other", 70),
-        ("autoattack", "8/255", "digits", 42),
         ("pgd-20", "8/255", "digits", 44),
         ("pgd-20", "16/255", "digits", 20),
+        ("autoattack", "8/255", "digits", 42),
     ]
     assert merged.teacher_results == old.teacher_results
     assert (merged.hardware, merged.images_per_second) == ("2 x CPU", 812.5)
