@@ -135,7 +135,7 @@ VARIANTS = {
     "tau-0.30": Variant("τ 0.30", {"replay_threshold": 0.3}, group="tau"),
     "best-lr-0.04": Variant("ARREST, the recipe (λ 100), lr 0.04", BEST | {"lr": 0.04}, THREE, "lr"),
     "best-lr-0.08": Variant("ARREST, the recipe (λ 100), lr 0.08", BEST | {"lr": 0.08}, group="lr"),
-    "aft-lr-0.04": Variant("AFT, lr 0.04", {"method": "at", "lr": 0.04}, group="lr"),
+    "aft-lr-0.04": Variant("AFT, lr 0.04", {"method": "at", "lr": 0.04}, THREE, "lr"),
     "aft-lr-0.08": Variant("AFT, lr 0.08", {"method": "at", "lr": 0.08}, THREE, "lr"),
     "aft-lr-0.16": Variant("AFT, lr 0.16", {"method": "at", "lr": 0.16}, group="lr"),
     "at-lr-0.1": Variant("AT, from nothing, lr 0.1", {"method": "at", "init": "random", "lr": 0.1}, group="lr"),
