@@ -156,10 +156,9 @@ def train_loader(
             "the length of an epoch. Give --limit-train N."
         )
     if size is not None:
-        # whole batches for every worker, or a part of each worker's last batch would be lost
-        num_workers = min(num_workers, size // num_processes // batch_size)
-        per_reader = size // num_processes // max(1, num_workers) // batch_size * batch_size
-        if per_reader == 0:
+        batches = size // num_processes // batch_size
+        num_workers = min(num_workers, batches)  # each has a batch to give
+        if batches == 0:
             raise DataError(
                 f"the stream {split.name!r} has {size} images, fewer than one batch of {batch_size} for each of "
                 f"{num_processes} processes. Lower --batch-size, or raise --limit-train."
@@ -168,7 +167,7 @@ def train_loader(
         split,
         transform,
         seed,
-        per_reader=None if size is None else per_reader,
+        per_process=None if size is None else batches * batch_size,
         num_workers=num_workers,
         num_processes=num_processes,
         process_index=process_index,

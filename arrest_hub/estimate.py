@@ -19,6 +19,7 @@ from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError
 from arrest_hub.network_options import freeze_head, normalise_alone
 from arrest_hub.objective import Objective
+from arrest_hub.out_of_memory import free_memory, is_out_of_memory
 from arrest_hub.processes import any_process
 from arrest_hub.sharding import choose_blocks, is_sharded
 from arrest_hub.step import (
@@ -36,7 +37,6 @@ MARGIN = 0.9
 CPU_MARGIN = 0.5
 MOST = {"cuda": 1024, "cpu": 128}
 """Images of a batch that is chosen: a larger one changes how a network learns more than it saves time."""
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -241,27 +241,33 @@ def choose_batch_size(
     """What --batch-size auto takes: the largest batch that fits in every process.
 
     Raises:
-        ConfigError: see `largest_batch`, or the network is sharded.
+        ConfigError: see `largest_batch`, or the network is sharded, or the device is neither a CPU nor CUDA's.
     """
     if is_sharded(accelerator):
         raise ConfigError(
             "--batch-size auto: with FSDP a process that ran out of memory would stop all. Give a number."
         )
     device = accelerator.device
+    if device.type not in MOST:
+        raise ConfigError(f"--batch-size auto: how much memory {device.type!r} has left cannot be told. Give a number.")
     cap = MOST.get(device.type, MOST["cuda"])
     if num_examples is not None:
         cap = min(cap, num_examples // accelerator.num_processes // config.grad_accum_steps)  # an epoch has a step
-    buckets = sum(p.numel() * p.element_size() for p in network.parameters()) if accelerator.num_processes > 1 else 0
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    # what a rehearsal has not: the buckets of the exchange, and gradients that wait for another batch's
+    apart = weights * ((accelerator.num_processes > 1) + (config.grad_accum_steps > 1))
 
     def peak_of(batch_size: int) -> int | None:
+        peak, full = None, False
         try:
-            peak = measure_steps(config, accelerator, network, build_objective, batch_size, steps=0).peak
-        except OUT_OF_MEMORY:
-            peak = None
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        full = peak is None and device.type != "cpu"
-        return None if any_process(accelerator, full) else _largest(accelerator, (peak or 0) + buckets)
+            # two steps: in the second the optimizer's state is there
+            peak = measure_steps(config, accelerator, network, build_objective, batch_size, steps=1).peak
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            full = True
+        free_memory(device)
+        return None if any_process(accelerator, full) else _largest(accelerator, (peak or 0) + apart)
 
     limit = (MARGIN if device.type == "cuda" else CPU_MARGIN) * memory_limit(device)
     return largest_batch(peak_of, -_largest(accelerator, -int(limit)), max(2, cap))

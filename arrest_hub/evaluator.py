@@ -24,6 +24,7 @@ from arrest_hub.autoattack import collect_warnings
 from arrest_hub.data import to_pixels
 from arrest_hub.errors import ArrestError, ConfigError
 from arrest_hub.journal import Entry, Journal
+from arrest_hub.out_of_memory import is_out_of_memory
 from arrest_hub.progress import progress_bar
 from arrest_hub.validation import arithmetic
 
@@ -193,7 +194,9 @@ class Evaluator:
         try:
             with frozen_eval(self.model), arithmetic(self.precision):
                 yield
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise ArrestError(
                 f"the device has too little memory for {self.batch_size} images at once: give a smaller --batch-size "
                 "(and start anew: AutoAttack's draws depend on it)."

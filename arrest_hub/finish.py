@@ -8,24 +8,31 @@ import json
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate import Accelerator
 
+from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.card_facts import CardFacts
 from arrest_hub.checkpoint import Progress, best_folder
 from arrest_hub.config import FinetuneConfig
-from arrest_hub.data import Splits, eval_loader
+from arrest_hub.config_sources import load_config
+from arrest_hub.data import Splits, eval_loader, to_pixels
+from arrest_hub.estimate import random_batch
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.eval_session import EvalSession
 from arrest_hub.eval_subjects import dataset_name, module_subject, split_images
+from arrest_hub.evaluator import logits_function
 from arrest_hub.export import weights_digest, write_model_folder
 from arrest_hub.guards import not_finite_tensor
 from arrest_hub.hub import Pushed
 from arrest_hub.journal import Journal
 from arrest_hub.model_card import before_name, card_is_generated, render_card
+from arrest_hub.out_of_memory import fitting_batch
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.processes import from_main, raise_together
 from arrest_hub.provenance import exported_config, training_record
@@ -86,7 +93,9 @@ def finish_run(
     use_best = config.export_weights == "best" and progress.best_step is not None
     exported_step = progress.best_step if use_best and progress.best_step is not None else progress.step
     chosen_weights = best_folder(paths.checkpoints, exported_step) if use_best else paths.checkpoints / "last"
-    record = training_record(config, accelerator, splits, base, progress, paths.checkpoints, exported_step)
+    saved = load_config(paths.config)  # a run that had nothing left to train may have been given another batch
+    trained = dataclasses.replace(config, batch_size=saved.batch_size, grad_accum_steps=saved.grad_accum_steps)
+    record = training_record(trained, accelerator, splits, base, progress, paths.checkpoints, exported_step)
     if student is not None:
         write_model_folder(student, paths.checkpoints / "last")
     report = from_main(accelerator, lambda: _finished_before(chosen_weights, paths.export))
@@ -108,7 +117,7 @@ def finish_run(
     accelerator = new_accelerator(mixed_precision="no")
     report = measure_export(config, paths, accelerator, splits, num_workers=num_workers, teacher_id=teacher_id)
     if accelerator.is_main_process:
-        values = yaml.safe_dump(exported_config(config, base), sort_keys=False, allow_unicode=True)
+        values = yaml.safe_dump(exported_config(trained, base), sort_keys=False, allow_unicode=True)
         (paths.export / "training_config.yaml").write_text(values, encoding="utf-8")
         record.write(paths.export / RECORD)
         report.model["steps"] = progress.step
@@ -157,17 +166,25 @@ def measure_export(
     The figures are those of ``arrest-eval export/ --attacks clean,pgd-N --batch-size B`` with the run's seed; the
     verdicts and the pictures are put into `export/` too. A stream is counted in one pass instead.
     """
-    student = load_backbone(str(paths.export))
+    student = load_backbone(str(paths.export)).to(accelerator.device)
     teacher = None
     if teacher_id is not None:
         own = Path(teacher_id) == paths.teacher
         teacher = load_backbone(
             teacher_id, image_size=None if own else config.image_size, allow_pickle=config.allow_pickle
+        ).to(accelerator.device)
+    batch_size = evaluation_batch(student, int(config.batch_size), accelerator)
+    if batch_size < config.batch_size:
+        accelerator.print(
+            f"note        evaluated {batch_size} images at a time, not {config.batch_size}: an attack on so many does "
+            "not fit into memory in fp32"
         )
     if splits.test.streaming:
-        report = _count_stream(config, accelerator, splits, student, teacher, num_workers=num_workers)
+        report = _count_stream(config, accelerator, splits, student, teacher, batch_size, num_workers=num_workers)
     else:
-        report = _measure_images(config, paths, accelerator, splits, student, teacher, num_workers=num_workers)
+        report = _measure_images(
+            config, paths, accelerator, splits, student, teacher, batch_size, num_workers=num_workers
+        )
     report.model = {
         "architecture": student.source.architecture, "library": student.source.library,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
@@ -180,6 +197,28 @@ def measure_export(
     return report
 
 
+def evaluation_batch(network: Backbone, batch_size: int, accelerator: Accelerator) -> int:
+    """``batch_size``, halved until PGD in fp32 on so many images fits into the device's memory, in every process.
+
+    A batch that trains, in bf16, with recomputed activations or memory of its own, need not. On a CPU nothing is tried:
+    its memory is never simply full.
+    """
+    if accelerator.device.type == "cpu":
+        return batch_size
+    return fitting_batch(partial(_attack_once, network, accelerator.device), batch_size, accelerator)
+
+
+def _attack_once(network: Backbone, device: torch.device, count: int) -> None:
+    """A step of the final evaluation's attack on ``count`` images."""
+    batch = random_batch(network, count, device)
+    generator = torch.Generator(device=device).manual_seed(0)
+    with frozen_eval(network), arithmetic():
+        pgd(
+            logits_function(network, device=device), to_pixels(batch["pixels"]), batch["label"], eps=8 / 255,
+            step_size=2 / 255, steps=1, generator=generator,
+        )  # fmt: skip
+
+
 def _measure_images(
     config: FinetuneConfig,
     paths: RunPaths,
@@ -187,12 +226,13 @@ def _measure_images(
     splits: Splits,
     student: Backbone,
     teacher: Backbone | None,
+    batch_size: int,
     *,
     num_workers: int,
 ) -> EvalReport:
     wanted = EvalConfig(
         model=str(paths.export), dataset=config.dataset, norm=config.norm, eps=config.eps, checks=False,
-        attacks=f"clean,pgd-{config.eval_attack_steps}", batch_size=config.batch_size, num_workers=num_workers,
+        attacks=f"clean,pgd-{config.eval_attack_steps}", batch_size=batch_size, num_workers=num_workers,
         seed=config.seed, figures=config.figures,
     ).validate()  # fmt: skip
     images = split_images(
@@ -216,6 +256,7 @@ def _count_stream(
     splits: Splits,
     student: Backbone,
     teacher: Backbone | None,
+    batch_size: int,
     *,
     num_workers: int,
 ) -> EvalReport:
@@ -223,7 +264,7 @@ def _count_stream(
 
     def measure(model: Backbone, name: str) -> list[Result]:
         loader = eval_loader(
-            splits.test, eval_transform(model.preprocessing), batch_size=config.batch_size, num_workers=num_workers
+            splits.test, eval_transform(model.preprocessing), batch_size=batch_size, num_workers=num_workers
         )
         with arithmetic():
             counts = count_correct(

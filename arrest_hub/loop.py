@@ -97,10 +97,11 @@ def train_phase(
             drop_old(Path(checkpoint), phase, config.keep_checkpoints)
         accelerator.step = 0  # a checkpoint is of whole steps, and --grad-accum-steps may be another now
         if progress.layout != layout:
-            progress.layout = layout
-            main_only(accelerator, lambda: record_batches(config, run.paths))
             # the schedule goes by epochs, or by the steps that --max-steps counts
             progress.offset = progress.epoch * (steps_per_epoch or 0) - progress.step if by_epochs else 0
+            if progress.place < total_steps:  # something is trained with the new one
+                progress.layout = layout
+                main_only(accelerator, lambda: record_batches(config, run.paths))
         accelerator.print(f"resuming from {checkpoint} ({phase} phase, step {progress.place} of {total_steps})")
         run.images_logged = progress.images
     progress.epoch_steps = epoch_steps

@@ -25,9 +25,9 @@ class StreamingImages(IterableDataset[dict[str, Any]]):
     be read by shard is read whole by every reader. ``index`` counts the images of the epoch in the order of this
     arrangement: it is unique, but the image it names depends on the number of readers, and so does the order.
 
-    ``per_reader`` images make an epoch for each reader, so that all processes take the same number of steps;
-    a reader that runs out early starts over. None: one pass, whatever its length. What ``corrupt`` skips is not
-    counted.
+    ``per_process`` images, whole batches, make an epoch of each process, so that all take the same number of steps; its
+    readers give the same number of batches, or the first of them one more. A reader that runs out early starts over.
+    None: one pass, whatever its length. What ``corrupt`` skips is not counted.
 
     An epoch can be taken up in its middle, with `set_position`, without decoding what came before: a reader then takes
     the place of another, since the loader deals out batches of ``batch_size`` to its workers in turn and begins with
@@ -45,7 +45,7 @@ class StreamingImages(IterableDataset[dict[str, Any]]):
         *,
         shuffle: bool = True,
         buffer_size: int = SHUFFLE_BUFFER,
-        per_reader: int | None = None,
+        per_process: int | None = None,
         num_workers: int = 0,
         num_processes: int = 1,
         process_index: int = 0,
@@ -55,7 +55,7 @@ class StreamingImages(IterableDataset[dict[str, Any]]):
         if not isinstance(split.dataset, HFIterableDataset):
             raise TypeError(f"split {split.name!r} is not a stream; use ImageDataset")
         self.split, self.transform, self.seed = split, transform, seed
-        self.shuffle, self.buffer_size, self.per_reader = shuffle, buffer_size, per_reader
+        self.shuffle, self.buffer_size, self.per_process = shuffle, buffer_size, per_process
         self.num_workers, self.num_processes, self.process_index = num_workers, num_processes, process_index
         self.batch_size, self.corrupt = batch_size, corrupt
         # epoch, batches done; in shared memory: persistent workers hold a copy of this object and must see the new ones
@@ -68,14 +68,14 @@ class StreamingImages(IterableDataset[dict[str, Any]]):
     def set_position(self, epoch: int, batches: int) -> None:
         """Have the next iteration begin after ``batches`` batches of ``epoch`` in this process.
 
-        Exact for one worker, or readers that yield ``per_reader`` images, whole batches, each.
+        Exact for one worker, or where ``per_process`` is given.
         """
         self._position.copy_(torch.tensor([epoch, batches]))
 
     def __len__(self) -> int:
         """Images an epoch yields in this process. Raises TypeError when that is unknown."""
-        if self.per_reader is not None:
-            return self.per_reader * max(1, self.num_workers)
+        if self.per_process is not None:
+            return self.per_process
         if self.split.num_examples is None or self.num_processes > 1:
             raise TypeError(f"the length of the stream {self.split.name!r} is unknown")
         return self.split.num_examples
@@ -88,11 +88,12 @@ class StreamingImages(IterableDataset[dict[str, Any]]):
         start = self.batch_size * (done // workers + (role < done % workers))
         readers = self.num_processes * workers
         reader = self.process_index * workers + role
+        wanted = None if self.per_process is None else self._share(role, workers)
         count, lap = 0, 0
-        while self.per_reader is None or count < self.per_reader:
+        while wanted is None or count < wanted:
             before = count
             for row in self._rows(reader, readers, epoch, lap):
-                if self.per_reader is not None and count >= self.per_reader:
+                if wanted is not None and count >= wanted:
                     break
                 index = count * readers + reader
                 value = row[self.split.image_column]
@@ -107,7 +108,7 @@ class StreamingImages(IterableDataset[dict[str, Any]]):
                     pixels = self.transform(image)
                 yield {"pixels": pixels, "label": label, "index": index}
                 count += 1
-            if self.per_reader is None:
+            if wanted is None:
                 return
             if count == before:
                 raise ImageError(
@@ -115,6 +116,12 @@ class StreamingImages(IterableDataset[dict[str, Any]]):
                     "Use fewer workers or processes."
                 )
             lap += 1
+
+    def _share(self, role: int, workers: int) -> int:
+        """Images of an epoch that a worker gives in its place among this process's workers."""
+        assert self.per_process is not None
+        batches = self.per_process // self.batch_size
+        return self.batch_size * (batches // workers + (role < batches % workers))
 
     def _rows(self, reader: int, readers: int, epoch: int, lap: int) -> Iterator[dict[str, Any]]:
         """The undecoded rows of one reader, through a shuffle buffer."""

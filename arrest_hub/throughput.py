@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arrest_hub.attacks import modes_kept
 from arrest_hub.progress import WaitTimer
+from arrest_hub.tf32 import tf32_allowed
 
 TIMED = ("images_per_second", "data_wait", "attack_share", "training_share", "teacher_share", "peak_memory_gb", "mfu")
 """What a line of the log says of the speed, and so another at every run."""
@@ -181,7 +182,7 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
         return peaks.get("half")
     if mixed_precision == "bf16":
         return peaks.get("half") if "tf32" in peaks or "fp32" not in peaks else None  # not before Ampere
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    convolutions, products = tf32_allowed()
     if "tf32" not in peaks or not (convolutions or products):
         return peaks.get("fp32")
     return peaks["tf32"] if convolutions and products else None  # in part the one, in part the other

@@ -20,6 +20,7 @@ from arrest_hub.checkpoint import derive_seed
 from arrest_hub.data import to_pixels
 from arrest_hub.progress import progress_bar
 from arrest_hub.results import Result
+from arrest_hub.tf32 import tf32
 
 
 class Counts(NamedTuple):
@@ -114,14 +115,14 @@ def count_correct(
 def arithmetic(precision: str = "fp32") -> Iterator[None]:
     """TF32 on for "tf32" and off for anything else, and cuDNN deterministic, so that an evaluation can be repeated; put
     back afterwards. Figures are reported in fp32 without TF32."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark
-    cudnn.allow_tf32 = matmul.allow_tf32 = precision == "tf32"
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        yield
+        with tf32(precision == "tf32"):
+            yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def to_results(counts: Counts, settings: PgdSettings, *, eps: str, dataset: str, split: str, seed: int) -> list[Result]:

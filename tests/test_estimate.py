@@ -114,6 +114,13 @@ def test_the_smallest_of_all_processes(tmp_path, monkeypatch):
         estimate.choose_batch_size(config, accelerator, network, None, 1000)
 
 
+def test_a_device_whose_memory_cannot_be_told(tmp_path):
+    accelerator = Mock(device=torch.device("mps"), num_processes=1)
+    accelerator.state.fsdp_plugin = None
+    with pytest.raises(ConfigError, match="'mps' has left cannot be told"):
+        estimate.choose_batch_size(tiny_config(tmp_path).validate(), accelerator, tiny_backbone(), None, 1000)
+
+
 @pytest.mark.parametrize("word", ["auto", "Auto", "many", "1", "2.5"])
 def test_what_a_batch_size_may_be(word):
     flags = ["--model", "resnet18_cifar", "--dataset", "digits", "--batch-size", word]

@@ -16,7 +16,7 @@ LEVELS = [
      "heads", "networks", "backbones", "network_options", "folding",
      "attacks", "autoattack", "objective", "sample_eps", "weight_perturbation", "results", "verdicts", "throughput",
      "figures", "training_figure", "sharding", "guards", "progress",
-     "processes", "stopping"},
+     "processes", "stopping", "out_of_memory", "tf32"},
     {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",
      "hub_access", "hub_search", "pushed_files", "hub", "pretrained"},
     {"validation", "provenance", "run_folder", "prepare", "run", "checks", "resume", "schedule", "step",

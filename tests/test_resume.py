@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import killed_after, tiny_config
@@ -225,6 +227,16 @@ def test_best_weights_do_not_pile_up_between_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(epoch_validation, "count_correct", scored)
     finetune(run_config(tmp_path, "run", checkpoint_every=100))
     assert seen == [[], ["best-000004"], ["best-000008"]]
+
+
+def test_a_finished_run_stays_one_of_its_own_batch(tmp_path):
+    """Whatever batch it is resumed with: to evaluate with less memory, say."""
+    finetune(run_config(tmp_path, "run"))
+    shutil.rmtree(tmp_path / "run" / "export")
+    finetune(run_config(tmp_path, "run", resume=True, batch_size=4))
+    assert load_config(tmp_path / "run" / "config.yaml").batch_size == 8
+    published = yaml.safe_load((tmp_path / "run" / "export" / "training_config.yaml").read_text())
+    assert published["batch_size"] == 8
 
 
 def test_another_batch_size_goes_on_at_the_end_of_an_epoch(tmp_path, capsys):

@@ -1,4 +1,7 @@
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +83,39 @@ def test_arithmetic_switches_tf32_off_and_back():
     with arithmetic("tf32"):
         assert torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = before
+
+
+CHOSEN_IN_THE_NEW_WAY = """
+import sys, torch
+from arrest_hub.tf32 import tf32_allowed
+from arrest_hub.validation import arithmetic
+where, value = sys.argv[1:]
+module = torch.backends
+for name in where.split(".") if where else ():
+    module = getattr(module, name)
+module.fp32_precision = value
+matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+before = matmul.fp32_precision, conv.fp32_precision
+print(*tf32_allowed())
+with arithmetic("fp32"):
+    print(*tf32_allowed())
+with arithmetic("tf32"):
+    print(*tf32_allowed())
+assert before == (matmul.fp32_precision, conv.fp32_precision)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "allowed"),
+    [("", "ieee", "False False"), ("", "tf32", "True True"), ("cuda.matmul", "tf32", "True True"),
+     ("cudnn", "ieee", "False False"), ("cudnn.conv", "ieee", "False False")],
+)  # fmt: skip
+def test_arithmetic_where_tf32_was_chosen_in_torchs_newer_way(where, value, allowed):
+    """Reading the older switches then raises, in torch as it is."""
+    command = [sys.executable, "-c", CHOSEN_IN_THE_NEW_WAY, where, value]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [allowed, "False False", "True True"]
 
 
 def test_results_name_the_attack(images):

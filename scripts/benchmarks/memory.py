@@ -21,7 +21,8 @@ import torch
 
 from arrest_hub.backbones import load_backbone
 from arrest_hub.config import FinetuneConfig
-from arrest_hub.estimate import OUT_OF_MEMORY, measure_steps
+from arrest_hub.estimate import measure_steps
+from arrest_hub.out_of_memory import is_out_of_memory
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.step import choose_images_at_once
 from arrest_hub.train import build_objective, set_options
@@ -43,7 +44,9 @@ def measure(model: str, image_size: int | None, config: FinetuneConfig, steps: i
     objective = partial(build_objective, config, static_shapes=True)
     try:
         cost = measure_steps(config, accelerator, network, objective, config.batch_size, steps=steps)
-    except OUT_OF_MEMORY:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return {}
     speed = config.batch_size / cost.median
     return {"images_per_second": speed, "seconds": cost.seconds, "peak_bytes": cost.peak}
