@@ -11,6 +11,7 @@ import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,12 @@ from arrest_hub.networks import build_network
 from arrest_hub.transforms import Preprocessing
 
 __all__ = ["Backbone", "BackboneOutput", "ModelSource", "load_backbone"]
+
+NOT_FOR_A_NETWORK = {
+    "checkpoint_path", "features_only", "out_indices", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "cache_dir", "scriptable", "exportable",
+}  # fmt: skip
+"""Arguments of timm.create_model that are not the architecture's."""
 
 
 class BackboneOutput(NamedTuple):
@@ -132,9 +139,9 @@ class Backbone(nn.Module):
         DistributedDataParallel would wait for their gradients.
         """
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.rand(2, 3, *self.preprocessing.size, generator=generator)
         where = f"{self.source.architecture} (model {self.source.model_id!r})"
         try:
+            pixels = torch.rand(2, 3, *self.preprocessing.size, generator=generator)
             with torch.no_grad(), self.native() as network:
                 expected = _output_tensor(network(self.normalize(pixels)))
         except (RuntimeError, ValueError, AssertionError, TypeError) as error:
@@ -198,17 +205,27 @@ def load_backbone(
     Loading weights leaves the global random generator as it was; a random initialisation draws from it.
     Raises BackboneError, or HubError when the Hub cannot serve the model.
     """
+    if not isinstance(model_id, (str, os.PathLike)):
+        raise BackboneError(f"model_id is a {type(model_id).__name__}: give a name such as 'timm/resnet50.a1_in1k'.")
     model_id = os.fspath(model_id)
     if not model_id:
         raise BackboneError("The model id is empty. Give one such as 'timm/resnet50.a1_in1k'.")
     for name, value in (("num_classes", num_classes), ("head_if_none", head_if_none), ("image_size", image_size)):
-        if value is not None and value < 1:
-            raise BackboneError(f"{name} is {value} for model {model_id!r}; it must be a positive whole number.")
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise BackboneError(f"{name} is {value!r} for model {model_id!r}; it must be a positive whole number.")
     count_if_none = num_classes or head_if_none
     located = locate(
         model_id, revision=revision, pretrained=pretrained, head_wanted=count_if_none is None,
         allow_pickle=allow_pickle, cache_dir=cache_dir,
     )  # fmt: skip
+    if refused := sorted(NOT_FOR_A_NETWORK & set(model_args or {})):
+        raise BackboneError(
+            f"model_args {', '.join(refused)} for model {model_id!r}: that says where weights come from, or what is "
+            "made of the network, and not what it is. Leave it out; a folder or an id as the model brings weights."
+        )
+    asked = (model_args or {}).get("img_size", image_size)
+    if image_size is not None and asked not in (image_size, (image_size, image_size), [image_size, image_size]):
+        raise BackboneError(f"image_size {image_size} and model_args img_size {asked} are two sizes: give one.")
     if model_args and located.folder is not None:
         raise BackboneError(
             f"model_args {dict(model_args)} were given for model {model_id!r}, whose architecture its config.json "

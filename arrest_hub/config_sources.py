@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from arrest_hub.config import FIELDS, MODEL_KEYS, RESUME_MAY_DIFFER, FinetuneConfig
 from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import convert, flag
-from arrest_hub.recipe_files import FOR_DATASET, read_recipe
+from arrest_hub.recipe_files import FOR_DATASET, read_recipe, read_yaml
 
 
 def unknown_key(name: str, where: str) -> str:
@@ -62,10 +60,7 @@ def load_config(path: Path) -> FinetuneConfig:
     Raises:
         ConfigError: if it is not one.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a configuration.")
     unknown = [unknown_key(str(key), str(path)) for key in values if key not in FIELDS]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -124,11 +125,9 @@ def convert(field: dataclasses.Field[Any], value: Any) -> Any:
         number: float | Fraction = parse_fraction(result)
     elif kind == "int":
         try:
-            number = result = int(value) if isinstance(value, str) else value
-        except ValueError:
+            number = result = int(value) if isinstance(value, str) else operator.index(value)  # also of numpy
+        except (TypeError, ValueError):
             raise wrong from None
-        if not isinstance(result, int):
-            raise wrong
     else:
         try:
             number = result = float(value)

@@ -38,7 +38,8 @@ def open_image_folder(path: Path, typed: str, *, shuffle: bool) -> tuple[dict[st
     """
     found: dict[str, dict[str, list[str]]] = {}
     without: list[str] = []
-    for name, folder in _split_folders(path, typed).items():
+    folders = _split_folders(path, typed)
+    for name, folder in folders.items():
         found[name] = {}
         for sub in _subfolders(folder):
             files = sorted(walk(sub))
@@ -55,7 +56,8 @@ def open_image_folder(path: Path, typed: str, *, shuffle: bool) -> tuple[dict[st
             f"{path.name}/train/cat/1.jpg), no Parquet files and no saved dataset."
         )
     if len(class_names) == 1:
-        raise DataError(_one_class(path, typed, class_names[0]))
+        where = next(folder for name, folder in folders.items() if class_names[0] in found[name])
+        raise DataError(_one_class(path, typed, where / class_names[0]))
     splits: dict[str, Dataset] = {}
     for name, classes in found.items():
         unknown = sorted(set(classes) - set(class_names))
@@ -82,12 +84,15 @@ def open_image_folder(path: Path, typed: str, *, shuffle: bool) -> tuple[dict[st
     return splits, notes
 
 
-def _one_class(path: Path, typed: str, only: str) -> str:
-    """What to say of a folder in which one subfolder alone holds images."""
-    inside = [sub.name for sub in _subfolders(path / only) if any(_is_image(file) for file in walk(sub))]
-    text = f"dataset folder {typed!r} has one class only, {only}/; at least two are needed."
+def _one_class(path: Path, typed: str, only: Path) -> str:
+    """What to say of a folder in which one subfolder alone holds images, or one of each split."""
+    inside = [sub.name for sub in _subfolders(only) if any(_is_image(file) for file in walk(sub))]
+    text = f"dataset folder {typed!r} has one class only, {only.name}/; at least two are needed."
     if inside:
-        text += f" If {_first(inside)} in it are the classes (or splits), give {os.path.join(typed, only)!r}."
+        text += (
+            f" If {_first(inside)} in it are the classes (or splits), give "
+            f"{os.path.join(typed, only.relative_to(path))!r}."
+        )
     tables = sorted(file.name for file in path.glob("*.csv"))
     if tables:
         text += f" {_first(tables)}: of tables only a metadata.csv beside the images is read (file_name,label)."

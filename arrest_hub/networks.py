@@ -72,7 +72,8 @@ def _build_timm(
     head_if_none: int | None,
 ) -> BuiltNetwork:
     source, folder = located.source, located.folder
-    request = {} if image_size is None else {"img_size": image_size}
+    asked = model_args.get("img_size") if image_size is None else image_size
+    request = {} if asked is None else {"img_size": asked}
     overlay: dict[str, Any] = {"source": None}
     if folder is not None and source.pretrained:
         # timm loads exactly this file, strictly; left to itself it may prefer a pickle to a safetensors file

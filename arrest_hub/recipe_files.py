@@ -30,6 +30,36 @@ def recipe_for_dataset(dataset: str | None) -> str:
     return FOR_DATASET.get(dataset or "", "default")
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """A safe loader for which a key that is given twice is an error, and not the last one's value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Any) -> Any:
+    """What a YAML file of a configuration holds; ``path`` is a Path or a file of the package.
+
+    Raises:
+        ConfigError: it cannot be read, is not UTF-8, is not YAML, or has a key twice.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8.") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
 def read_recipe(name: str) -> dict[str, Any]:
     """Read a bundled recipe by name, or any recipe by the path of its YAML file.
 
@@ -37,21 +67,17 @@ def read_recipe(name: str) -> dict[str, Any]:
         ConfigError: no such recipe (names the nearest), or not a YAML mapping.
     """
     if name in list_recipes():
-        text = resources.files("arrest_hub.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        values = read_yaml(resources.files("arrest_hub.recipes").joinpath(f"{name}.yaml"))
     elif name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"--recipe {name!r}: there is no such file.")
-        text = path.read_text(encoding="utf-8")
+        values = read_yaml(path)
     else:
         raise ConfigError(
             f"--recipe {name!r} is not a bundled recipe.{did_you_mean(name, list_recipes())} "
             f"Give one of {', '.join(list_recipes())}, or the path of a .yaml file."
         )
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {name!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

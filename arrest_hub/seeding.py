@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -14,6 +16,19 @@ def mix(*numbers: int) -> int:
     """Numbers -> 63 well-mixed bits, the same on every machine."""
     data = struct.pack(f"<{len(numbers)}q", *numbers)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Put the global random states of Python, numpy and torch (of the current GPU too, if it is in use) back."""
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 @contextmanager

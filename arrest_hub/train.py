@@ -54,6 +54,7 @@ from arrest_hub.push_config import PushConfig
 from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
 from arrest_hub.sample_eps import eps_by_sensitivity
 from arrest_hub.schedule import check_accumulation, length_problems
+from arrest_hub.seeding import random_states_kept
 from arrest_hub.sharding import is_sharded
 from arrest_hub.step import choose_images_at_once, gradient_scale, make_teacher
 from arrest_hub.training_record import BaseModel
@@ -112,11 +113,13 @@ def _counted(config: FinetuneConfig, objective: Objective) -> Objective:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
+@random_states_kept()
 def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     """Make a pretrained classifier robust: check, train, export, evaluate the export, write results and card.
 
     ``notes`` are printed first. Runs on one process or under `accelerate launch` on many. A run that is resumed must
-    have the values it began with (`config.RESUME_MAY_DIFFER` may be others).
+    have the values it began with (`config.RESUME_MAY_DIFFER` may be others). The global random states
+    of torch, numpy and Python are afterwards what they were.
 
     Raises:
         ArrestError: (ConfigError, BackboneError, DataError, HubError) for anything wrong with the input, before the
@@ -133,6 +136,7 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
+@random_states_kept()
 def dry_run(config: FinetuneConfig, notes: Sequence[str] = ()) -> list[str]:
     """Do what comes before the training of `finetune`, and a few steps; print, and return, what the rest will take.
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -804,3 +805,35 @@ def test_whole_numbers_are_no_pixels():
     backbone = timm_backbone("resnet18")
     with pytest.raises(BackboneError, match="uint8: give floats in"):
         backbone(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "size"),
+    [
+        ("test_vit", {"img_size": 32}, (32, 32)),
+        ("test_vit", {"img_size": (32, 64)}, (32, 64)),
+        ("vit_tiny_patch16_224", {"img_size": 64, "dynamic_img_size": True, "depth": 1}, (64, 64)),
+    ],
+)
+def test_a_size_among_the_models_arguments_is_the_images_too(name, args, size):
+    backbone = load_backbone(name, model_args=args)
+    assert backbone.preprocessing.size == size
+    with pytest.raises(BackboneError, match="give one"):
+        load_backbone(name, model_args=args, image_size=96)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "cache_dir"])
+def test_arguments_that_are_not_the_architectures(name):
+    with pytest.raises(BackboneError, match=f"model_args {name} for model 'test_resnet'"):
+        load_backbone("test_resnet", model_args={name: "x"})
+
+
+def test_arguments_of_another_type_are_one_clear_error():
+    for changes in ({"num_classes": "3"}, {"image_size": (32, 32)}, {"head_if_none": 2.5}):
+        with pytest.raises(BackboneError, match="must be a positive whole number"):
+            load_backbone("test_resnet", **changes)
+    with pytest.raises(BackboneError, match="model_id is a NoneType"):
+        load_backbone(None)
+    with pytest.raises(BackboneError, match="1000000x1000000 pixels"):
+        load_backbone("test_resnet", image_size=1_000_000)
+    assert load_backbone("test_resnet", num_classes=np.int64(3)).num_classes == 3

@@ -2,6 +2,7 @@ import dataclasses
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -227,3 +228,12 @@ def test_default_folders_are_named_after_folders_whatever_their_names_hold(tmp_p
 )
 def test_radii_are_written_as_people_do(value, name):
     assert fraction_name(Fraction(value)) == name
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = FinetuneConfig(
+        model="m", dataset="d", seed=np.int64(3), eps=np.float64(0.25), lr=np.float32(0.5)
+    ).validate()
+    assert (config.seed, type(config.seed), config.lr) == (3, int, 0.5)
+    with pytest.raises(ConfigError, match=r"--seed 3\.0 is not a whole number"):
+        FinetuneConfig(model="m", dataset="d", seed=3.0).validate()

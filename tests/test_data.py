@@ -225,6 +225,10 @@ def test_what_runs_write_into_an_image_folder_is_no_class(tmp_path):
 def test_one_class_folder_says_what_may_be_meant(tmp_path):
     with pytest.raises(DataError, match=rf"one class only, flowers/.*cat, dog.*give '{tmp_path}/in/flowers'"):
         load_splits(str(write_folder(tmp_path / "in", "flowers/cat", "flowers/dog")))
+    with pytest.raises(DataError, match=r"one class only, cat/; at least two are needed\.$"):
+        load_splits(str(write_folder(tmp_path / "split", "train/cat", "test/cat")))
+    with pytest.raises(DataError, match=rf"one class only, all/.*cat, dog.*give '{tmp_path}/deep/train/all'"):
+        load_splits(str(write_folder(tmp_path / "deep", "train/all/cat", "train/all/dog")))
     root = write_folder(tmp_path / "table", "images")
     (root / "train.csv").write_text("id,label\n")
     with pytest.raises(DataError, match=r"one class only, images/; at least two.*train\.csv: .*metadata\.csv"):

@@ -7,7 +7,7 @@ import yaml
 
 from arrest_hub.cli import parse_finetune
 from arrest_hub.config import FinetuneConfig
-from arrest_hub.config_sources import recipe_config, resolve
+from arrest_hub.config_sources import load_config, recipe_config, resolve
 from arrest_hub.errors import ConfigError
 from arrest_hub.recipe_files import FOR_DATASET, list_recipes, read_recipe, recipe_for_dataset
 
@@ -55,6 +55,19 @@ def test_a_recipe_by_path(tmp_path):
     path.write_text(yaml.safe_dump({"lr": 0.3}))
     assert read_recipe(str(path)) == {"lr": 0.3}
     path.write_text("lr: [")
+    (tmp_path / "twice.yaml").write_text("epochs: 1\nmodel: m\nepochs: 5\n")
+    with pytest.raises(ConfigError, match=r"twice.yaml is not valid YAML: 'epochs' is given twice.*line 3"):
+        read_recipe(str(tmp_path / "twice.yaml"))
+    (tmp_path / "nested.yaml").write_text("model_args: {a: 1, b: 2, a: 3}\n")
+    with pytest.raises(ConfigError, match="'a' is given twice"):
+        read_recipe(str(tmp_path / "nested.yaml"))
+    (tmp_path / "merged.yaml").write_text("model_args: &x {a: 1}\nother: {<<: *x, a: 2}\n")
+    assert read_recipe(str(tmp_path / "merged.yaml")) == {"model_args": {"a": 1}, "other": {"a": 2}}
+    for name, content in (("latin", "model: m # Gr\xf6\xdfe\n".encode("latin-1")), ("wide", "a: 1\n".encode("utf-16"))):
+        (tmp_path / f"{name}.yaml").write_bytes(content)
+        for read in (lambda path: read_recipe(str(path)), load_config):
+            with pytest.raises(ConfigError, match=rf"{name}.yaml is not UTF-8 text.*save it as UTF-8"):
+                read(tmp_path / f"{name}.yaml")
     with pytest.raises(ConfigError, match="not valid YAML"):
         read_recipe(str(path))
     path.write_text("- lr")

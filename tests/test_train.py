@@ -3,7 +3,9 @@
 import json
 import math
 import multiprocessing
+import random
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -25,7 +27,7 @@ from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError
 from arrest_hub.export import write_model_folder
 from arrest_hub.results import read_results
 from arrest_hub.throughput import TIMED
-from arrest_hub.train import finetune
+from arrest_hub.train import dry_run, finetune
 from arrest_hub.training_record import read_record
 
 
@@ -708,3 +710,22 @@ def test_too_much_accumulation_is_said_before_anything_is_overwritten(tmp_path):
     with pytest.raises(ConfigError, match="--grad-accum-steps 100 is more than the 4 batches of an epoch"):
         finetune(tiny_config(tmp_path, overwrite=True, grad_accum_steps=100))
     assert files(tmp_path) == before
+
+
+def test_random_states_are_the_callers(tmp_path):
+    def drawn():
+        return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+    def seeded():
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+
+    seeded()
+    expected = drawn()
+    seeded()
+    finetune(tiny_config(tmp_path, epochs=1, max_steps=1))
+    assert drawn() == expected
+    seeded()
+    dry_run(tiny_config(tmp_path, output_dir=str(tmp_path / "other")))
+    assert drawn() == expected
