@@ -529,7 +529,7 @@ def test_a_stream_counted_other_images(export):
         (sentence,) = update_export(config, made_up_report(n=12, split=split, attacks=("noise",)), verdicts, [])
         assert said in sentence
         attacks = [row.attack for row in read_results(export / "results.json").results]
-        assert attacks == [None, "pgd-20", *(["noise"] if split == "test" else [])]
+        assert attacks == [None, *(["noise"] if split == "test" else []), "pgd-20"]
 
 
 def test_every_figure_can_be_counted_again_where_a_clean_prediction_changed(export):
@@ -609,7 +609,7 @@ def test_the_same_radius_in_other_words_is_the_same(export):
     again = made_up_report(norm="l2", eps="1/2", attacks=("pgd-20", "noise"))
     assert "up to date" in update_export(config, again, made_up_verdicts([0] * 4), [])[0]
     rows = read_results(export / "results.json").results
-    assert [(row.attack, row.eps) for row in rows] == [(None, None), ("pgd-20", "1/2"), ("noise", "1/2")]
+    assert [(row.attack, row.eps) for row in rows] == [(None, None), ("noise", "1/2"), ("pgd-20", "1/2")]
 
 
 def test_a_weaker_attack_of_the_same_name_takes_no_figure_away(export):
@@ -631,7 +631,7 @@ def test_a_weaker_attack_of_the_same_name_takes_no_figure_away(export):
     assert "without PGD-20 with 4 restarts and steps of 0.0001, which leaves 75.0 %" in sentence
     assert "since that with 4 restarts and steps of 0.01 leaves 50.0 %" in sentence
     rows = read_results(export / "results.json").results
-    assert [row.attack for row in rows] == [None, "pgd-20", "noise"], "the rest is taken up"
+    assert [row.attack for row in rows] == [None, "noise", "pgd-20"], "the rest is taken up"
     columns = read_verdicts(export / "verdicts.parquet").broken_by
     assert {name: column[0] for name, column in columns.items()} == {"pgd-20": "20", "noise": "30"}
     assert update(19, restarts=1, step_size=0.02)[1] == 19, "it found more"
@@ -801,7 +801,7 @@ def test_the_cards_teacher_is_the_network_that_was_finetuned(tmp_path, capsys, m
     found = run_evaluation(config).report
     assert "without figures of" in capsys.readouterr().out
     after = read_results(export / "results.json")
-    assert [row.attack for row in after.results] == [None, "pgd-3", "noise"]
+    assert [row.attack for row in after.results] == [None, "noise", "pgd-3"]
     assert after.teacher_results == before.teacher_results
     assert after.model == before.model | {key: after.model[key] for key in after.model.keys() - before.model.keys()}
     assert set(after.eps_curve) == {"student"}
@@ -809,7 +809,7 @@ def test_the_cards_teacher_is_the_network_that_was_finetuned(tmp_path, capsys, m
     config = dataclasses.replace(config, teacher=str(tmp_path / "model"), output_dir=str(tmp_path / "second"))
     run_evaluation(config)
     last = read_results(export / "results.json")
-    assert [row.attack for row in last.teacher_results] == [None, "pgd-3", "noise"]
+    assert [row.attack for row in last.teacher_results] == [None, "noise", "pgd-3"]
     assert set(last.eps_curve) == {"student", "teacher"}
 
 
