@@ -101,12 +101,13 @@ def train_phase(
             progress.offset = progress.epoch * (steps_per_epoch or 0) - progress.step if by_epochs else 0
             if progress.place < total_steps:  # something is trained with the new one
                 progress.layout = layout
-                main_only(accelerator, lambda: record_batches(config, run.paths))
         accelerator.print(f"resuming from {checkpoint} ({phase} phase, step {progress.place} of {total_steps})")
         run.images_logged = progress.images
     progress.epoch_steps = epoch_steps
     if config.resume:
         run.log.rewind(phase, progress.step)
+        if progress.place < total_steps:
+            main_only(accelerator, lambda: record_batches(config, run.paths))
     began = time.perf_counter() - progress.seconds
     schedule.set_learning_rate(progress.place)
     if ema is not None:

@@ -239,6 +239,14 @@ def test_a_finished_run_stays_one_of_its_own_batch(tmp_path):
     assert published["batch_size"] == 8
 
 
+def test_a_run_that_died_before_its_first_checkpoint_records_its_new_batch(tmp_path):
+    assert dead_run(tmp_path, "run", at=1, checkpoint_every=100) == []
+    finetune(run_config(tmp_path, "run", resume=True, batch_size=4, checkpoint_every=100))
+    assert load_config(tmp_path / "run" / "config.yaml").batch_size == 4
+    published = yaml.safe_load((tmp_path / "run" / "export" / "training_config.yaml").read_text())
+    assert published["batch_size"] == 4
+
+
 def test_another_batch_size_goes_on_at_the_end_of_an_epoch(tmp_path, capsys):
     dead_run(tmp_path, "first", at=3)
     with pytest.raises(ConfigError, match=r"--batch-size 8 then and 4 now.*end of an epoch"):
