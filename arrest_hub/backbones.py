@@ -20,17 +20,12 @@ from torch import Tensor, nn
 
 from arrest_hub.errors import BackboneError
 from arrest_hub.heads import ClassificationHead, Slot, head_names, reset_transformers_head, set_submodule
+from arrest_hub.model_arguments import model_args_problem
 from arrest_hub.model_source import ModelSource, locate
 from arrest_hub.networks import build_network
 from arrest_hub.transforms import Preprocessing
 
 __all__ = ["Backbone", "BackboneOutput", "ModelSource", "load_backbone"]
-
-NOT_FOR_A_NETWORK = {
-    "checkpoint_path", "features_only", "out_indices", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
-    "cache_dir", "scriptable", "exportable",
-}  # fmt: skip
-"""Arguments of timm.create_model that are not the architecture's."""
 
 
 class BackboneOutput(NamedTuple):
@@ -213,19 +208,16 @@ def load_backbone(
     for name, value in (("num_classes", num_classes), ("head_if_none", head_if_none), ("image_size", image_size)):
         if value is not None and not (isinstance(value, Integral) and value >= 1):
             raise BackboneError(f"{name} is {value!r} for model {model_id!r}; it must be a positive whole number.")
+    if problem := model_args_problem(model_args or {}):
+        raise BackboneError(f"model_args {problem}")
+    asked = (model_args or {}).get("img_size", image_size)
+    if image_size is not None and asked not in (image_size, (image_size, image_size), [image_size, image_size]):
+        raise BackboneError(f"image_size {image_size} and model_args img_size {asked} are two sizes: give one.")
     count_if_none = num_classes or head_if_none
     located = locate(
         model_id, revision=revision, pretrained=pretrained, head_wanted=count_if_none is None,
         allow_pickle=allow_pickle, cache_dir=cache_dir,
     )  # fmt: skip
-    if refused := sorted(NOT_FOR_A_NETWORK & set(model_args or {})):
-        raise BackboneError(
-            f"model_args {', '.join(refused)} for model {model_id!r}: that says where weights come from, or what is "
-            "made of the network, and not what it is. Leave it out; a folder or an id as the model brings weights."
-        )
-    asked = (model_args or {}).get("img_size", image_size)
-    if image_size is not None and asked not in (image_size, (image_size, image_size), [image_size, image_size]):
-        raise BackboneError(f"image_size {image_size} and model_args img_size {asked} are two sizes: give one.")
     if model_args and located.folder is not None:
         raise BackboneError(
             f"model_args {dict(model_args)} were given for model {model_id!r}, whose architecture its config.json "

@@ -19,6 +19,7 @@ from arrest_hub.errors import ConfigError
 from arrest_hub.fields import config_field as _field
 from arrest_hub.fields import convert_all, eps_problem, repo_id_problem
 from arrest_hub.licenses import license_problems
+from arrest_hub.model_arguments import model_args_problem
 
 GROUPS = ("model", "data", "method", "threat model", "training", "run", "hub")
 # A recipe's values for these belong to the recipe's own model and are dropped when --model names another.
@@ -328,6 +329,8 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
         problems.append(
             f"--model-args needs a timm architecture name as --model: {config.model!r} comes with its own arguments."
         )
+    if "model_args" in good and (problem := model_args_problem(config.model_args)):
+        problems.append(f"--model-args {problem}")
     if "push_to_hub" in good and config.push_to_hub:
         problem = repo_id_problem("--push-to-hub", config.push_to_hub)
         problems += [problem] if problem else []

@@ -250,7 +250,7 @@ def choose_batch_size(
     device = accelerator.device
     if device.type not in MOST:
         raise ConfigError(f"--batch-size auto: how much memory {device.type!r} has left cannot be told. Give a number.")
-    cap = MOST.get(device.type, MOST["cuda"])
+    cap = MOST[device.type]
     if num_examples is not None:
         cap = min(cap, num_examples // accelerator.num_processes // config.grad_accum_steps)  # an epoch has a step
     weights = sum(p.numel() * p.element_size() for p in network.parameters())

@@ -198,7 +198,8 @@ class Evaluator:
             if not is_out_of_memory(error):
                 raise
             raise ArrestError(
-                f"the device has too little memory for {self.batch_size} images at once: give a smaller --batch-size "
+                f"the device has too little memory for {self.batch_size} images at once "
+                f"({(str(error) or type(error).__name__).splitlines()[0][:100]}): give a smaller --batch-size "
                 "(and start anew: AutoAttack's draws depend on it)."
             ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Any) -> Any:
+def read_yaml(path: Traversable) -> Any:
     """What a YAML file of a configuration holds; ``path`` is a Path or a file of the package.
 
     Raises:

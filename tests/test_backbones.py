@@ -824,7 +824,7 @@ def test_a_size_among_the_models_arguments_is_the_images_too(name, args, size):
 
 @pytest.mark.parametrize("name", ["checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "cache_dir"])
 def test_arguments_that_are_not_the_architectures(name):
-    with pytest.raises(BackboneError, match=f"model_args {name} for model 'test_resnet'"):
+    with pytest.raises(BackboneError, match=f"model_args {name}: that says where weights come from"):
         load_backbone("test_resnet", model_args={name: "x"})
 
 

@@ -237,3 +237,11 @@ def test_numbers_of_numpy_are_numbers():
     assert (config.seed, type(config.seed), config.lr) == (3, int, 0.5)
     with pytest.raises(ConfigError, match=r"--seed 3\.0 is not a whole number"):
         FinetuneConfig(model="m", dataset="d", seed=3.0).validate()
+
+
+def test_arguments_that_are_no_architectures_are_refused_with_the_rest():
+    config = FinetuneConfig(model="resnet18_cifar", dataset="d", model_args={"checkpoint_path": "x"}, epochs=0)
+    with pytest.raises(ConfigError) as error:
+        config.validate()
+    assert any(problem.startswith("--model-args checkpoint_path: that says") for problem in error.value.problems)
+    assert len(error.value.problems) == 2

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "arrest_hub"
 LEVELS = [
     {"errors", "fields", "licenses", "attack_schedule", "config", "config_sources", "eval_config", "push_config",
-     "recipe_files", "training_record"},
+     "recipe_files", "training_record", "model_arguments"},
     {"transforms", "images", "columns", "subsets", "seeding", "corrupt", "streams", "data_speed", "on_demand",
      "image_folder", "labelled_source",
      "sources", "splits", "labels", "data", "architectures", "model_config", "model_source", "image_processor",
@@ -41,8 +41,8 @@ MATHS = (
 )
 NO_TORCH = ("errors", "fields", "attack_schedule", "config", "config_sources", "eval_config", "recipe_files", "results",
             "verdicts", "figures", "training_figure", "comparison", "robustbench", "licenses", "training_record",
-            "push_config", "card_facts", "hub_access", "hub_search", "pushed_files", "hub", "cli", "push_cli",
-            "model_card", "__main__")  # fmt: skip
+            "push_config", "model_arguments", "card_facts", "hub_access", "hub_search", "pushed_files", "hub", "cli",
+            "push_cli", "model_card", "__main__")  # fmt: skip
 
 
 def imports(name, late=False):
