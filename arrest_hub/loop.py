@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from timm.utils import ModelEmaV3
+from tqdm import tqdm
 
 from arrest_hub.backbones import Backbone
 from arrest_hub.checkpoint import Progress, derive_seed, drop_old, load_checkpoint, save_checkpoint
 from arrest_hub.checks import report_corrupt, stop_if_all_skipped, stop_unless_finite, warn
-from arrest_hub.config import FinetuneConfig
-from arrest_hub.data import StreamingImages, train_loader
+from arrest_hub.epoch_batches import (
+    check_epoch,
+    count_batches,
+    dead_workers_reported,
+    epoch_batches,
+    training_batches,
+)
 from arrest_hub.epoch_validation import validate
-from arrest_hub.errors import ArrestError, ConfigError, DataError, Terminated
+from arrest_hub.errors import ArrestError, Terminated
 from arrest_hub.guards import at_chance, collapse_warning
 from arrest_hub.objective import Objective
 from arrest_hub.processes import any_process, main_only
@@ -28,7 +30,7 @@ from arrest_hub.progress import Meter, progress_bar
 from arrest_hub.resume import batch_layout, resume_point
 from arrest_hub.run import Run
 from arrest_hub.run_folder import record_batches
-from arrest_hub.schedule import Schedule, check_accumulation
+from arrest_hub.schedule import Schedule
 from arrest_hub.sharding import WholeCopy, choose_blocks, is_sharded
 from arrest_hub.step import (
     attacked_network,
@@ -39,9 +41,8 @@ from arrest_hub.step import (
     recomputed_statistics,
     train_step,
 )
-from arrest_hub.stopping import watch_for_termination
+from arrest_hub.stopping import Termination, watch_for_termination
 from arrest_hub.throughput import Pace, Utilisation
-from arrest_hub.transforms import train_transform
 
 # far above the cross-entropy that a confident network can have at its first adversarial batch
 DIVERGED = 1e5
@@ -64,251 +65,243 @@ def train_phase(
     Raises ArrestError if training diverges or a checkpoint cannot be written, DataError if an image cannot be read,
     Terminated after a SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    config, accelerator = run.config, run.accelerator
-    saved, checkpoint, notes = resume_point(config, run.paths, accelerator, phase, run.num_workers)
-    for note in notes:
-        accelerator.print(note)
-    # the order of a stream depends on how many processes read it
-    workers = run.num_workers if saved is None else saved.layout.get("workers", run.num_workers)
-    loader = training_batches(run, student, workers, phase)
-    batches_per_epoch = _batches_per_epoch(run, loader)
-    steps_per_epoch = batches_per_epoch // config.grad_accum_steps if batches_per_epoch else None
-    if steps_per_epoch is not None:
-        total_steps = min(max_steps or epochs * steps_per_epoch, epochs * steps_per_epoch)
-        by_epochs = total_steps == epochs * steps_per_epoch
-    else:
-        assert max_steps is not None  # checked in prepare_data
-        total_steps, by_epochs = max_steps, False
-    # where steps set the end, what is given in epochs stays where the run began with it, in steps
-    epoch_steps = steps_per_epoch if saved is None or by_epochs else saved.epoch_steps or steps_per_epoch
-    optimizer = make_optimizer(config, student, lr)
-    schedule = Schedule(config, optimizer, total_steps, epoch_steps, robust=phase == "robust")
-    size, device, precision = student.preprocessing.size, accelerator.device, config.mixed_precision
-    utilisation = Utilisation(student, size, objective.passes, device, precision, accelerator.num_processes)
-    if is_sharded(accelerator):
-        run.twin = WholeCopy(accelerator, student)
-        choose_blocks(accelerator, student)
-    model, optimizer = accelerator.prepare(student, optimizer)
-    layout = batch_layout(config, accelerator, workers)
-    progress = Progress(phase, model_revision=run.model_revision, dataset_revision=run.splits.revision, layout=layout)
-    if checkpoint is not None:
-        progress = load_checkpoint(accelerator, Path(checkpoint), ema)
+    return _Phase(run, phase, student, objective, epochs=epochs, lr=lr, max_steps=max_steps, ema=ema).train()
+
+
+class _Phase:
+    """A phase of a run under way in this process: what is trained, with what, and where it stands."""
+
+    bar: tqdm
+    termination: Termination
+
+    def __init__(
+        self,
+        run: Run,
+        phase: str,
+        student: Backbone,
+        objective: Objective,
+        *,
+        epochs: int,
+        lr: float,
+        max_steps: int | None,
+        ema: ModelEmaV3 | None,
+    ) -> None:
+        """Set up, and, with --resume, go to where the newest whole checkpoint is."""
+        self.run, self.phase, self.student, self.objective, self.ema = run, phase, student, objective, ema
+        config, accelerator = run.config, run.accelerator
+        saved, checkpoint, notes = resume_point(config, run.paths, accelerator, phase, run.num_workers)
+        for note in notes:
+            accelerator.print(note)
+        # the order of a stream depends on how many processes read it
+        workers = run.num_workers if saved is None else saved.layout.get("workers", run.num_workers)
+        self.loader = training_batches(run, student, workers, phase)
+        self.batches_per_epoch = count_batches(run, self.loader)
+        self.steps_per_epoch = self.batches_per_epoch // config.grad_accum_steps if self.batches_per_epoch else None
+        if self.steps_per_epoch is not None:
+            whole = epochs * self.steps_per_epoch
+            self.total_steps = min(max_steps or whole, whole)
+            by_epochs = self.total_steps == whole
+        else:
+            assert max_steps is not None  # checked in prepare_data
+            self.total_steps, by_epochs = max_steps, False
+        # where steps set the end, what is given in epochs stays where the run began with it, in steps
+        epoch_steps = self.steps_per_epoch if saved is None or by_epochs else saved.epoch_steps or self.steps_per_epoch
+        optimizer = make_optimizer(config, student, lr)
+        self.schedule = Schedule(config, optimizer, self.total_steps, epoch_steps, robust=phase == "robust")
+        size, device, precision = student.preprocessing.size, accelerator.device, config.mixed_precision
+        utilisation = Utilisation(student, size, objective.passes, device, precision, accelerator.num_processes)
+        if is_sharded(accelerator):
+            run.twin = WholeCopy(accelerator, student)
+            choose_blocks(accelerator, student)
+        self.model, self.optimizer = accelerator.prepare(student, optimizer)
+        layout = batch_layout(config, accelerator, workers)
+        self.progress = Progress(
+            phase, model_revision=run.model_revision, dataset_revision=run.splits.revision, layout=layout
+        )
+        if checkpoint is not None:
+            self._restore(Path(checkpoint), layout, by_epochs)
+        progress = self.progress
+        progress.epoch_steps = epoch_steps
+        if config.resume:
+            run.log.rewind(phase, progress.step)
+            if not self.finished:
+                main_only(accelerator, lambda: record_batches(config, run.paths))
+        self.began = time.perf_counter() - progress.seconds
+        self.schedule.set_learning_rate(progress.place)
+        if ema is not None:
+            ema.update_after_step = self.schedule.average_after
+        self.recomputed = recomputed_statistics(config, student)
+        self.perturbation = make_perturbation(config, accelerator, student) if phase == "robust" else None
+
+        self.attacked = attacked_network(config, accelerator, student, objective)
+        self.validated = self.attacked if ema is None else for_eval_passes(config, ema.module)
+        self.generator = torch.Generator(device=accelerator.device)
+        self.meter, self.pace = Meter(), Pace(accelerator.device, utilisation)
+        objective.clock = self.pace.stopwatch
+        self.written: tuple[Progress, Path] | None = None
+        self.clean = torch.zeros(2, device=accelerator.device)  # correct, seen in this epoch, by this process
         if accelerator.is_main_process:
-            drop_old(Path(checkpoint), phase, config.keep_checkpoints)
+            self.clean += torch.tensor(progress.clean_counts, device=accelerator.device)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done; a validation may be left."""
+        return self.progress.place >= self.total_steps
+
+    def _restore(self, checkpoint: Path, layout: dict[str, int], by_epochs: bool) -> None:
+        """Go on from a checkpoint, whose batches may have been dealt out otherwise than by ``layout``."""
+        run, config, accelerator = self.run, self.run.config, self.run.accelerator
+        progress = self.progress = load_checkpoint(accelerator, checkpoint, self.ema)
+        if accelerator.is_main_process:
+            drop_old(checkpoint, self.phase, config.keep_checkpoints)
         accelerator.step = 0  # a checkpoint is of whole steps, and --grad-accum-steps may be another now
         if progress.layout != layout:
             # the schedule goes by epochs, or by the steps that --max-steps counts
-            progress.offset = progress.epoch * (steps_per_epoch or 0) - progress.step if by_epochs else 0
-            if progress.place < total_steps:  # something is trained with the new one
+            progress.offset = progress.epoch * (self.steps_per_epoch or 0) - progress.step if by_epochs else 0
+            if not self.finished:  # something is trained with the new one
                 progress.layout = layout
-        accelerator.print(f"resuming from {checkpoint} ({phase} phase, step {progress.place} of {total_steps})")
-        run.images_logged = progress.images
-    progress.epoch_steps = epoch_steps
-    if config.resume:
-        run.log.rewind(phase, progress.step)
-        if progress.place < total_steps:
-            main_only(accelerator, lambda: record_batches(config, run.paths))
-    began = time.perf_counter() - progress.seconds
-    schedule.set_learning_rate(progress.place)
-    if ema is not None:
-        ema.update_after_step = schedule.average_after
-    recomputed = recomputed_statistics(config, student)
-    perturbation = make_perturbation(config, accelerator, student) if phase == "robust" else None
-
-    attacked = attacked_network(config, accelerator, student, objective)
-    validated = attacked if ema is None else for_eval_passes(config, ema.module)
-    generator = torch.Generator(device=accelerator.device)
-    meter, pace = Meter(), Pace(accelerator.device, utilisation)
-    objective.clock = pace.stopwatch
-    images = config.batch_size * accelerator.num_processes
-    model.train()
-    done, total = (steps * config.grad_accum_steps * images for steps in (progress.place, total_steps))
-
-    written: tuple[Progress, Path] | None = None
-    due_at_end = True  # of a checkpoint at the end of this epoch
-    clean = torch.zeros(2, device=accelerator.device)  # correct, seen in this epoch, by this process
-    if accelerator.is_main_process:
-        clean += torch.tensor(progress.clean_counts, device=accelerator.device)
-
-    def save() -> Path:
-        nonlocal written
-        if written is None or written[0] != progress:
-            report_corrupt(run)
-            stop_unless_finite(run, meter, progress, student)
-            progress.seconds, progress.images = time.perf_counter() - began, run.images_logged + pace.images
-            progress.clean_counts = [int(count) for count in accelerator.reduce(clean, "sum").tolist()]
-            path = save_checkpoint(accelerator, run.paths.checkpoints, progress, ema, config.keep_checkpoints)
-            written = dataclasses.replace(progress), path
-        return written[1]
-
-    def stop_if_asked() -> None:
-        if any_process(accelerator, termination.asked):
-            by = "Ctrl-C" if termination.exit_code == 130 else "SIGTERM"
-            raise Terminated(
-                f"stopped by {by} at step {progress.place} of {total_steps}; {save()} is written. Go on with the "
-                "same command and --resume.",
-                termination.exit_code,
-            )
-
-    # the bar is closed before an error is printed
-    with (
-        watch_for_termination() as termination,
-        _dead_workers_reported(),
-        progress_bar(total, done, phase, accelerator) as bar,
-    ):
-        while progress.to_validate or progress.place < total_steps:
-            if not progress.to_validate:
-                for batch in pace.waiting.over(_epoch_batches(accelerator, loader, progress, batches_per_epoch)):
-                    seed_parts = (config.seed, phase, progress.epoch, progress.batch, accelerator.process_index)
-                    generator.manual_seed(derive_seed("attack", *seed_parts))
-                    torch.manual_seed(derive_seed("dropout", *seed_parts))
-                    objective.attack_steps = config.attack_steps_at(progress.place / total_steps)
-                    with pace.stopwatch("step"):
-                        parts = train_step(
-                            accelerator, model, attacked, objective, optimizer, batch, generator, config.clip_grad,
-                            perturbation, recomputed,
-                        )  # fmt: skip
-                    average_statistics(accelerator, student)
-                    meter.add(parts, progress.place + 1, batch["index"])
-                    if (hits := parts.get("clean_correct")) is not None:
-                        clean += torch.stack([hits.sum(), torch.ones_like(hits).sum()])
-                    progress.batch += 1
-                    pace.add(images)
-                    bar.update(images)
-                    if not accelerator.sync_gradients:
-                        continue
-                    progress.step += 1
-                    progress.skipped += accelerator.optimizer_step_was_skipped
-                    schedule.set_learning_rate(progress.place)
-                    if ema is not None:
-                        ema.update(student, step=progress.place)
-                    finished = progress.place >= total_steps
-                    if progress.step % config.log_every == 0 or finished:
-                        report_corrupt(run)
-                        stop_unless_finite(run, meter, progress, student)
-                        stop_if_all_skipped(run, progress, finished)
-                        values = meter.reduce(accelerator)
-                        run.images_logged += pace.images
-                        values["lr"] = optimizer.param_groups[0]["lr"]
-                        if accelerator.scaler is not None:
-                            values["skipped_steps"] = progress.skipped
-                        values |= pace.read(values.get("attack_steps", 0.0))
-                        _log(run, phase, progress, values, bar)
-                        if progress.first_accuracy is None:
-                            progress.first_accuracy = values.get("clean_accuracy")
-                    if finished:
-                        break
-                    # at the end of an epoch it is written below, when the epoch's validation is part of it
-                    if progress.batch != batches_per_epoch:
-                        if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
-                            save()
-                        stop_if_asked()
-                _check_epoch(config, progress, steps_per_epoch)
-                if progress.batch % config.grad_accum_steps:  # a stream has ended in the middle of a step
-                    model.zero_grad()
-                    accelerator.step = 0
-                every, steps = config.checkpoint_every, progress.batch // config.grad_accum_steps
-                due_at_end = not every or progress.step // every > (progress.step - steps) // every
-                progress.epoch += 1
-                progress.batch = 0
-                finished = progress.place >= total_steps
-                due = config.eval_every and (progress.epoch % config.eval_every == 0 or finished)
-                progress.to_validate = bool(due and run.splits.validation is not None)
-            correct, seen = map(int, accelerator.reduce(clean, "sum").tolist())
-            if progress.to_validate:
-                weights = student if ema is None else ema.module
-                with pace.paused():
-                    counts = validate(run, phase, weights, validated, progress, stop_if_asked)
-                progress.to_validate = False
-                if not seen:  # not every method looks at the clean images
-                    correct, seen = counts.clean, counts.n
-                model.train()
-            if at_chance(correct, seen, student.num_classes):
-                warn(
-                    run,
-                    phase,
-                    progress,
-                    collapse_warning(correct / seen, progress.first_accuracy, student.num_classes, phase == "standard"),
-                )
-            clean.zero_()
-            finished = progress.place >= total_steps
-            if finished or due_at_end:
-                save()
-            stop_if_asked()
-    return progress
-
-
-def training_batches(run: Run, student: Backbone, workers: int, phase: str = "robust") -> Any:
-    """The loader of the training images, this process's share; the stronger augmentation is the robust phase's."""
-    config, accelerator = run.config, run.accelerator
-    stronger = (config.augment, config.random_erasing) if phase == "robust" else ()
-    loader = train_loader(
-        run.splits.train,
-        train_transform(student.preprocessing, config.hflip, config.crop_min_scale, *stronger),
-        batch_size=config.batch_size, seed=config.seed, num_workers=workers,
-        num_processes=accelerator.num_processes, process_index=accelerator.process_index, corrupt=run.corrupt,
-    )  # fmt: skip
-    # a stream is already split over the processes
-    return loader if config.streaming else accelerator.prepare(loader)
-
-
-def _batches_per_epoch(run: Run, loader: Any) -> int | None:
-    """Batches of an epoch in each process, enough for whole steps; None for a stream of unknown length.
-
-    Raises:
-        ConfigError: they are not enough for one step.
-    """
-    if run.splits.train.num_examples is None:
-        return None
-    accumulated = run.config.grad_accum_steps
-    check_accumulation(accumulated, len(loader))
-    return len(loader) // accumulated * accumulated
-
-
-def _check_epoch(config: FinetuneConfig, progress: Progress, steps_per_epoch: int | None) -> None:
-    """At the end of an epoch. Raises ConfigError if a stream of unknown length was too short for a single step: no
-    other epoch would be longer."""
-    if steps_per_epoch is None and progress.batch < config.grad_accum_steps:
-        raise ConfigError(
-            f"the stream ended after {progress.batch} whole batches of {config.batch_size} images, and a step takes "
-            f"{config.grad_accum_steps}: give a smaller --batch-size, --grad-accum-steps or --num-workers (each worker "
-            "leaves out its last incomplete batch)."
+        accelerator.print(
+            f"resuming from {checkpoint} ({self.phase} phase, step {progress.place} of {self.total_steps})"
         )
+        run.images_logged = progress.images
 
+    def train(self) -> Progress:
+        """The epochs that are left, each with its validation and checkpoint."""
+        config, accelerator, progress = self.run.config, self.run.accelerator, self.progress
+        self.model.train()
+        images = config.batch_size * accelerator.num_processes * config.grad_accum_steps
+        done, total = progress.place * images, self.total_steps * images
+        # the bar is closed before an error is printed
+        with (
+            watch_for_termination() as self.termination,
+            dead_workers_reported(),
+            progress_bar(total, done, self.phase, accelerator) as self.bar,
+        ):
+            due = True  # of a checkpoint at the end of this epoch
+            while progress.to_validate or not self.finished:
+                if not progress.to_validate:
+                    due = self._train_epoch()
+                self._look_back()
+                if self.finished or due:
+                    self._save()
+                self._stop_if_asked()
+        return progress
 
-def _epoch_batches(
-    accelerator: Accelerator, loader: Any, progress: Progress, batches_per_epoch: int | None
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of the current epoch that are still to come."""
-    stream = loader.dataset if isinstance(loader.dataset, StreamingImages) else None
-    # before the skip: the loader that skip_first_batches returns does not pass the epoch on to a sharded sampler
-    (loader if stream is None else stream).set_epoch(progress.epoch)
-    if stream is not None and (batches_per_epoch is not None or loader.num_workers <= 1):
-        stream.set_position(progress.epoch, progress.batch)
-        batches = loader
-    else:
-        batches = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
-    for number, batch in enumerate(batches, progress.batch):
-        if number == batches_per_epoch:  # the rest is not enough for a step
-            break
-        yield send_to_device(batch, accelerator.device)
+    def _train_epoch(self) -> bool:
+        """The rest of an epoch; whether a checkpoint is due at its end."""
+        config, accelerator, progress = self.run.config, self.run.accelerator, self.progress
+        every = config.checkpoint_every
+        for batch in self.pace.waiting.over(epoch_batches(accelerator, self.loader, progress, self.batches_per_epoch)):
+            self._train_batch(batch)
+            if not accelerator.sync_gradients:
+                continue
+            self._count_step()
+            if self.finished:
+                break
+            # at the end of an epoch it is written later, when the epoch's validation is part of it
+            if progress.batch != self.batches_per_epoch:
+                if every and progress.step % every == 0:
+                    self._save()
+                self._stop_if_asked()
+        check_epoch(config, progress, self.steps_per_epoch)
+        if progress.batch % config.grad_accum_steps:  # a stream has ended in the middle of a step
+            self.model.zero_grad()
+            accelerator.step = 0
+        steps = progress.batch // config.grad_accum_steps
+        progress.epoch += 1
+        progress.batch = 0
+        validated = config.eval_every and (progress.epoch % config.eval_every == 0 or self.finished)
+        progress.to_validate = bool(validated and self.run.splits.validation is not None)
+        return not every or progress.step // every > (progress.step - steps) // every
 
+    def _train_batch(self, batch: dict[str, torch.Tensor]) -> None:
+        config, accelerator, progress, objective = self.run.config, self.run.accelerator, self.progress, self.objective
+        seed_parts = (config.seed, self.phase, progress.epoch, progress.batch, accelerator.process_index)
+        self.generator.manual_seed(derive_seed("attack", *seed_parts))
+        torch.manual_seed(derive_seed("dropout", *seed_parts))
+        objective.attack_steps = config.attack_steps_at(progress.place / self.total_steps)
+        with self.pace.stopwatch("step"):
+            parts = train_step(
+                accelerator, self.model, self.attacked, objective, self.optimizer, batch, self.generator,
+                config.clip_grad, self.perturbation, self.recomputed,
+            )  # fmt: skip
+        average_statistics(accelerator, self.student)
+        self.meter.add(parts, progress.place + 1, batch["index"])
+        if (hits := parts.get("clean_correct")) is not None:
+            self.clean += torch.stack([hits.sum(), torch.ones_like(hits).sum()])
+        progress.batch += 1
+        images = config.batch_size * accelerator.num_processes
+        self.pace.add(images)
+        self.bar.update(images)
 
-@contextmanager
-def _dead_workers_reported() -> Iterator[None]:
-    """One clear error for a data loading process that was killed.
+    def _count_step(self) -> None:
+        """After an optimizer's step: the schedule, the averaged weights, and a line of the log where one is due."""
+        run, accelerator, progress = self.run, self.run.accelerator, self.progress
+        progress.step += 1
+        progress.skipped += accelerator.optimizer_step_was_skipped
+        self.schedule.set_learning_rate(progress.place)
+        if self.ema is not None:
+            self.ema.update(self.student, step=progress.place)
+        if progress.step % run.config.log_every and not self.finished:
+            return
+        report_corrupt(run)
+        stop_unless_finite(run, self.meter, progress, self.student)
+        stop_if_all_skipped(run, progress, self.finished)
+        values = self.meter.reduce(accelerator)
+        run.images_logged += self.pace.images
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        if accelerator.scaler is not None:
+            values["skipped_steps"] = progress.skipped
+        values |= self.pace.read(values.get("attack_steps", 0.0))
+        _log(run, self.phase, progress, values, self.bar)
+        if progress.first_accuracy is None:
+            progress.first_accuracy = values.get("clean_accuracy")
 
-    torch raises it from a signal handler, so anywhere in the loop and not only where a batch is awaited.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            "a data loading process died, killed or out of memory. Give a smaller --num-workers (0: none) and "
-            "continue with --resume."
-        ) from error
+    def _look_back(self) -> None:
+        """At the end of an epoch: its validation if one is due, and a warning if the network has collapsed."""
+        run, progress, classes = self.run, self.progress, self.student.num_classes
+        correct, seen = self._clean_counts()
+        if progress.to_validate:
+            weights = self.student if self.ema is None else self.ema.module
+            with self.pace.paused():
+                counts = validate(run, self.phase, weights, self.validated, progress, self._stop_if_asked)
+            progress.to_validate = False
+            if not seen:  # not every method looks at the clean images
+                correct, seen = counts.clean, counts.n
+            self.model.train()
+        if at_chance(correct, seen, classes):
+            text = collapse_warning(correct / seen, progress.first_accuracy, classes, self.phase == "standard")
+            warn(run, self.phase, progress, text)
+        self.clean.zero_()
+
+    def _clean_counts(self) -> list[int]:
+        """Of this epoch's clean images in all processes: how many were right, how many were looked at."""
+        return [int(count) for count in self.run.accelerator.reduce(self.clean, "sum").tolist()]
+
+    def _save(self) -> Path:
+        """Write a checkpoint, unless this one is written; where it is."""
+        run, progress = self.run, self.progress
+        if self.written is None or self.written[0] != progress:
+            report_corrupt(run)
+            stop_unless_finite(run, self.meter, progress, self.student)
+            progress.seconds = time.perf_counter() - self.began
+            progress.images = run.images_logged + self.pace.images
+            progress.clean_counts = self._clean_counts()
+            path = save_checkpoint(
+                run.accelerator, run.paths.checkpoints, progress, self.ema, run.config.keep_checkpoints
+            )
+            self.written = dataclasses.replace(progress), path
+        return self.written[1]
+
+    def _stop_if_asked(self) -> None:
+        """Raises Terminated, with a checkpoint written, once any process was told to stop."""
+        if any_process(self.run.accelerator, self.termination.asked):
+            by = "Ctrl-C" if self.termination.exit_code == 130 else "SIGTERM"
+            raise Terminated(
+                f"stopped by {by} at step {self.progress.place} of {self.total_steps}; {self._save()} is written. Go "
+                "on with the same command and --resume.",
+                self.termination.exit_code,
+            )
 
 
 def _log(run: Run, phase: str, progress: Progress, values: dict[str, float], bar: Any) -> None:

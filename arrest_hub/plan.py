@@ -10,9 +10,9 @@ from torch import nn
 from arrest_hub.backbones import Backbone
 from arrest_hub.baselines import StandardObjective
 from arrest_hub.data_speed import loader_images_per_second
+from arrest_hub.epoch_batches import training_batches
 from arrest_hub.errors import ConfigError
 from arrest_hub.estimate import Cost, choose_batch_size, measure_evaluation, measure_steps, memory_limit
-from arrest_hub.loop import training_batches
 from arrest_hub.objective import Objective
 from arrest_hub.prepare import planned_steps, plural
 from arrest_hub.run import Run

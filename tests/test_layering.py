@@ -20,7 +20,7 @@ LEVELS = [
     {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",
      "hub_access", "hub_search", "pushed_files", "hub", "pretrained"},
     {"validation", "provenance", "run_folder", "prepare", "run", "checks", "resume", "schedule", "step",
-     "epoch_validation", "loop",
+     "epoch_batches", "epoch_validation", "loop",
      "finish", "estimate", "plan", "train", "evaluator", "attack_stages", "masking", "evidence", "eval_subjects",
      "eval_record", "eval_session", "evaluation"},
     {"cli", "push_cli", "__main__"},
