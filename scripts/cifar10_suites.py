@@ -134,6 +134,9 @@ VARIANTS = {
     "tau-0.20": Variant("τ 0.20", {"replay_threshold": 0.2}, group="tau"),
     "tau-0.30": Variant("τ 0.30", {"replay_threshold": 0.3}, group="tau"),
     "best-lr-0.04": Variant("ARREST, the recipe (λ 100), lr 0.04", BEST | {"lr": 0.04}, THREE, "lr"),
+    "best-lr-0.04-eps-10": Variant(
+        "lr 0.04, eps 10/255 in training", BEST | {"lr": 0.04, "eps_train": "10/255"}, THREE, "recipe"
+    ),
     "best-lr-0.08": Variant("ARREST, the recipe (λ 100), lr 0.08", BEST | {"lr": 0.08}, group="lr"),
     "aft-lr-0.04": Variant("AFT, lr 0.04", {"method": "at", "lr": 0.04}, THREE, "lr"),
     "aft-lr-0.08": Variant("AFT, lr 0.08", {"method": "at", "lr": 0.08}, THREE, "lr"),
