@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arrest_hub.attacks import AttackResult, frozen_eval
+from arrest_hub.attacks import AttackResult, frozen_eval, per_sample
 from arrest_hub.objective import Attack, Noise, Objective, Prepared, Radii, attack_parts, classification_parts
 
 
@@ -162,8 +162,7 @@ class ArrestObjective(Objective):
             return attack(slice(None))
         if self.static_shapes:
             found = attack(slice(None))
-            chosen = replayed.view(-1, *[1] * (pixels.dim() - 1))
-            inputs = torch.where(chosen, replay(), found.adversarial)
+            inputs = torch.where(per_sample(replayed, pixels), replay(), found.adversarial)
             return AttackResult(inputs, found.zero_gradients * ~replayed, found.steps)
         inputs = replay()
         zero_gradients, steps = torch.zeros(2, len(pixels), device=pixels.device)

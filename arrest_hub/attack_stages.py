@@ -11,8 +11,9 @@ from torch import Tensor
 
 from arrest_hub.attacks import LogitsFn, pgd, random_in_ball
 from arrest_hub.autoattack import AutoAttackParts, library, standard_parts
-from arrest_hub.checkpoint import derive_seed
 from arrest_hub.evaluator import Attacked, AttackFn, Evaluator, StageOutcome
+from arrest_hub.results import pgd_parameters
+from arrest_hub.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ def pgd_attack(
     def run(pixels: Tensor, labels: Tensor, number: int) -> Attacked:
         adversarial = pixels.clone()
         standing = torch.arange(len(pixels), device=pixels.device)
-        zero = torch.zeros(len(pixels), device=pixels.device)
         generator = torch.Generator(device=pixels.device)
         for restart in range(restarts):
             generator.manual_seed(derive_seed(seed, name, number, restart))
@@ -71,14 +71,13 @@ def pgd_attack(
                 generator=generator,
             )
             adversarial[standing] = found.adversarial
-            zero[standing] += found.zero_gradients
             if restart + 1 < restarts:
                 with torch.no_grad():
                     stands = classify(found.adversarial).argmax(dim=1) == target
                 standing = standing[stands]
                 if not len(standing):
                     break
-        return Attacked(adversarial, {"zero_gradients": int((zero > 0).sum())})
+        return Attacked(adversarial, {})
 
     return run
 
@@ -133,11 +132,7 @@ def run_attack(
         run = evaluator.attack(
             scope + name, positions, attack, title=name.upper(), passes=(steps + 1) * pgd_restarts, of=of
         )
-        parameters = {
-            "steps": steps, "step_size": pgd_step_size, "restarts": pgd_restarts, "start": "uniform",
-            "loss": "margin",
-        }  # fmt: skip
-        return _outcome(name, run, parameters)
+        return _outcome(name, run, pgd_parameters(steps, pgd_step_size, pgd_restarts))
     suite = AutoAttackParts(
         evaluator.classify, norm=threat.norm, eps=threat.eps, seed=seed, num_classes=num_classes,
         device=evaluator.accelerator.device,

@@ -25,7 +25,7 @@ class AttackResult(NamedTuple):
     adversarial: Tensor
     """[B, C, H, W], pixels in [0, 1], inside the ball; to rounding where the pixels are in half precision."""
     zero_gradients: Tensor
-    """[B], in how many steps the whole input gradient of a sample was zero (a sign of gradient masking)."""
+    """[B], in how many steps the whole input gradient of a sample was zero or NaN (a sign of gradient masking)."""
     steps: Tensor
     """[B], in how many steps the gradient of a sample was computed."""
 
@@ -77,7 +77,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 def sample_norm(x: Tensor) -> Tensor:
     """L2 norm of each sample: [B, C, H, W] -> [B, 1, 1, 1]."""
-    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+    return per_sample(x.flatten(1).norm(dim=1), x)
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
@@ -197,9 +197,8 @@ def pgd(
             logits = logits_fn(here)
             loss = loss_fn(logits, targets[which]).sum() * gradient_scale
         (gradient,) = torch.autograd.grad(loss, here)
-        if gradient_scale != 1.0:
-            # a scaled half-precision gradient may overflow: only its direction matters
-            gradient = gradient.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)
+        # a gradient may overflow, scaled in half precision above all: only its direction matters; NaN is no direction
+        gradient = gradient.nan_to_num(nan=0.0)
         size = length[which] if isinstance(length, Tensor) else length
         with torch.no_grad():
             zero = ~gradient.any(dim=dims)
@@ -208,8 +207,9 @@ def pgd(
                 moved = here + signs * size if isinstance(size, Tensor) else here.add(signs, alpha=size)
                 moved = moved.clamp_(low[which], high[which])
             else:
-                # the norm of a half-precision gradient may overflow, and the smallest number here be none of its own
+                # a half-precision gradient's norm may overflow, and so may any one's squares, or vanish, unless scaled
                 direction = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                direction = direction / direction.abs().amax(dim=dims, keepdim=True).clamp_min(1e-38)
                 step = size * direction / sample_norm(direction).clamp_min(1e-30)
                 ball = eps[which] if isinstance(eps, Tensor) else eps
                 moved = project(here + step.to(here.dtype), pixels[which], eps=ball, norm=norm)
@@ -231,7 +231,7 @@ def pgd(
         taken[where] += 1
         wrong = logits.argmax(dim=1) != targets[where]
         may = torch.where(wrong, left[where].clamp_max(stop_after), left[where])
-        going = (may > 0).view(-1, *[1] * len(dims))
+        going = per_sample(may > 0, moved)
         adversarial[where] = torch.where(going, moved, adversarial[where])
         zero_gradients[where] += zero & (may > 0)
         left[where] = may - 1

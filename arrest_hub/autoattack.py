@@ -67,7 +67,6 @@ class AutoAttackParts:
         self, logits_fn: LogitsFn, *, norm: str, eps: float, seed: int, num_classes: int, device: torch.device | str
     ) -> None:
         self.seed, self.device = seed, torch.device(device)
-        self.logger = logging.getLogger("auto-attack")  # the package's own, which its parts write to
         suite = AutoAttack(logits_fn, norm=NORMS[norm], eps=eps, seed=seed, device=self.device, version="standard")
         suite.apgd_targeted.n_target_classes = min(suite.apgd_targeted.n_target_classes, num_classes - 1)
         suite.fab.n_target_classes = min(suite.fab.n_target_classes, num_classes - 1)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arrest_hub.errors import BackboneError
+from arrest_hub.errors import BackboneError, first_line
 from arrest_hub.heads import ClassificationHead, Slot, head_names, reset_transformers_head, set_submodule
 from arrest_hub.model_arguments import model_args_problem
 from arrest_hub.model_source import ModelSource, locate
@@ -142,7 +142,7 @@ class Backbone(nn.Module):
         except (RuntimeError, ValueError, AssertionError, TypeError) as error:
             height, width = self.preprocessing.size
             raise BackboneError(
-                f"{where} cannot process an image of {height}x{width} pixels ({_first_line(error)}). "
+                f"{where} cannot process an image of {height}x{width} pixels ({first_line(error)}). "
                 "Leave the image size out, or give one that the architecture allows."
             ) from error
         inseparable = BackboneError(
@@ -254,7 +254,3 @@ def _parameters_behind(output: Tensor) -> set[Tensor]:
 
 def _output_tensor(output: Any) -> Any:
     return output.logits if hasattr(output, "logits") else output
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

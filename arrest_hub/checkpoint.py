@@ -234,8 +234,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: nn.Module |
 
 
 def put_back_replaced(folder: Path) -> None:
-    """Where a run was killed between taking a checkpoint's name and giving it to the new one: give the old one its
-    name back."""
+    """Where a run was killed between taking the name of a checkpoint, or of `export/`, and giving it to the new one:
+    give the old one its name back."""
     for path in folder.glob(f"*{REPLACED}"):
         final = path.with_name(path.name.removesuffix(REPLACED))
         if final.exists():
@@ -291,10 +291,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from what identifies a draw (seed, phase, epoch, batch, rank, ...): a resumed run draws what the
-    uninterrupted one draws, without any random state having been saved."""
-    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

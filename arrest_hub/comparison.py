@@ -16,6 +16,7 @@ from arrest_hub.results import (
     Result,
     accuracy_cell,
     aligned_table,
+    attack_rank,
     attack_title,
     escape_markdown,
     harmonic_mean,
@@ -30,7 +31,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Entry:
+class ComparedModel:
     """One evaluated model. ``verdicts`` may be unknown: it is then not compared image by image."""
 
     name: str
@@ -54,7 +55,7 @@ class Setting:
         return f"{self.dataset} [{self.split}], {self.n:,} images{threat}"
 
 
-def common_setting(entries: Sequence[Entry]) -> Setting:
+def common_setting(entries: Sequence[ComparedModel]) -> Setting:
     """What all figures were measured on and with.
 
     Raises:
@@ -92,7 +93,7 @@ def _comparable(key: str, value: Any) -> Any:
     return value
 
 
-def comparison_rows(entries: Sequence[Entry]) -> list[Row]:
+def comparison_rows(entries: Sequence[ComparedModel]) -> list[Row]:
     """The figures of each model, as JSON values; accuracies and bounds are fractions.
 
     Keys: model, parameters, images_per_second (None if unknown), dataset, split, n, norm, eps, clean, robust (attack ->
@@ -126,7 +127,7 @@ def comparison_rows(entries: Sequence[Entry]) -> list[Row]:
     return rows
 
 
-def pair_rows(entries: Sequence[Entry]) -> list[Row]:
+def pair_rows(entries: Sequence[ComparedModel]) -> list[Row]:
     """Each pair of models, clean (attack None) and under every attack that both have verdicts of, as JSON values.
 
     Keys: first, second, attack, both, only_first, only_second, neither, p_value. Models without verdicts, or with
@@ -137,7 +138,7 @@ def pair_rows(entries: Sequence[Entry]) -> list[Row]:
         if first.verdicts is None or second.verdicts is None or not _same_images(first.verdicts, second.verdicts):
             continue
         shared = [attack for attack in first.verdicts.broken_by if attack in second.verdicts.broken_by]
-        for attack in (None, *sorted(shared, key=_rank)):
+        for attack in (None, *sorted(shared, key=attack_rank)):
             counts = compare_pairs(first.verdicts, second.verdicts, attack)
             rows.append(
                 {
@@ -154,7 +155,7 @@ def pair_rows(entries: Sequence[Entry]) -> list[Row]:
     return rows
 
 
-def comparison_table(entries: Sequence[Entry]) -> str:
+def comparison_table(entries: Sequence[ComparedModel]) -> str:
     """A line that says what was measured, one Markdown table, and notes on what makes its figures hard to compare.
 
     Raises:
@@ -165,7 +166,7 @@ def comparison_table(entries: Sequence[Entry]) -> str:
     return "\n\n".join([escape_markdown(_caption(entries)), table, *(["\n".join(notes)] if notes else [])])
 
 
-def plain_table(entries: Sequence[Entry]) -> str:
+def plain_table(entries: Sequence[ComparedModel]) -> str:
     """`comparison_table` for a terminal: a star marks the best of a column.
 
     Raises:
@@ -177,7 +178,7 @@ def plain_table(entries: Sequence[Entry]) -> str:
     return "\n".join([one_line(_caption(entries)), aligned_table(cells), *star, *notes])
 
 
-def comparison_markdown(entries: Sequence[Entry]) -> str:
+def comparison_markdown(entries: Sequence[ComparedModel]) -> str:
     """The whole document: table, notes, pairs, and what the checks of each model warn of.
 
     Raises:
@@ -212,7 +213,7 @@ def comparison_markdown(entries: Sequence[Entry]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def comparison_json(entries: Sequence[Entry]) -> str:
+def comparison_json(entries: Sequence[ComparedModel]) -> str:
     """The same as JSON, stable in order.
 
     Raises:
@@ -222,23 +223,16 @@ def comparison_json(entries: Sequence[Entry]) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
-def _rank(attack: str) -> tuple[int, int, str]:
-    """From weak to strong: noise, PGD by its steps, AutoAttack's parts, AutoAttack."""
-    if attack.startswith("pgd-"):
-        steps = attack.removeprefix("pgd-")
-        return 1, int(steps) if steps.isdecimal() else 0, attack
-    return {"noise": 0, "autoattack": 3}.get(attack, 2), 0, attack
-
-
-def _attacks(entries: Sequence[Entry]) -> list[str]:
-    return sorted({row.attack for entry in entries for row in entry.report.results if row.attack}, key=_rank)
+def _attacks(entries: Sequence[ComparedModel]) -> list[str]:
+    found = {row.attack for entry in entries for row in entry.report.results if row.attack}
+    return sorted(found, key=attack_rank)
 
 
 def _title(attack: str | None) -> str:
     return "clean" if attack is None else escape_markdown(attack_title(attack))
 
 
-def _robust(entry: Entry, attack: str) -> Result | None:
+def _robust(entry: ComparedModel, attack: str) -> Result | None:
     return entry.report.get("robust_accuracy", attack=attack)
 
 
@@ -257,11 +251,11 @@ def _same_images(first: Verdicts, second: Verdicts) -> bool:
     return True
 
 
-def _caption(entries: Sequence[Entry]) -> str:
+def _caption(entries: Sequence[ComparedModel]) -> str:
     return f"Accuracy on {common_setting(entries).title()}, 95 % intervals in brackets"
 
 
-def _cells(entries: Sequence[Entry], show: Callable[[str], str], mark: Callable[[str], str]) -> list[list[str]]:
+def _cells(entries: Sequence[ComparedModel], show: Callable[[str], str], mark: Callable[[str], str]) -> list[list[str]]:
     """The table without its rule, header first: ``show`` makes a user's text harmless, ``mark`` marks the best."""
     common_setting(entries)
     attacks = _attacks(entries)
@@ -329,7 +323,7 @@ def _p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _notes(entries: Sequence[Entry]) -> list[str]:
+def _notes(entries: Sequence[ComparedModel]) -> list[str]:
     """What differs between the evaluations and makes their figures harder to compare, a sentence each."""
     notes = []
 
@@ -350,7 +344,7 @@ def _notes(entries: Sequence[Entry]) -> list[str]:
     )
     for attack in _attacks(entries):
         rows = [(e.name, row) for e in entries if (row := _robust(e, attack))]
-        differing(f"{attack_title(attack)} was run differently", ((name, _strength(row)) for name, row in rows))
+        differing(f"{attack_title(attack)} was run differently", ((name, _parameters_text(row)) for name, row in rows))
     base = next((entry for entry in entries if entry.verdicts is not None), None)
     for entry in entries:
         both = (base.verdicts if base else None), entry.verdicts
@@ -364,7 +358,7 @@ def _size(report: EvalReport) -> str:
     return "x".join(str(side) for side in size) + " px" if isinstance(size, (list, tuple)) else "images as they are"
 
 
-def _strength(row: Result) -> str:
+def _parameters_text(row: Result) -> str:
     """What decides how strong an attack is, as text."""
     values = row.attack_parameters
     text = [f"{key.replace('_', ' ')} {values[key]}" for key in ("steps", "step_size", "restarts") if key in values]

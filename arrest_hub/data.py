@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from arrest_hub.corrupt import CorruptImages, read_image
 from arrest_hub.errors import DataError
-from arrest_hub.images import ImageError, decode_image
+from arrest_hub.images import ImageError
 from arrest_hub.seeding import mix, seeded
-from arrest_hub.splits import EvalData, Splits, load_eval_split, load_splits
+from arrest_hub.splits import Splits, load_splits
 from arrest_hub.stopping import outlive_termination
 from arrest_hub.streams import StreamingImages
 from arrest_hub.subsets import ImageSplit
@@ -26,15 +26,11 @@ from arrest_hub.transforms import Transform
 
 __all__ = [
     "EpochSampler",
-    "EvalData",
     "ImageDataset",
-    "ImageError",
     "ImageSplit",
     "Splits",
     "StreamingImages",
-    "decode_image",
     "eval_loader",
-    "load_eval_split",
     "load_splits",
     "to_pixels",
     "train_loader",
@@ -44,8 +40,8 @@ Key = tuple[int, int]
 
 
 def to_pixels(batch: Tensor) -> Tensor:
-    """uint8 images of any shape -> float32 in [0, 1], on the same device."""
-    return batch.to(torch.float32).div_(255)
+    """uint8 images of any shape -> float32 in [0, 1], on the same device; floats are pixels already and stay."""
+    return batch.to(torch.float32).div_(255) if batch.dtype == torch.uint8 else batch
 
 
 class EpochSampler(Sampler[Key]):
@@ -127,7 +123,6 @@ def train_loader(
     num_workers: int,
     num_processes: int = 1,
     process_index: int = 0,
-    epoch_size: int | None = None,
     corrupt: CorruptImages | None = None,
 ) -> DataLoader:
     """Shuffled batches ``{"pixels": uint8 [B, 3, H, W], "label": int64 [B], "index": int64 [B]}``.
@@ -136,9 +131,9 @@ def train_loader(
     ``accelerator.prepare``) the loader before each epoch. ``batch_size`` is per process. ``corrupt`` takes note of
     images that cannot be read, which are then skipped.
 
-    Streams only: ``num_processes`` and ``process_index`` split the stream here (see `StreamingImages`), and
-    ``epoch_size`` is the number of images of an epoch over all processes (default: the stream's length, or
-    one pass when that is unknown). Raises DataError when there are too few images for one batch.
+    Streams only: ``num_processes`` and ``process_index`` split the stream here (see `StreamingImages`).
+
+    Raises DataError when there are too few images for one batch.
     """
     if not split.streaming:
         dataset = ImageDataset(split, transform, seed, corrupt)
@@ -149,7 +144,7 @@ def train_loader(
             )
         sampler = EpochSampler(len(dataset), seed=seed)
         return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, **_loader_options(num_workers, seed))
-    size = split.num_examples if epoch_size is None else epoch_size
+    size = split.num_examples
     if size is None and num_processes > 1:
         raise DataError(
             f"the length of the stream {split.name!r} is unknown, so {num_processes} processes cannot agree on "

@@ -5,7 +5,7 @@ Every message says three things: the value, why it is wrong, and what to type in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 
@@ -22,7 +22,7 @@ class ConfigError(ArrestError):
 
 
 class BackboneError(ArrestError):
-    """A model id cannot be turned into a classifier (unknown, unreachable, damaged, unsupported)."""
+    """A model id cannot be turned into a classifier (unknown, damaged, unsupported)."""
 
 
 class DataError(ArrestError):
@@ -31,6 +31,10 @@ class DataError(ArrestError):
 
 class HubError(ArrestError):
     """The Hub cannot be reached or refuses (no network, gated, not found)."""
+
+
+class HubRefusal(HubError):
+    """What is in the repository stands in the way: trying again changes nothing."""
 
 
 class HashMismatch(HubError):
@@ -49,6 +53,21 @@ class Terminated(ArrestError):
         self.exit_code = exit_code
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; of one that says nothing, its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it came from, outermost first: libraries wrap each other's failures."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        yield link
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+
+
 def did_you_mean(value: str, known: Iterable[str], n: int = 1) -> str:
     """``" Did you mean 'x'?"`` with the names in ``known`` nearest to ``value``, or ``""``."""
     close = get_close_matches(value, list(known), n=n, cutoff=0.6)
@@ -65,11 +84,7 @@ def hub_failure(error: Exception, kind: str, repo_id: str) -> ArrestError | None
     """
     from huggingface_hub import errors as hub
 
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
+    chain = list(causes(error))
     for link in chain:
         if isinstance(link, hub.GatedRepoError):
             return HubError(
@@ -105,7 +120,7 @@ def hub_failure(error: Exception, kind: str, repo_id: str) -> ArrestError | None
         if transport or isinstance(link, (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, ConnectionError)):
             return HubError(
                 f"{kind} {repo_id!r} is not on this machine and the Hub cannot be reached "
-                f"({str(link).splitlines()[0] if str(link) else type(link).__name__}). Check the network (or unset "
+                f"({first_line(link)}). Check the network (or unset "
                 f"HF_HUB_OFFLINE), or give the path of a local folder."
             )
     return None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import release_memory
 from torch import nn
 
 from arrest_hub.backbones import Backbone
@@ -19,8 +20,8 @@ from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError
 from arrest_hub.network_options import freeze_head, normalise_alone
 from arrest_hub.objective import Objective
-from arrest_hub.out_of_memory import free_memory, is_out_of_memory
-from arrest_hub.processes import any_process
+from arrest_hub.out_of_memory import is_out_of_memory
+from arrest_hub.processes import any_process, processes_here
 from arrest_hub.sharding import choose_blocks, is_sharded
 from arrest_hub.step import (
     attacked_network,
@@ -212,12 +213,12 @@ def largest_batch(peak_of: Callable[[int], int | None], limit: float, cap: int) 
     """
     small = min(8, cap)
     while (low := peak_of(small)) is None or low > limit:
-        small //= 2
-        if small < 2:
+        if small <= 2:
             raise ConfigError(
                 "--batch-size auto: not even two images fit into memory. Try --grad-checkpointing, --mixed-precision "
                 "bf16, a smaller model or --image-size, or FSDP."
             )
+        small = max(2, small // 2)
     larger = min(2 * small, cap)
     if larger == small or (high := peak_of(larger)) is None or high > limit:
         return small
@@ -266,10 +267,10 @@ def choose_batch_size(
             if not is_out_of_memory(error):
                 raise
             full = True
-        free_memory(device)
+        release_memory()  # compiled networks are cycles
         return None if any_process(accelerator, full) else _largest(accelerator, (peak or 0) + apart)
 
-    limit = (MARGIN if device.type == "cuda" else CPU_MARGIN) * memory_limit(device)
+    limit = (MARGIN if device.type == "cuda" else CPU_MARGIN) * memory_limit(accelerator)
     return largest_batch(peak_of, -_largest(accelerator, -int(limit)), max(2, cap))
 
 
@@ -278,14 +279,15 @@ def _largest(accelerator: Accelerator, value: int) -> int:
     return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
 
 
-def memory_limit(device: torch.device) -> int:
-    """Bytes that this process could have: of the device, or of the machine shared by its processes."""
+def memory_limit(accelerator: Accelerator) -> int:
+    """Bytes that this process could have: of its GPU, or its share of what the machine has left."""
+    device = accelerator.device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 8 << 30)
-    return free + (_status("VmRSS") or 0)
+    return free // processes_here(accelerator) + (_status("VmRSS") or 0)
 
 
 def reset_peak_memory(device: torch.device) -> None:

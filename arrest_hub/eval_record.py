@@ -6,8 +6,10 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from accelerate import Accelerator
 
 from arrest_hub.card_facts import EVALUATION_FIGURES, CardFacts, read_card, read_publication
 from arrest_hub.eval_config import EvalConfig, resume_problems
+from arrest_hub.files import write_whole
 from arrest_hub.model_card import card_is_generated, render_card
 from arrest_hub.processes import from_main, raise_together
+from arrest_hub.pushed_files import weight_files
 from arrest_hub.results import (
     CHANCE,
     TRANSFER,
@@ -32,7 +36,7 @@ from arrest_hub.results import (
     weaker_figures,
 )
 from arrest_hub.robustbench import write_robustbench
-from arrest_hub.run_folder import make_folder
+from arrest_hub.run_folder import LOCK, hold_folder, make_folder
 from arrest_hub.verdicts import Verdicts, read_verdicts
 
 PER_CLASS = "per_class.png"
@@ -89,7 +93,7 @@ def folder_problems(config: EvalConfig, paths: EvalPaths) -> list[str]:
     root = paths.root
     if root.exists() and not root.is_dir():
         return [f"--output-dir {root} is a file: give a folder."]
-    if not root.is_dir() or not any(root.iterdir()):
+    if not root.is_dir() or not any(path.name != LOCK for path in root.iterdir()):
         return []
     if not paths.config.is_file():
         return [
@@ -123,7 +127,19 @@ def folder_problems(config: EvalConfig, paths: EvalPaths) -> list[str]:
     ]
 
 
-def start_folder(config: EvalConfig, paths: EvalPaths, accelerator: Accelerator) -> None:
+@contextmanager
+def hold_evaluation_folder(config: EvalConfig, paths: EvalPaths, accelerator: Accelerator) -> Iterator[None]:
+    """`_start_folder`, and keep every other evaluation out of the folder until the end of the context.
+
+    Raises:
+        ArrestError: see `hold_folder`, or another node cannot make it.
+    """
+    with hold_folder(paths.root, partial(folder_problems, config, paths), accelerator):
+        _start_folder(config, paths, accelerator)
+        yield
+
+
+def _start_folder(config: EvalConfig, paths: EvalPaths, accelerator: Accelerator) -> None:
     """Create the folder and write `eval_config.yaml`, deleting what an earlier evaluation wrote there if
     `--overwrite` was given, and nothing else. Nodes need not share a disk: each has journals, and the settings beside.
 
@@ -145,7 +161,7 @@ def start_folder(config: EvalConfig, paths: EvalPaths, accelerator: Accelerator)
             shutil.rmtree(paths.progress, ignore_errors=True)
         problem = make_folder(paths.root)
         if problem is None and not (goes_on and paths.config.is_file()):
-            paths.config.write_text(config.to_yaml(), encoding="utf-8")
+            write_whole(paths.config, config.to_yaml())
     raise_together(accelerator, problem)
 
 
@@ -211,6 +227,7 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
         return [f"{folder} is left as it is, since a file in it is damaged: {type(error).__name__}: {error}"]
     if old.model.get("weights_sha256") != report.model["weights_sha256"]:
         return [f"{folder} is left as it is: its results.json is of other weights than those evaluated."]
+    report.model["weights_files"] = weight_files(folder)
     left = ""
     if _another_teacher(config, old, report):  # the card's teacher is the network that was finetuned
         report, figures = _without_teacher(report), []
@@ -260,7 +277,7 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
         except (ValueError, OSError) as error:
             return [f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md is not, "
                     f"since a file beside it is damaged ({error})"]  # fmt: skip
-        card.write_text(text, encoding="utf-8")
+        write_whole(card, text)
         return [f"{folder}: results.json, verdicts.parquet{new_figures} and README.md are brought up to date{left}"]
     return [
         f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md was edited "

@@ -15,15 +15,15 @@ from torch import nn
 
 from arrest_hub.attack_stages import AttackOutcome, ThreatModel, pgd_attack, run_attack
 from arrest_hub.eval_config import EvalConfig, parse_curve
-from arrest_hub.eval_subjects import EvalImages, Subject, preprocessing_facts
+from arrest_hub.eval_subjects import EvalImages, Subject, local_name, preprocessing_facts
 from arrest_hub.evaluator import CleanOutcome, Evaluator, TensorImages
 from arrest_hub.evidence import draw, draw_figures, gallery_rows, measure_curve, measure_drift
 from arrest_hub.figures import GalleryRow
 from arrest_hub.journal import Journal
+from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.masking import CheckSettings, autoattack_checks, ball_check, chance_check, masking_checks
 from arrest_hub.prepare import num_workers
 from arrest_hub.results import Check, EvalReport, Result, results_table
-from arrest_hub.validation import hardware_name, library_versions
 from arrest_hub.verdicts import CLEAN, Verdicts
 
 
@@ -279,7 +279,7 @@ def summary(report: EvalReport, name: str, teacher_name: str) -> list[str]:
     short = Path(teacher_name).name
     lines = [
         "",
-        results_table(report, "teacher" if short == "teacher" else f"teacher ({short})", Path(name).name or name),
+        results_table(report, "teacher" if short == "teacher" else f"teacher ({short})", local_name(name) or name),
     ]
     lines.append(
         f"{first.n:,} images of {first.dataset} [{first.split}], {report.precision}, 95 % intervals in brackets"

@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.data import ImageDataset, ImageSplit, to_pixels
-from arrest_hub.errors import ArrestError, BackboneError, ConfigError, HubError
-from arrest_hub.eval_config import EvalConfig, evaluation_name
+from arrest_hub.errors import ArrestError, BackboneError, ConfigError, HubError, first_line
+from arrest_hub.eval_config import EvalConfig
 from arrest_hub.evaluator import Images, TensorImages, as_logits
 from arrest_hub.export import weights_digest
 from arrest_hub.labels import match_labels
@@ -84,7 +84,7 @@ def load_subject(config: EvalConfig, accelerator: Accelerator) -> Subject:
             f"or an id on the Hub, such as 'timm/{config.model}.<tag>'."
         )
     info = {
-        "id": source.hub_id or evaluation_name(config.model), "revision": source.revision, "library": source.library,
+        "id": source.hub_id or local_name(config.model), "revision": source.revision, "library": source.library,
         "architecture": source.architecture, "parameters": sum(p.numel() for p in backbone.parameters()),
         "weights_sha256": weights_digest(backbone),
     }  # fmt: skip
@@ -94,6 +94,12 @@ def load_subject(config: EvalConfig, accelerator: Accelerator) -> Subject:
 def _hub_id(backbone: Backbone) -> str | None:
     source = backbone.source
     return f"{source.hub_id}@{source.revision}" if source.hub_id and source.revision else source.hub_id
+
+
+def local_name(path: str) -> str:
+    """What to call a model in a folder in what is published: the folder's name; an export has that of its run."""
+    folder = Path(path).expanduser().resolve()
+    return folder.parent.name if folder.name == "export" else folder.name
 
 
 def dataset_name(dataset_id: str) -> str:
@@ -350,9 +356,9 @@ def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator
         try:
             logits = as_logits(module(pixels.requires_grad_(gradients)))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"{subject.name} fails on an image of shape {tuple(pixels.shape)}, float32 in [0, 1]: {why}"
+                f"{subject.name} fails on an image of shape {tuple(pixels.shape)}, float32 in [0, 1]: "
+                f"{first_line(error)}"
             ) from error
     if gradients and not logits.requires_grad:
         raise ConfigError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,14 +18,14 @@ from torch import Tensor, nn
 
 from arrest_hub.autoattack import part_problem
 from arrest_hub.backbones import Backbone
-from arrest_hub.comparison import Entry, comparison_json, comparison_markdown, plain_table
-from arrest_hub.errors import ConfigError
-from arrest_hub.eval_config import EvalConfig
+from arrest_hub.comparison import ComparedModel, comparison_json, comparison_markdown, plain_table
+from arrest_hub.errors import ArrestError, ConfigError
+from arrest_hub.eval_config import EvalConfig, evaluation_name
 from arrest_hub.eval_record import (
     EvalPaths,
     entry_folder_problems,
     folder_problems,
-    start_folder,
+    hold_evaluation_folder,
     training_facts,
     update_export,
     write_entry,
@@ -43,8 +45,8 @@ from arrest_hub.eval_subjects import (
     sample_digest,
     tensor_images,
 )
+from arrest_hub.files import write_whole
 from arrest_hub.journal import Journal
-from arrest_hub.model_source import locate
 from arrest_hub.network_options import compile_problem
 from arrest_hub.prepare import launcher_warning, new_accelerator
 from arrest_hub.pretrained import PretrainedClassifier
@@ -170,41 +172,30 @@ def run_evaluation(
     warning = launcher_warning(accelerator, "eval")
     for note in (*notes, *([warning] if warning else [])):
         say(note)
-    subject = module_subject(module, config.model) if module is not None else load_subject(config, accelerator)
-    images = tensor_images(pair, config.dataset) if pair is not None else load_images(config, subject, accelerator)
+    subject, images = _open(config, accelerator, module, pair)
     if paths is not None and config.resume and (done := from_main(accelerator, partial(_read_record, paths))):
         return _finished(config, paths, subject, accelerator, *done)
-    gradients = bool(config.eps_curve) or not {"noise", "square"}.issuperset(config.attack_names)
-    num_classes = count_classes(subject, images, accelerator, gradients=gradients)
-    problems = [problem for name in config.attack_names if (problem := part_problem(name, num_classes))]
-    if problems:
-        raise ConfigError(problems)
-    if images.num_classes is not None and images.num_classes != num_classes:
-        raise ConfigError(
-            f"the dataset has {images.num_classes} classes and the model {num_classes} outputs: give a model that was "
-            "trained on this dataset."
-        )
+    num_classes = _check_classes(config, subject, images, accelerator)
     if teacher_module is None:
         teacher = load_teacher(config, subject, num_classes, accelerator, images.notes)
     else:
         teacher = module_subject(teacher_module, "teacher")
-        if (count := count_classes(teacher, images, accelerator, gradients=gradients)) != num_classes:
+        if (count := count_classes(teacher, images, accelerator, gradients=_needs_gradients(config))) != num_classes:
             raise ConfigError(
                 f"the teacher has {count} outputs and the model {num_classes}: give one for these classes."
             )
-    if paths is not None:
-        start_folder(config, paths, accelerator)
     identity = _identity(config, subject, teacher, images, accelerator)
-    journal = Journal(paths.progress if paths else None, identity, accelerator)
-    session = EvalSession(config, accelerator, subject, teacher, images, journal, num_classes)
-    try:
-        for line in session.describe(images.notes):
-            say(line)
-        measured = session.measure()
-        if paths is not None:
-            _write(config, paths, session, measured)
-    finally:
-        journal.close()
+    with nullcontext() if paths is None else hold_evaluation_folder(config, paths, accelerator):
+        journal = Journal(paths.progress if paths else None, identity, accelerator)
+        session = EvalSession(config, accelerator, subject, teacher, images, journal, num_classes)
+        try:
+            for line in session.describe(images.notes):
+                say(line)
+            measured = session.measure()
+            if paths is not None:
+                _write(config, paths, session, measured)
+        finally:
+            journal.close()
     for line in summary(measured.report, subject.name, teacher.name if teacher else "teacher"):
         say(line)
     if paths is None and accelerator.is_main_process:
@@ -276,6 +267,7 @@ def _finished(
         )
     accelerator.print(f"{paths.root} is complete: nothing is left to attack")
     if accelerator.is_main_process:
+        shutil.rmtree(paths.progress, ignore_errors=True)  # left where it was killed after the last of its files
         _publish(config, report, verdicts, sorted(paths.figures.glob("*.png")))
     for line in summary(report, subject.name, str(report.model.get("teacher", "teacher"))):
         accelerator.print(line)
@@ -307,6 +299,37 @@ def _identity(
     }  # fmt: skip
 
 
+def _open(
+    config: EvalConfig, accelerator: Accelerator, module: nn.Module | None = None, pair: TensorPair | None = None
+) -> tuple[Subject, EvalImages]:
+    """The model and the images of an evaluation; ``module`` and ``pair`` stand in for those that ``config`` names."""
+    subject = module_subject(module, config.model) if module is not None else load_subject(config, accelerator)
+    images = tensor_images(pair, config.dataset) if pair is not None else load_images(config, subject, accelerator)
+    return subject, images
+
+
+def _needs_gradients(config: EvalConfig) -> bool:
+    return bool(config.eps_curve) or not {"noise", "square"}.issuperset(config.attack_names)
+
+
+def _check_classes(config: EvalConfig, subject: Subject, images: EvalImages, accelerator: Accelerator) -> int:
+    """How many classes the model has.
+
+    Raises:
+        ConfigError: they are not the dataset's, too few for an attack, or none can be had (see `count_classes`).
+    """
+    num_classes = count_classes(subject, images, accelerator, gradients=_needs_gradients(config))
+    problems = [problem for name in config.attack_names if (problem := part_problem(name, num_classes))]
+    if problems:
+        raise ConfigError(problems)
+    if images.num_classes is not None and images.num_classes != num_classes:
+        raise ConfigError(
+            f"the dataset has {images.num_classes} classes and the model {num_classes} outputs: give a model that was "
+            "trained on this dataset."
+        )
+    return num_classes
+
+
 def evaluate_all(configs: Sequence[EvalConfig]) -> list[Evaluation]:
     """Evaluate each model; several are then compared in `comparison.md` and `comparison.json`, one folder up.
 
@@ -320,6 +343,10 @@ def evaluate_all(configs: Sequence[EvalConfig]) -> list[Evaluation]:
         ]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
+        if len(configs) > 1 and (alone := EvalPaths(Path(configs[0].output_dir).parent)).config.is_file():
+            raise ConfigError(
+                f"--output-dir {alone.root} holds the evaluation of one model, not of several: give another."
+            )
         if len(configs) > 1 and not (configs[0].overwrite or configs[0].resume):
             done = Path(configs[0].output_dir).parent / "comparison.json"
             if done.exists():
@@ -327,20 +354,35 @@ def evaluate_all(configs: Sequence[EvalConfig]) -> list[Evaluation]:
                     f"{done} is there already, of these or of other models: give another --output-dir, or replace it "
                     "with --overwrite."
                 )
-        for config in configs[1:]:  # a missing one is said before the first is attacked for hours
-            locate(config.model, allow_pickle=config.allow_pickle)
 
-    main_only(_accelerator(), check)
+    accelerator = _accelerator()
+    main_only(accelerator, check)
+    if len(configs) > 1:  # what does not fit is said before the first is attacked for hours
+        for config in configs:
+            try:
+                _check_classes(config, *_open(config, accelerator), accelerator)
+            except ArrestError as error:
+                raise ConfigError(f"{config.model}: {error}") from error
     done = []
     for number, config in enumerate(configs, 1):
         notes = [f"\n== {number} of {len(configs)}: {config.model}"] if len(configs) > 1 else []
         done.append(run_evaluation(config, notes=notes))
     if len(configs) > 1 and PartialState().is_main_process:
-        entries = [Entry(Path(config.output_dir).name, evaluation.report, evaluation.verdicts)
-                   for config, evaluation in zip(configs, done, strict=True)]  # fmt: skip
+        entries = [ComparedModel(name, evaluation.report, evaluation.verdicts)
+                   for name, evaluation in zip(_names(configs), done, strict=True)]  # fmt: skip
         folder = Path(configs[0].output_dir).parent
         print("\n" + plain_table(entries))
-        (folder / "comparison.md").write_text(comparison_markdown(entries), encoding="utf-8")
-        (folder / "comparison.json").write_text(comparison_json(entries), encoding="utf-8")
+        write_whole(folder / "comparison.md", comparison_markdown(entries))
+        write_whole(folder / "comparison.json", comparison_json(entries))
         print(f"{folder}: comparison.md, comparison.json")
     return done
+
+
+def _names(configs: Sequence[EvalConfig]) -> list[str]:
+    """What to call each model beside the others: as its folder, with what was typed where two are named alike."""
+    short = [evaluation_name(config.model) for config in configs]
+    folders = [Path(config.output_dir).name for config in configs]
+    return [
+        f"{folder} ({config.model})" if short.count(name) > 1 else folder
+        for folder, name, config in zip(folders, short, configs, strict=True)
+    ]

@@ -217,7 +217,7 @@ class Evaluator:
         for number, batch in zip(mine, _same_size(loader), strict=True):
             pixels = batch["pixels"].to(self.accelerator.device)
             labels = batch["label"].to(self.accelerator.device)
-            yield number, to_pixels(pixels) if pixels.dtype == torch.uint8 else pixels, labels, batch["index"]
+            yield number, to_pixels(pixels), labels, batch["index"]
 
     def _share(self, stage: str, count: int) -> list[int]:
         """The batches of a stage that are this process's to do."""

@@ -16,10 +16,10 @@ from arrest_hub.arrest import angular_distance
 from arrest_hub.attack_stages import ThreatModel, pgd_attack
 from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone
+from arrest_hub.data import to_pixels
 from arrest_hub.eval_config import fraction_name
 from arrest_hub.evaluator import Attacked, AttackFn, Evaluator
-from arrest_hub.figures import CurvePoint as PlotPoint
-from arrest_hub.figures import GalleryRow, plot_drift, plot_eps_curve, plot_gallery, plot_per_class
+from arrest_hub.figures import GalleryRow, PlotPoint, plot_drift, plot_eps_curve, plot_gallery, plot_per_class
 from arrest_hub.results import CurvePoint, attack_title
 from arrest_hub.verdicts import Verdicts
 
@@ -41,10 +41,11 @@ def measure_curve(
 ) -> list[CurvePoint]:
     """Accuracy under PGD-20 (step eps / 4) at rising radii, of the images at ``positions``.
 
-    An image that fell at one radius counts as fallen at every larger one, whose ball holds the smaller ball.
+    An image that fell at one radius counts as fallen at every larger one, whose ball holds the smaller ball; an image
+    that is wrong when clean has fallen at all of them.
     """
     standing, points = list(positions), []
-    for radius in radii:
+    for radius in sorted({Fraction(0), *radii}):
         eps = float(radius)
         threat = ThreatModel(norm, eps)
         attack = (
@@ -60,7 +61,8 @@ def measure_curve(
         )
         broken = set(run.broken)
         standing = [position for position in standing if position not in broken]
-        points.append(CurvePoint(fraction_name(radius), len(standing), len(positions)))
+        if radius in radii:
+            points.append(CurvePoint(fraction_name(radius), len(standing), len(positions)))
     return points
 
 
@@ -107,8 +109,8 @@ def gallery_rows(
     rows: list[GalleryRow] = []
     with evaluator.ready():
         items = [evaluator.images[position] for position in chosen]
-        pixels = torch.stack([torch.as_tensor(item["pixels"]) for item in items]).to(evaluator.accelerator.device)
-        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        pixels = torch.stack([torch.as_tensor(item["pixels"]) for item in items])
+        pixels = to_pixels(pixels.to(evaluator.accelerator.device))
         labels = torch.tensor([int(item["label"]) for item in items], device=pixels.device)
         adversarial = attack(pixels, labels, 0).adversarial
         with torch.no_grad():

@@ -16,9 +16,6 @@ from typing import Any
 
 from arrest_hub.errors import did_you_mean
 
-# what the Hub takes for a namespace or a name (huggingface_hub.utils.validate_repo_id)
-_NAME = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
-
 
 def config_field(
     default: Any,
@@ -184,10 +181,14 @@ def eps_problem(norm: str, eps: str, name: str = "--eps") -> list[str]:
 
 def repo_id_problem(name: str, repo_id: str) -> str | None:
     """A line for an id that the Hub would not take; ``name`` is the flag that it was given with."""
-    parts = repo_id.split("/")
-    if len(parts) in (1, 2) and all(re.fullmatch(_NAME, part) for part in parts) and not repo_id.endswith(".git"):
+    from huggingface_hub.errors import HFValidationError  # late: a tenth of a second
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
         return None
-    return (
-        f"{name} {repo_id!r} is not an id on the Hub: give you/name or name, of letters, digits and single '-', '_', "
-        "'.', as in me/resnet50-arrest-linf4."
-    )
+    except HFValidationError:
+        return (
+            f"{name} {repo_id!r} is not an id on the Hub: give you/name or name, of letters, digits and single '-', "
+            "'_', '.', as in me/resnet50-arrest-linf4."
+        )

@@ -32,7 +32,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BLUE, ORANGE, WRONG, DARK, GREY = COLOURS[0], COLOURS[4], "#B34700", "#222222", "#666666"
 MARKERS, LINE_STYLES, HATCHES = ("o", "s", "^", "D", "v"), ("-", "--", "-.", ":"), ("", "///", "...", "xx")
 Array = np.ndarray[Any, Any]
-Curves = Mapping[str, Sequence["CurvePoint"]]
+Curves = Mapping[str, Sequence["PlotPoint"]]
 Counts = Sequence[tuple[int, int]]  # (correct, n) of each class
 STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True,
@@ -40,7 +40,7 @@ STYLE = {
 }  # fmt: skip
 
 
-class CurvePoint(NamedTuple):
+class PlotPoint(NamedTuple):
     """How many of ``n`` images were classified correctly at radius ``eps``, on pixels in [0, 1]."""
 
     eps: float

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import filecmp
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,25 +17,29 @@ from accelerate import Accelerator
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.card_facts import CardFacts
-from arrest_hub.checkpoint import Progress, best_folder
+from arrest_hub.checkpoint import REPLACED, Progress, best_folder
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.config_sources import load_config
 from arrest_hub.data import Splits, eval_loader, to_pixels
+from arrest_hub.errors import ArrestError
 from arrest_hub.estimate import random_batch
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.eval_session import EvalSession
 from arrest_hub.eval_subjects import dataset_name, module_subject, split_images
 from arrest_hub.evaluator import logits_function
 from arrest_hub.export import weights_digest, write_model_folder
+from arrest_hub.files import write_whole
 from arrest_hub.guards import not_finite_tensor
 from arrest_hub.hub import Pushed
 from arrest_hub.journal import Journal
+from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.model_card import before_name, card_is_generated, render_card
 from arrest_hub.out_of_memory import fitting_batch
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.processes import from_main, raise_together
+from arrest_hub.progress import read_log
 from arrest_hub.provenance import exported_config, training_record
-from arrest_hub.pushed_files import CARD
+from arrest_hub.pushed_files import CARD, weight_files
 from arrest_hub.results import EvalReport, Result, results_table
 from arrest_hub.run_folder import RunPaths
 from arrest_hub.training_figure import plot_training
@@ -47,8 +50,6 @@ from arrest_hub.validation import (
     PgdSettings,
     arithmetic,
     count_correct,
-    hardware_name,
-    library_versions,
     to_results,
 )
 
@@ -118,14 +119,14 @@ def finish_run(
     report = measure_export(config, paths, accelerator, splits, num_workers=num_workers, teacher_id=teacher_id)
     if accelerator.is_main_process:
         values = yaml.safe_dump(exported_config(trained, base), sort_keys=False, allow_unicode=True)
-        (paths.export / "training_config.yaml").write_text(values, encoding="utf-8")
+        write_whole(paths.export / "training_config.yaml", values)
         record.write(paths.export / RECORD)
         report.model["steps"] = progress.step
         report.write(paths.export / "results.json")
         if config.figures:
             _draw_training(config, paths)
         if card_is_generated(paths.export):
-            (paths.export / CARD).write_text(render_card(CardFacts.from_folder(paths.export)), encoding="utf-8")
+            write_whole(paths.export / CARD, render_card(CardFacts.from_folder(paths.export)))
         else:
             accelerator.print(f"note        {paths.export / CARD} was edited and is left as it is")
     accelerator.wait_for_everyone()
@@ -144,9 +145,8 @@ def _told(config: FinetuneConfig, paths: RunPaths, accelerator: Accelerator, rep
 
 def _draw_training(config: FinetuneConfig, paths: RunPaths) -> None:
     """`figures/training.png`, from log.jsonl."""
-    entries = [json.loads(line) for line in paths.log.read_text(encoding="utf-8").splitlines()]
     plot_training(
-        paths.export / "figures" / "training.png", entries,
+        paths.export / "figures" / "training.png", read_log(paths.log),
         rgkd_weight={"arrest": config.rgkd_weight, "trades": config.trades_beta}.get(config.method),
         replay_threshold=config.replay_threshold if config.method == "arrest" else None,
     )  # fmt: skip
@@ -188,7 +188,7 @@ def measure_export(
     report.model = {
         "architecture": student.source.architecture, "library": student.source.library,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        "weights_sha256": weights_digest(student),
+        "weights_sha256": weights_digest(student), "weights_files": weight_files(paths.export),
     }  # fmt: skip
     if teacher is not None:
         report.model["teacher_sha256"] = weights_digest(teacher)
@@ -291,6 +291,11 @@ def _count_stream(
 
 def _finished_before(weights: Path, export: Path) -> EvalReport | None:
     """The figures of an `export/` that is whole and holds the model in ``weights``; None where it is to be written."""
+    if not weights.is_dir():
+        raise ArrestError(
+            f"{weights} is gone, where the best weights were kept: put it back and go on with --resume, or take the "
+            f"last weights, which are in {weights.with_name('last')}."
+        )
     files = [path.name for path in weights.iterdir()]
     same, _, _ = filecmp.cmpfiles(weights, export, files, shallow=False)
     if same != files or not (export / CARD).is_file() or not (export / RECORD).is_file():
@@ -307,6 +312,8 @@ def _copy_whole(source: Path, target: Path) -> None:
     shutil.copytree(source, temporary)
     if not card_is_generated(target):
         shutil.copyfile(target / CARD, temporary / CARD)
-    if target.exists():
-        shutil.rmtree(target)
+    replaced = target.with_name(target.name + REPLACED)
+    if target.exists():  # set aside, for a card in it may be the only one
+        target.rename(replaced)
     temporary.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -24,12 +24,22 @@ from arrest_hub.card_facts import (
     read_card,
     read_publication,
 )
-from arrest_hub.errors import ConfigError, HubError
+from arrest_hub.errors import ConfigError, HubError, HubRefusal
 from arrest_hub.hub_access import WAITS, check_access, explain, with_retries
 from arrest_hub.licenses import License, choose_license
 from arrest_hub.model_card import card_is_generated, render_card
 from arrest_hub.push_config import CardConfig, PushConfig
-from arrest_hub.pushed_files import CARD, LocalFile, architecture_name, differing, is_own, local_file, local_files
+from arrest_hub.pushed_files import (
+    CARD,
+    LocalFile,
+    architecture_name,
+    differing,
+    is_own,
+    local_file,
+    local_files,
+    others,
+    weight_problems,
+)
 from arrest_hub.training_record import FILE_NAME as RECORD
 
 
@@ -69,6 +79,11 @@ def run_push(config: PushConfig, say: Callable[[str], None]) -> Pushed:
     given = _given_license(config)
     card = card_for(export, config.repo_id, given)
     files = local_files(export, card)  # every problem of the folder is found before any connection is made
+    measured = _facts(export, Publication()).report.model
+    if problems := weight_problems(files, measured.get("weights_files", {})):
+        raise ConfigError(problems)
+    if strange := others(files):
+        say(f"pushed too, though no run writes it: {', '.join(strange)}")
     if config.dry_run:
         _write_card(export, card)
         for path, file in files.items():
@@ -78,24 +93,29 @@ def run_push(config: PushConfig, say: Callable[[str], None]) -> Pushed:
     try:
         full = check_access(config.repo_id, private=config.private, create_pr=config.create_pr, say=say)
         card = card_for(export, full, given)
+        if (named := read_publication(card.decode(errors="replace")).repo_id) not in (None, full):
+            say(f"{CARD} was edited by hand and is published as it is: it speaks of {named}, not of {full}")
         pushed = _Repository(full, config, say).push(files | {CARD: local_file(card)})
         _write_card(export, card)
+    except HubRefusal:
+        raise
     except HubError as error:
         raise HubError(f"{error}\nTry again with: {config.command()}") from error
-    say(
-        f"published {pushed.url}" if pushed.changed or pushed.deleted else f"{full} has all of it already: {pushed.url}"
-    )
+    done = "proposed" if config.create_pr else "published"
+    say(f"{done} {pushed.url}" if pushed.changed or pushed.deleted else f"{full} has all of it already: {pushed.url}")
     return pushed
 
 
 def check_push(config: PushConfig, say: Callable[[str], None]) -> None:
-    """What `run_push` checks before it needs the files: that a token is there and may write to the repository.
+    """What `run_push` checks before it needs the files: that a token is there and may write to the repository, and that
+    no model of others is in it.
 
     Raises:
-        HubError: it may not, or the Hub cannot be reached.
+        HubError: it may not, there is one, or the Hub cannot be reached.
     """
     assert config.repo_id is not None  # validated
-    check_access(config.repo_id, private=config.private, create_pr=config.create_pr, say=say)
+    full = check_access(config.repo_id, private=config.private, create_pr=config.create_pr, say=say)
+    _Repository(full, config, say).check()
 
 
 def write_card(config: CardConfig) -> Path:
@@ -193,6 +213,17 @@ class _Repository:
             self._try(f"tag {self.repo_id}", lambda: self._tag(pushed.commit))
         return pushed
 
+    def check(self) -> None:
+        """Raises HubRefusal if the branch holds a model that `arrest-push` did not put there."""
+        if not self.config.create_pr:
+            self._try(f"look at {self.repo_id}", self._check_names)
+
+    def _check_names(self) -> None:
+        if self.api.repo_exists(self.repo_id) and self.api.revision_exists(self.repo_id, self.branch):
+            head = self.api.model_info(self.repo_id, revision=self.branch).sha
+            assert head is not None
+            self._check_ours(self._remote(head), head)
+
     def _try(self, doing: str, call: Callable[[], Any]) -> Any:
         # whether a pull request was made before its answer was lost is not known: a second one would be worse
         return with_retries(call, doing, self.say, waits=() if self.config.create_pr else WAITS)
@@ -231,14 +262,25 @@ class _Repository:
         assert head is not None
         remote = self._remote(head)
         if not self.config.create_pr:
-            self._check_ours(remote, files, head)
+            self._check_ours(remote, head, files["config.json"].content)
         changed = differing(files, remote)
         if CARD in changed and CARD in remote and not self.config.create_pr and self._keeps_card(files[CARD], head):
+            if any(path.endswith(".safetensors") for path in changed):
+                raise HubRefusal(
+                    f"the {CARD} of {self.repo_id} was edited, there or before an earlier push, and what it states is "
+                    "of other weights than these: delete it there and push again, or propose the change with "
+                    "--create-pr."
+                )
+            self.say(
+                f"the {CARD} of {self.repo_id} was edited, there or before an earlier push, and stays as it is, with "
+                "the figures that it states. To replace it, delete it there and push again, or propose the change with "
+                "--create-pr."
+            )
             changed.remove(CARD)
         deleted = sorted(path for path in remote if path not in files and is_own(path))
         tagged = self._tagged() if self.config.tag else None
         if tagged is not None and (changed or deleted or tagged != head):  # found out before the commit, not after
-            raise HubError(
+            raise HubRefusal(
                 f"{self.repo_id} has a tag {self.config.tag!r} already, at {tagged[:12]}, which is not what is to be "
                 "pushed: give another --tag."
             )
@@ -270,8 +312,11 @@ class _Repository:
     def _url(self, commit: str) -> str:
         return f"{self.api.endpoint}/{self.repo_id}/tree/{commit}"
 
-    def _check_ours(self, remote: dict[str, tuple[str, str | None]], files: dict[str, LocalFile], commit: str) -> None:
-        """Another model that happens to have this name is not replaced."""
+    def _check_ours(
+        self, remote: dict[str, tuple[str, str | None]], commit: str, config: Path | bytes | None = None
+    ) -> None:
+        """Another model that happens to have this name is not replaced. ``config``: the config.json to push, if it is
+        known."""
         if "config.json" not in remote:
             return
         instead = "give another --repo-id, or propose the change with --create-pr."
@@ -281,28 +326,34 @@ class _Repository:
                 return Path(self.api.hf_hub_download(self.repo_id, name, revision=commit, local_dir=folder))
 
             if RECORD not in remote and not (CARD in remote and is_sealed(read_card(fetch(CARD)))):
-                raise HubError(
+                raise HubRefusal(
                     f"{self.repo_id} holds a model that was not pushed by arrest-push (it has no {RECORD}): {instead}"
                 )
-            there, here = architecture_name(fetch("config.json")), architecture_name(files["config.json"].content)
+            if config is None:
+                return
+            there, here = architecture_name(fetch("config.json")), architecture_name(config)
         if there != here:
-            raise HubError(f"{self.repo_id} holds another network, {there}, and this is {here}: {instead}")
+            raise HubRefusal(f"{self.repo_id} holds another network, {there}, and this is {here}: {instead}")
 
     def _keeps_card(self, ours: LocalFile, commit: str) -> bool:
         """Whether the card at a commit stays: somebody wrote it there, and the one to push is a generated one."""
         with TemporaryDirectory() as folder:
             there = read_card(Path(self.api.hf_hub_download(self.repo_id, CARD, revision=commit, local_dir=folder)))
-        if is_sealed(there) or not has_body(there):
-            return False
         assert isinstance(ours.content, bytes)
-        if not is_sealed(ours.content.decode(errors="replace")):
+        mine = ours.content.decode(errors="replace")
+        if is_sealed(there):
+            return False
+        if not has_body(there):  # what the Hub's form for a new repository writes
+            stated, given = read_publication(there).license, read_publication(mine).license
+            if self.config.license is None and stated not in (None, given):
+                raise HubRefusal(
+                    f"{self.repo_id} states the licence {stated.id if stated else None} and the card here "
+                    f"{given.id if given else None}: say which it is with --license."
+                )
+            return False
+        if not is_sealed(mine):
             self.say(f"the {CARD} of {self.repo_id} was edited there; yours, edited here, replaces it")
             return False
-        self.say(
-            f"the {CARD} of {self.repo_id} was edited, there or before an earlier push, and stays as it is, with the "
-            "figures that it states. To replace it, delete it there and push again, or propose the change with "
-            "--create-pr."
-        )
         return True
 
     def _verify(self, files: dict[str, LocalFile], commit: str) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import errno
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from arrest_hub.errors import HubError, did_you_mean
+from arrest_hub.errors import HubError, causes, did_you_mean, first_line
 
 T = TypeVar("T")
 
@@ -27,20 +27,6 @@ def without_tokens(text: str) -> str:
     return re.sub(r"\b(hf|api|jwt)_[A-Za-z0-9_.-]{4,}|(?<=Bearer )\S+", "***", text)
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from, outermost first: the client wraps the failures of its uploads."""
-    seen: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in seen:
-        yield link
-        seen.append(link)
-        link = link.__cause__ or link.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def explain(error: BaseException) -> tuple[str, bool] | None:
     """A failed call's reason in one sentence without its full stop, and whether it may pass by itself.
 
@@ -54,7 +40,7 @@ def explain(error: BaseException) -> tuple[str, bool] | None:
             return f"there is no room left on this machine's disk ({link.strerror})", False
     said_all = " ".join(str(link) for link in chain)
     if re.search(r"os error (27|28|122)\b", said_all):  # Xet's part of the client, which is not in Python, says it so
-        return f"there is no room left on this machine's disk ({without_tokens(_first_line(chain[-1]))})", False
+        return f"there is no room left on this machine's disk ({without_tokens(first_line(chain[-1]))})", False
     if "xet-write-token" in said_all and re.search(r"\b404\b", said_all):
         return (
             "the Hub has no Xet storage, to which the client uploads by default and from which it has no way back: set "
@@ -83,11 +69,11 @@ def explain(error: BaseException) -> tuple[str, bool] | None:
     for link in chain:
         transport = any(base.__name__ in ("TransportError", "TimeoutException") for base in type(link).__mro__)
         if transport or isinstance(link, (ConnectionError, TimeoutError)):
-            why = without_tokens(_first_line(link))
+            why = without_tokens(first_line(link))
             return f"the connection to the Hub failed ({why})", _may_pass(why)
     xet = next((link for link in chain if _from_xet(link)), None)
     if xet is not None:
-        why = without_tokens(_first_line(xet))
+        why = without_tokens(first_line(xet))
         return f"the upload to the Hub's Xet storage failed ({why})", _may_pass(why)
     return None
 

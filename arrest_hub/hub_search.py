@@ -144,4 +144,6 @@ def _figures(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     except (KeyError, IndexError, TypeError):
         return {}, {}
     best = next((metric for metric in robust if metric["args"]["attack"] == "autoattack"), None)
-    return clean, best or min(robust, key=lambda metric: float(metric["value"]), default={})
+    # as `EvalReport.strongest` has it
+    weakest = min(robust, key=lambda metric: (float(metric["value"]), metric["args"]["attack"] == "noise"), default={})
+    return clean, best or weakest

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from arrest_hub.errors import BackboneError
+from arrest_hub.errors import BackboneError, first_line
 from arrest_hub.model_source import has_preprocessor
 from arrest_hub.transforms import Preprocessing
 
@@ -54,7 +54,7 @@ def load_processor(folder: Path, model_id: str, image_size: int | None = None) -
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise BackboneError(
-            f"The image processor of model {model_id!r} cannot be loaded ({_first_line(error)}). "
+            f"The image processor of model {model_id!r} cannot be loaded ({first_line(error)}). "
             "Save it again with processor.save_pretrained(folder)."
         ) from error
     if image_size is not None:
@@ -105,7 +105,7 @@ def _apply(processor: Any, image: np.ndarray) -> np.ndarray:
     try:
         given = processor(images=image, return_tensors="np")
     except (NotImplementedError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ValueError(f"fails on an image ({_first_line(error)})") from error
+        raise ValueError(f"fails on an image ({first_line(error)})") from error
     if "pixel_values" not in given:
         raise ValueError(f"makes {', '.join(given)} of an image instead of pixel values")
     out = np.asarray(given["pixel_values"], dtype=np.float64)
@@ -204,7 +204,3 @@ def _resize_processor(processor: Any, pixels: int) -> None:
     processor.size = type(processor.size)(**{k: round(v * pixels / old) for k, v in size.items()})
     if cropped:
         processor.crop_size = type(processor.crop_size)(height=pixels, width=pixels)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -47,9 +47,10 @@ def license_problems(license: str | None, name: str | None, link: str | None) ->
     """What is wrong with --license, --license-name and --license-link: a line for each."""
     problems = []
     if license is not None and license not in PERMISSIVE | RESTRICTIVE:
+        near = did_you_mean(license.lower(), PERMISSIVE | RESTRICTIVE)
         problems.append(
-            f"--license {license!r} is not one that the Hub lists.{did_you_mean(license, PERMISSIVE | RESTRICTIVE)} "
-            "Give its id, such as apache-2.0, or other with --license-name and --license-link."
+            f"--license {license!r} is not one that the Hub lists.{near} Give its id, such as apache-2.0, or other "
+            "with --license-name and --license-link."
         )
     if license == "other" and not (name and link):
         problems.append("--license other needs --license-name NAME and --license-link URL, which the Hub then shows.")

@@ -12,8 +12,7 @@ from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from arrest_hub.backbones import Backbone
-from arrest_hub.checkpoint import Progress, derive_seed, drop_old, load_checkpoint, save_checkpoint
-from arrest_hub.checks import report_corrupt, stop_if_all_skipped, stop_unless_finite, warn
+from arrest_hub.checkpoint import Progress, drop_old, load_checkpoint, save_checkpoint
 from arrest_hub.epoch_batches import (
     check_epoch,
     count_batches,
@@ -24,6 +23,7 @@ from arrest_hub.epoch_batches import (
 from arrest_hub.epoch_validation import validate
 from arrest_hub.errors import ArrestError, Terminated
 from arrest_hub.guards import at_chance, collapse_warning
+from arrest_hub.loop_guards import report_corrupt, stop_if_all_skipped, stop_unless_finite, warn
 from arrest_hub.objective import Objective
 from arrest_hub.processes import any_process, main_only
 from arrest_hub.progress import Meter, progress_bar
@@ -31,6 +31,7 @@ from arrest_hub.resume import batch_layout, resume_point
 from arrest_hub.run import Run
 from arrest_hub.run_folder import record_batches
 from arrest_hub.schedule import Schedule
+from arrest_hub.seeding import derive_seed
 from arrest_hub.sharding import WholeCopy, choose_blocks, is_sharded
 from arrest_hub.step import (
     attacked_network,
@@ -116,7 +117,7 @@ class _Phase:
         self.model, self.optimizer = accelerator.prepare(student, optimizer)
         layout = batch_layout(config, accelerator, workers)
         self.progress = Progress(
-            phase, model_revision=run.model_revision, dataset_revision=run.splits.revision, layout=layout
+            phase, model_revision=run.model_origin, dataset_revision=run.dataset_origin, layout=layout
         )
         if checkpoint is not None:
             self._restore(Path(checkpoint), layout, by_epochs)
@@ -239,6 +240,7 @@ class _Phase:
         run, accelerator, progress = self.run, self.run.accelerator, self.progress
         progress.step += 1
         progress.skipped += accelerator.optimizer_step_was_skipped
+        lr = self.optimizer.param_groups[0]["lr"]  # this step's
         self.schedule.set_learning_rate(progress.place)
         if self.ema is not None:
             self.ema.update(self.student, step=progress.place)
@@ -249,7 +251,7 @@ class _Phase:
         stop_if_all_skipped(run, progress, self.finished)
         values = self.meter.reduce(accelerator)
         run.images_logged += self.pace.images
-        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        values["lr"] = lr
         if accelerator.scaler is not None:
             values["skipped_steps"] = progress.skipped
         values |= self.pace.read(values.get("attack_steps", 0.0))

@@ -50,7 +50,7 @@ def stop_unless_finite(run: Run, meter: Meter, progress: Progress, student: nn.M
         return
     where = f", on process {accelerator.process_index}" if accelerator.num_processes > 1 else ""
     cure = "a smaller --lr, or --warmup-epochs or --clip-grad 1" + (
-        ", or --mixed-precision bf16" if run.config.mixed_precision == "fp16" else ""
+        {"fp16": ", or --mixed-precision bf16", "bf16": ", or --mixed-precision no"}.get(run.config.mixed_precision, "")
     )
     raise_together(
         accelerator,

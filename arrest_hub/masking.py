@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from arrest_hub.attack_stages import AttackOutcome, ThreatModel, noise_attack, part_attack, pgd_attack
 from arrest_hub.attacks import LogitsFn, random_in_ball
 from arrest_hub.autoattack import AutoAttackParts, model_flags, square_flag
-from arrest_hub.checkpoint import derive_seed
 from arrest_hub.evaluator import Attacked, AttackFn, Evaluator
 from arrest_hub.results import CHANCE, TRANSFER, Check, wilson_interval
+from arrest_hub.seeding import derive_seed
 
 SQUARE_QUERIES = 500
 SLACK = 0.01
@@ -52,7 +52,7 @@ def unbounded_eps(norm: str, dimensions: int) -> float:
 
 def share_check(name: str, value: float, limit: float, finding: str, warning: str) -> Check:
     """Pass if ``value`` is at most ``limit``; otherwise the warning is added to the finding."""
-    passed = value <= limit
+    passed = value <= limit + 1e-9  # shares of counts, whose difference is rounded
     return Check(name, "pass" if passed else "warn", round(value, 6), finding if passed else f"{finding} {warning}")
 
 
@@ -129,7 +129,7 @@ def autoattack_checks(outcomes: dict[str, AttackOutcome], n: int, clean: int) ->
 
 
 def gradient_probe(classify: LogitsFn, threat: ThreatModel, seed: int) -> AttackFn:
-    """Counts images whose cross-entropy has a gradient of exactly zero at a random point of the ball."""
+    """Counts images whose cross-entropy has a gradient of exactly zero, or NaN, at a random point of the ball."""
 
     def run(pixels: Tensor, labels: Tensor, number: int) -> Attacked:
         generator = torch.Generator(device=pixels.device).manual_seed(derive_seed(seed, "gradients", number))
@@ -139,7 +139,7 @@ def gradient_probe(classify: LogitsFn, threat: ThreatModel, seed: int) -> Attack
             if not logits.requires_grad:  # cut off from the pixels altogether
                 return Attacked(pixels, {"zero": len(pixels)})
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), point)
-        return Attacked(pixels, {"zero": int((gradient == 0).flatten(1).all(dim=1).sum())})
+        return Attacked(pixels, {"zero": int((gradient.nan_to_num(nan=0.0) == 0).flatten(1).all(dim=1).sum())})
 
     return run
 
@@ -200,8 +200,8 @@ def masking_checks(
             "robust accuracy falls to 0 as eps grows",
             left,
             UNBOUNDED_LIMIT,
-            f"{100 * left:.1f} % stand PGD-{settings.more_steps} at {threat.norm} {wide:.3g}, where every image can be "
-            "made grey.",
+            f"{100 * left:.1f} % of {n} images stand PGD-{settings.more_steps} at {threat.norm} {wide:.3g}, where "
+            "every image can be made grey.",
             "An attack that may do anything must succeed: the gradients are of no use to it.",
         )
     )
@@ -212,7 +212,8 @@ def masking_checks(
             "noise does not hurt more than PGD",
             min(robust, robust_more) - stands_noise,
             SLACK,
-            f"{100 * stands_noise:.1f} % stand uniform noise, {100 * min(robust, robust_more):.1f} % PGD.",
+            f"{100 * stands_noise:.1f} % of {n} images stand uniform noise, "
+            f"{100 * min(robust, robust_more):.1f} % PGD.",
             "Blind noise breaks more than the gradient does: the gradient misleads.",
         )
     )
@@ -252,8 +253,8 @@ def _square_check(evaluator: Evaluator, positions: Sequence[int], white: set[int
         only = len(run.broken) / n
     return share_check(
         "white-box beats black-box", only, SQUARE_LIMIT,
-        f"Square ({SQUARE_QUERIES} queries, no gradients) breaks {100 * only:.1f} % that PGD-{settings.more_steps} and "
-        f"{gradient_part.upper()} leave standing.",
+        f"Square ({SQUARE_QUERIES} queries, no gradients) breaks {100 * only:.1f} % of {n} images, which "
+        f"PGD-{settings.more_steps} and {gradient_part.upper()} leave standing.",
         "A black-box attack should find nothing that gradients miss: they may be masked.",
     )  # fmt: skip
 
@@ -278,7 +279,8 @@ def _transfer_check(
     stands, own = 1 - len(run.broken) / len(positions), 1 - len(white) / len(positions)
     return share_check(
         TRANSFER, own - stands, SLACK,
-        f"{100 * stands:.1f} % stand examples made on the teacher, {100 * own:.1f} % those made on the model.",
+        f"{100 * stands:.1f} % of {len(positions)} images stand examples made on the teacher, {100 * own:.1f} % those "
+        "made on the model.",
         "Examples made for another network hurt more than the model's own: its gradients are masked.",
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from arrest_hub.card_facts import FIGURES, CardFacts, is_sealed, publication_mark, read_card, seal, threat_tags
 from arrest_hub.results import Result, column_title, escape_markdown, one_line, results_table
-from arrest_hub.training_record import BaseModel
+from arrest_hub.training_record import BaseModel, TrainingData
 
 TEMPLATE = "robust_model.md.j2"
 HUB = "https://huggingface.co"
@@ -162,13 +162,28 @@ def _eval_result(row: Result, facts: CardFacts) -> EvalResult:
         task_name="Image Classification",
         dataset_type=one_line(known.hub_id if known and known.hub_id else row.dataset),
         dataset_name=one_line(row.dataset),
-        dataset_split=one_line(row.split),
+        dataset_config=_dataset_config(known),
+        dataset_split=one_line(re.sub(r"\[\d+\]$", "", row.split)),  # how many of its images, "n" says
         dataset_revision=known.revision if known else None,
         metric_type="accuracy",
-        metric_name="Clean accuracy" if row.attack is None else f"Robust accuracy, {column_title(row)}",
+        metric_name=_metric_name(row),
         metric_value=entry["value"],
         metric_args={key: str(value) if key == "eps" else value for key, value in args.items()},
     )
+
+
+def _dataset_config(data: TrainingData | None) -> str | None:
+    """The configuration in a dataset's id on the Hub, as in org/name:config."""
+    if data is None or data.hub_id is None or not data.name.startswith(f"{data.hub_id}:"):
+        return None
+    return one_line(data.name.removeprefix(f"{data.hub_id}:"))
+
+
+def _metric_name(row: Result) -> str:
+    if row.attack is None:
+        return "Clean accuracy"
+    # noise is drawn, not looked for: what it leaves is no robustness
+    return f"Accuracy, {column_title(row)}" if row.attack == "noise" else f"Robust accuracy, {column_title(row)}"
 
 
 def before_name(method: str) -> str:

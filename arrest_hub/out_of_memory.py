@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import release_memory
 
 from arrest_hub.processes import any_process
 
@@ -28,13 +28,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
 
 
-def free_memory(device: torch.device) -> None:
-    """Give back what a failed attempt left: compiled networks are cycles, which wait for the collector."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def fitting_batch(attempt: Callable[[int], object], batch_size: int, accelerator: Accelerator) -> int:
     """``batch_size``, halved until ``attempt`` of so many images runs out of memory in no process.
 
@@ -49,7 +42,7 @@ def fitting_batch(attempt: Callable[[int], object], batch_size: int, accelerator
                 raise
             full = True
         if full:  # outside the handler, which holds on to what was allocated
-            free_memory(accelerator.device)
+            release_memory()  # compiled networks are cycles
         if not any_process(accelerator, full):
             break
         batch_size //= 2

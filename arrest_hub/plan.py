@@ -78,7 +78,7 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
         f"estimate    from {plural(STEPS, 'step')} of {config.batch_size} random images"
         f"{f' on each of {processes} processes' if processes > 1 else ''}: {cost.median:.3g} s "
         f"({min(cost.seconds):.3g} to {max(cost.seconds):.3g}), {training:,.0f} images/s",
-        "memory      " + _memory(cost, memory_limit(device), device.type),
+        "memory      " + _memory(cost, memory_limit(run.accelerator), device.type),
         "data        " + _data(data, training, run.num_workers),
         *(f"{name:<12}{_duration(seconds)} ({what})" for name, (seconds, what) in parts.items()),
         f"in all      {_duration(sum(seconds for seconds, _ in parts.values()))}",

@@ -32,7 +32,7 @@ from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import flag
 from arrest_hub.labels import match_labels
 from arrest_hub.network_options import compile_problem
-from arrest_hub.processes import main_first
+from arrest_hub.processes import main_first, processes_here
 from arrest_hub.run_folder import RunPaths
 from arrest_hub.schedule import length_problems
 from arrest_hub.sharding import is_sharded, set_up_sharding, wants_sharding
@@ -173,9 +173,7 @@ def num_workers(wanted: int | None, accelerator: Accelerator, *, streaming: bool
     if wanted is not None:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # launchers say how many of the processes are on this machine; without one all are
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
-    chosen = max(0, min(8, cores // here - 1))
+    chosen = max(0, min(8, cores // processes_here(accelerator) - 1))
     return min(gather_object([chosen])) if streaming else chosen
 
 

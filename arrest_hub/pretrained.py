@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from arrest_hub.backbones import Backbone, ModelSource, load_backbone
+from arrest_hub.data import to_pixels
 from arrest_hub.errors import BackboneError, HashMismatch, HubError
 from arrest_hub.export import weights_digest
 from arrest_hub.images import upright_rgb
@@ -80,9 +81,8 @@ class PretrainedClassifier(nn.Module):
         """
         transform = eval_transform(self.preprocessing)
         several = [images] if isinstance(images, Image.Image) else list(images)
-        pixels = torch.stack([torch.as_tensor(transform(upright_rgb(image))) for image in several])
-        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return pixels.to(self.backbone.mean)
+        pixels = torch.stack([transform(upright_rgb(image)) for image in several])
+        return to_pixels(pixels).to(self.backbone.mean)
 
     @torch.no_grad()
     def classify(self, image: Image.Image, top: int = 5) -> list[tuple[str, float]]:

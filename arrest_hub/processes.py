@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -19,6 +20,11 @@ from arrest_hub.errors import AlreadyReported, ArrestError
 T = TypeVar("T")
 _calls = itertools.count()
 """Of `main_only`, in this process."""
+
+
+def processes_here(accelerator: Accelerator) -> int:
+    """How many of the run's processes share this machine: launchers say so; without one all do."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
 
 
 def main_first(accelerator: Accelerator, load: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from arrest_hub.files import write_whole
 from arrest_hub.guards import first_not_finite
 
 T = TypeVar("T")
@@ -99,19 +100,13 @@ class Log:
         """Drop the lines of steps after the checkpoint that a resumed run goes on from."""
         if not self.accelerator.is_main_process or not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line cut short by the interruption
-            later_phase = phase == "standard" and entry["phase"] == "robust"
-            if later_phase or (entry["phase"] == phase and entry["step"] > step):
-                continue
-            kept.append(line)
-        whole = self.path.with_name(f"{self.path.name}.tmp")
-        whole.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        whole.replace(self.path)
+        kept = [
+            entry
+            for entry in read_log(self.path)
+            if not (phase == "standard" and entry["phase"] == "robust")
+            and not (entry["phase"] == phase and entry["step"] > step)
+        ]
+        write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def write(self, entry: dict[str, Any], tracker_step: int) -> None:
         """Append one line; numbers also go to the tracker, under ``<phase>/<name>``, whose steps never go back."""
@@ -122,6 +117,19 @@ class Log:
             file.write(json.dumps(rounded) + "\n")
         numbers = {f"{entry['phase']}/{k}": v for k, v in entry.items() if isinstance(v, (int, float)) and k != "step"}
         self.accelerator.log(numbers, step=tracker_step)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `log.jsonl`, without those that are damaged: one is cut short where a run was killed."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("phase"), str) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries
 
 
 def _json_number(value: Any) -> Any:

@@ -15,13 +15,13 @@ from arrest_hub.checkpoint import Progress, list_checkpoints, read_progress
 from arrest_hub.config import FIELDS, MODEL_KEYS, FinetuneConfig
 from arrest_hub.data import Splits
 from arrest_hub.errors import ConfigError, HubError
-from arrest_hub.eval_subjects import dataset_name
+from arrest_hub.eval_subjects import dataset_name, local_name
 from arrest_hub.fields import convert, default_of, flag, flag_with
 from arrest_hub.licenses import License, choose_license, license_of_card
+from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.model_source import ModelSource, companion_file
 from arrest_hub.recipe_files import list_recipes, read_recipe
 from arrest_hub.training_record import BaseModel, TrainingData, TrainingRecord
-from arrest_hub.validation import hardware_name, library_versions
 
 
 def read_base_model(source: ModelSource) -> BaseModel | None:
@@ -39,12 +39,6 @@ def read_base_model(source: ModelSource) -> BaseModel | None:
         name, source.library, source.architecture, source.hub_id, source.revision,
         license_of_card(card_header(text)), card_citations(text),
     )  # fmt: skip
-
-
-def local_name(path: str) -> str:
-    """What to call a model in a folder in what is published: the folder's name; an export has that of its run."""
-    folder = Path(path).expanduser().resolve()
-    return folder.parent.name if folder.name == "export" else folder.name
 
 
 def base_for_run(config: FinetuneConfig, source: ModelSource) -> tuple[BaseModel | None, str | None]:

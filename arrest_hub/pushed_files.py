@@ -10,6 +10,7 @@ from pathlib import Path
 
 from arrest_hub.card_facts import FIGURES
 from arrest_hub.errors import ConfigError
+from arrest_hub.training_record import FILE_NAME as RECORD
 
 CARD = "README.md"
 PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt")
@@ -54,6 +55,51 @@ def local_files(export: Path, card: bytes) -> dict[str, LocalFile]:
     if problems:
         raise ConfigError(problems)
     return dict(sorted(files.items()))
+
+
+def weight_files(folder: Path) -> dict[str, str]:
+    """The files of weights in a model folder, by name, with their SHA-256."""
+    return {path.name: local_file(path).sha256 for path in sorted(folder.glob("*.safetensors"))}
+
+
+def weight_problems(files: dict[str, LocalFile], measured: dict[str, str]) -> list[str]:
+    """Why the network that is to be pushed is not the one that was measured, or cannot be loaded: a line for each.
+
+    ``measured``: what `weight_files` said then; empty: not known.
+    """
+    problems = []
+    if architecture_name(files["config.json"].content) == "unknown":
+        problems.append("config.json names no architecture, so that nobody could load the model.")
+    weights = {name: file for name, file in files.items() if name.endswith(".safetensors") and is_own(name)}
+    for name, file in weights.items():
+        if isinstance(file.content, Path) and not _is_whole(file.content):
+            problems.append(f"{name} is damaged: it is not as long as its header says.")
+        elif measured and measured.get(name) != file.sha256:
+            problems.append(
+                f"{name} is not what the figures in results.json are of: export the run again with "
+                "arrest-finetune --resume, or measure this network in a folder of its own."
+            )
+    return problems + [f"{name}, which was measured, is missing." for name in measured if name not in weights]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of safetensors holds all that its header names (https://huggingface.co/docs/safetensors)."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return False
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return False
+    return path.stat().st_size == 8 + length + max(ends, default=0)
+
+
+def others(files: dict[str, LocalFile]) -> list[str]:
+    """What is pushed of an `export/` that no part of this package, timm or transformers wrote there, by its name."""
+    known = (*OWN_FILES, CARD, "config.json", "results.json", "training_config.yaml", RECORD)
+    return [name for name in files if name not in known and not is_own(name)]
 
 
 def local_file(content: Path | bytes) -> LocalFile:

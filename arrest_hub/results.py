@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+from arrest_hub.files import write_whole
 
 FORMAT_VERSION = 1
 MISSING = "–"
@@ -100,7 +101,8 @@ class EvalReport:
     """What an evaluation found: the model's figures, its teacher's for comparison, and how they were made.
 
     ``model`` says which network it was (id, revision, architecture, parameters, SHA-256 of the weights); ``eps_curve``
-    holds the points of "student" and "teacher"; ``images_per_second`` is the speed of clean classification.
+    holds the points of "student" and "teacher", or of "model" where there is no teacher; ``images_per_second`` is the
+    speed of clean classification.
     """
 
     results: list[Result]
@@ -133,9 +135,7 @@ class EvalReport:
 
     def write(self, path: Path) -> None:
         """Write `results.json`, whole or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, self.to_json())
 
     def get(self, metric: str, *, attack: str | None = None, teacher: bool = False) -> Result | None:
         """The first result of that metric (under that attack, if given), of the model or of its teacher."""
@@ -166,19 +166,30 @@ def read_results(path: Path) -> EvalReport:
     names = {f.name for f in dataclasses.fields(Result)}
 
     def rows(key: str) -> list[Result]:
-        return [Result(**{name: entry[name] for name in names}) for entry in data[key]]
+        found = [Result(**{name: entry[name] for name in names}) for entry in data[key]]
+        for row in found:
+            if not (type(row.correct) is type(row.n) is int and 0 <= row.correct <= row.n and row.n > 0):
+                raise ValueError(f"{path} is a damaged results file: {row.correct!r} of {row.n!r} images")
+        return found
 
     optional = ("precision", "preprocessing", "versions", "hardware", "model", "images_per_second")
     try:
         return EvalReport(
             results=rows("results"),
             teacher_results=rows("teacher_results"),
-            checks=[Check(**check) for check in data.get("checks", [])],
+            checks=[_read_check(check) for check in data.get("checks", [])],
             eps_curve={name: [CurvePoint(**p) for p in points] for name, points in data.get("eps_curve", {}).items()},
             **{key: data[key] for key in optional if key in data},
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is a damaged results file: {type(error).__name__} {error}") from error
+
+
+def _read_check(values: dict[str, Any]) -> Check:
+    check = Check(**values)
+    if check.status not in ("pass", "warn", "skipped"):
+        raise TypeError(f"status {check.status!r}")
+    return check
 
 
 def merge_reports(old: EvalReport, new: EvalReport) -> EvalReport:
@@ -190,7 +201,7 @@ def merge_reports(old: EvalReport, new: EvalReport) -> EvalReport:
     def merged(before: list[Result], after: list[Result]) -> list[Result]:
         known = {_key(row) for row in after}
         kept = [row for row in before if _key(row) not in known]
-        return sorted(kept + after, key=_place)
+        return sorted(kept + after, key=lambda row: attack_rank(row.attack))
 
     report = dataclasses.replace(
         new,
@@ -204,12 +215,19 @@ def merge_reports(old: EvalReport, new: EvalReport) -> EvalReport:
     return report
 
 
-def _place(row: Result) -> int:
-    """Clean accuracy first, then noise, PGD, parts of AutoAttack, and AutoAttack: about as strong as they are."""
-    if row.attack is None or row.metric == "clean_accuracy":
-        return 0
-    kind = row.attack.partition("-")[0]
-    return {"noise": 1, "pgd": 2, "autoattack": 4}.get(kind, 3)
+def attack_rank(attack: str | None) -> tuple[int, int, str]:
+    """What sorts attacks from weak to strong: none, noise, PGD by its steps, AutoAttack's parts, AutoAttack."""
+    if attack is None:
+        return 0, 0, ""
+    kind, _, steps = attack.partition("-")
+    if kind == "pgd":
+        return 2, int(steps) if steps.isdecimal() else 0, attack
+    return {"noise": 1, "autoattack": 4}.get(attack, 3), 0, attack
+
+
+def pgd_parameters(steps: int, step_size: float, restarts: int = 1) -> dict[str, Any]:
+    """`Result.attack_parameters` of PGD: ``step_size`` on pixels in [0, 1], from a random start."""
+    return {"steps": steps, "step_size": step_size, "restarts": restarts, "start": "uniform", "loss": "margin"}
 
 
 def _merged_checks(old: list[Check], new: list[Check]) -> list[Check]:

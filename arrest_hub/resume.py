@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+
 from accelerate import Accelerator
 
-from arrest_hub.checkpoint import Progress, newest_whole, read_progress
+from arrest_hub.checkpoint import Progress, newest_whole, read_progress, readable_progress
 from arrest_hub.config import FinetuneConfig
-from arrest_hub.errors import ConfigError
+from arrest_hub.data import Splits
+from arrest_hub.errors import ConfigError, DataError
+from arrest_hub.eval_subjects import sample_digest, split_images
+from arrest_hub.images import ImageError
+from arrest_hub.model_source import ModelSource
 from arrest_hub.run_folder import RunPaths
+from arrest_hub.transforms import Preprocessing, eval_transform
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
 
 NAMES = {
     "processes": "number of processes",
@@ -79,3 +90,45 @@ def resume_point(
         "per epoch, the learning rate's schedule staying with the epochs)"
     )
     return progress, str(checkpoint), notes
+
+
+def model_origin(source: ModelSource) -> str | None:
+    """What tells the network that a run starts from: its commit on the Hub, of a folder a digest of its weights' files;
+    None for one without weights."""
+    folder = Path(source.model_id).expanduser()
+    if source.revision is not None or not source.pretrained or not folder.is_dir():
+        return source.revision
+    digest = hashlib.sha256()
+    for path in sorted(path for kind in WEIGHTS for path in folder.glob(kind)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def dataset_origin(splits: Splits, preprocessing: Preprocessing) -> str | None:
+    """What tells the training images: their commit on the Hub, of a folder a digest of class names, labels and of some
+    of the images, so that not all are read; None for a stream."""
+    if splits.revision is not None or splits.train.streaming:
+        return splits.revision
+    images = split_images(splits.train, eval_transform(preprocessing), splits.dataset_id, None)
+    digest = hashlib.sha256(f"{splits.class_names} {images.digest}".encode())
+    with suppress(DataError, ImageError):  # one that cannot be read is for the training to report, or to skip
+        digest.update(sample_digest(images.images).encode())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def check_origins(checkpoints: Path, model: str | None, dataset: str | None) -> None:
+    """Raises ConfigError where a run that goes on began with another model or dataset (`model_origin`,
+    `dataset_origin`)."""
+    for phase in ("standard", "robust"):
+        for progress in readable_progress(checkpoints, phase)[-1:]:
+            problems = [
+                f"cannot resume: the {name} was {old} when the run began and is {new} now."
+                for name, old, new in (
+                    ("model", progress.model_revision, model),
+                    ("dataset", progress.dataset_revision, dataset),
+                )
+                if old is not None and old != new
+            ]
+            if problems:
+                raise ConfigError(problems)

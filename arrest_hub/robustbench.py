@@ -6,7 +6,6 @@ No torch. RobustBench: Croce et al. 2021, arXiv 2010.09670.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arrest_hub.errors import ConfigError
+from arrest_hub.files import write_whole
 from arrest_hub.results import EvalReport, Result, attack_title
 
 STANDARD_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -144,9 +144,7 @@ def write_robustbench(path: Path, report: EvalReport, *, training: Mapping[str, 
     """
     entry = robustbench_entry(report, training=training)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(entry, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
     return missing_fields(entry)
 
 

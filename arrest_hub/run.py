@@ -27,7 +27,8 @@ class Run:
     splits: Splits
     log: Log
     num_workers: int
-    model_revision: str | None
+    model_origin: str | None = None
+    dataset_origin: str | None = None
     images_at_once: int | None = None
     images_logged: int = 0
     validation_loader: Any = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,7 +17,8 @@ from filelock import FileLock, Timeout
 from arrest_hub.checkpoint import put_back_replaced, remove_leftovers
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.config_sources import load_config
-from arrest_hub.processes import raise_together
+from arrest_hub.files import write_whole
+from arrest_hub.processes import main_only, raise_together
 
 LOCK = ".lock"
 LOCK_SECONDS = 15
@@ -85,7 +87,7 @@ def output_dir_problems(config: FinetuneConfig, paths: RunPaths) -> list[str]:
             for name, source in (("--model", config.model), ("--dataset", config.dataset))
             if (path := Path(source).expanduser()).exists() and path.resolve().is_relative_to(root.resolve())
         ]
-    if not config.resume and paths.has_work:
+    if not config.resume and not config.dry_run and paths.has_work:
         return [
             f"--output-dir {root} already holds a run. Continue it with --resume, replace it with --overwrite, "
             "or give another --output-dir."
@@ -101,15 +103,27 @@ def hold_run_folder(config: FinetuneConfig, paths: RunPaths, accelerator: Accele
     Raises:
         ArrestError: another run is using it, or it is not on storage that all processes share.
     """
-    lock = FileLock(paths.root / LOCK)
+    with hold_folder(paths.root, partial(output_dir_problems, config, paths), accelerator):
+        main_only(accelerator, lambda: _start(config, paths))
+        raise_together(accelerator, _not_shared(paths, accelerator.process_index))
+        yield
+
+
+@contextmanager
+def hold_folder(root: Path, problems: Callable[[], list[str]], accelerator: Accelerator) -> Iterator[None]:
+    """Make a folder, and keep every other run and evaluation out of it until the end of the context.
+
+    ``problems`` says why what is in it may not be touched. It was asked once before, and then loading took its time.
+
+    Raises:
+        ArrestError: there are any, another run is using the folder, or it cannot be made.
+    """
+    lock = FileLock(root / LOCK)
     try:
         problem = None
         if accelerator.is_main_process:
-            problem = make_folder(paths.root) or _lock(lock, paths.root)
-            if problem is None:
-                _start(config, paths)
+            problem = make_folder(root) or _lock(lock, root) or "\n".join(problems()) or None
         raise_together(accelerator, problem)
-        raise_together(accelerator, _not_shared(paths, accelerator.process_index))
         yield
     finally:
         lock.release()
@@ -143,17 +157,18 @@ def _start(config: FinetuneConfig, paths: RunPaths) -> None:
         for path in paths.root.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != LOCK:  # deleted, it would keep nobody out
+            elif path not in (paths.root / LOCK, paths.config):  # without these it would be open to all, or no run
                 path.unlink()
+    if not (config.resume and paths.config.is_file()):  # first: a folder without it is never touched again
+        write_whole(paths.config, config.to_yaml())
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
     put_back_replaced(paths.checkpoints)
+    put_back_replaced(paths.root)
     remove_leftovers(paths.checkpoints, "*.tmp", ".best-*", ".last-*")
     remove_leftovers(paths.root, "export.*.tmp", ".teacher-*")
     if not paths.has_work:
         paths.log.unlink(missing_ok=True)
         paths.corrupt.unlink(missing_ok=True)
-    if not (config.resume and paths.config.is_file()):
-        paths.config.write_text(config.to_yaml(), encoding="utf-8")
 
 
 def record_batches(config: FinetuneConfig, paths: RunPaths) -> None:
@@ -162,9 +177,7 @@ def record_batches(config: FinetuneConfig, paths: RunPaths) -> None:
     if (saved.batch_size, saved.grad_accum_steps) == (config.batch_size, config.grad_accum_steps):
         return
     saved.batch_size, saved.grad_accum_steps = config.batch_size, config.grad_accum_steps
-    temporary = paths.config.with_suffix(".yaml.tmp")
-    temporary.write_text(saved.to_yaml(), encoding="utf-8")
-    temporary.replace(paths.config)
+    write_whole(paths.config, saved.to_yaml())
 
 
 def _not_shared(paths: RunPaths, process: int) -> str | None:

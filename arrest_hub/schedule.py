@@ -61,7 +61,8 @@ def make_scheduler(
         warmup_prefix=False,
         min_lr=config.min_lr,
         decay_epochs=max(1, total_steps // 3),
-        decay_milestones=[round(total_steps * share) for share in (0.5, 0.75)],
+        # timm is a step early
+        decay_milestones=[round(total_steps * share) + 1 for share in (0.5, 0.75)],
         # timm takes poly's power from here, too: its default of 0.1 would hardly let the learning rate fall
         decay_rate=POLY_POWER if config.scheduler == "poly" else 0.1,
     )

@@ -18,6 +18,13 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from what identifies a draw (seed, phase, epoch, batch, rank, ...): a resumed run draws what the
+    uninterrupted one draws, without any random state having been saved."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 @contextmanager
 def random_states_kept() -> Iterator[None]:
     """Put the global random states of Python, numpy and torch (of the current GPU too, if it is in use) back."""

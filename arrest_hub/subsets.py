@@ -68,7 +68,7 @@ class ImageSplit:
         """`labels` as int64 [N]."""
         if not isinstance(self.dataset, Dataset):
             raise TypeError(f"split {self.name!r} is a stream; its labels are known as they come")
-        labels = _codes(read_column(self.dataset, self.label_column), self.values, self.name)
+        labels = _codes(read_column(self.dataset, self.label_column), self.values)
         return labels if self.label_map is None else np.asarray(self.label_map)[labels]
 
     def row_array(self) -> np.ndarray:
@@ -170,9 +170,11 @@ def balanced_subset(labels: np.ndarray, size: int, seed: int, keep_half: bool = 
     A class with too few images gives all it has (half of them with ``keep_half``) and the others make up
     for it. Raises DataError when there are not enough images in all.
     """
+    if not size:
+        return np.empty(0, dtype=np.int64)
     rng = np.random.default_rng(seed)
     labels = np.asarray(labels)
-    classes, counts = np.unique(labels, return_counts=True)
+    _, counts = np.unique(labels, return_counts=True)
     room = counts // 2 if keep_half else counts.copy()
     if size > room.sum():
         raise DataError(
@@ -190,7 +192,7 @@ def balanced_subset(labels: np.ndarray, size: int, seed: int, keep_half: bool = 
             quota[open_classes] += step
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
     chosen = [rng.permutation(rows)[:n] for rows, n in zip(by_class, quota, strict=True)]
-    return np.sort(np.concatenate(chosen)) if len(classes) else np.empty(0, dtype=np.int64)
+    return np.sort(np.concatenate(chosen))
 
 
 def read_column(dataset: Dataset, name: str) -> Any:
@@ -198,7 +200,7 @@ def read_column(dataset: Dataset, name: str) -> Any:
     return dataset.select_columns([name]).with_format("arrow")[:].column(name)
 
 
-def _codes(column: Any, values: list[str] | None, name: str) -> np.ndarray:
+def _codes(column: Any, values: list[str] | None) -> np.ndarray:
     """A label column -> int64 [N]; missing labels are -1, as are strings outside ``values``."""
     if values is None:
         return pc.fill_null(column.cast("int64"), -1).to_numpy().astype(np.int64)

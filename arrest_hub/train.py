@@ -27,7 +27,7 @@ from arrest_hub.estimate import choose_batch_size
 from arrest_hub.export import write_model_folder
 from arrest_hub.finish import RunDir, finish_run
 from arrest_hub.hub import check_push, run_push
-from arrest_hub.loop import Run, train_phase
+from arrest_hub.loop import train_phase
 from arrest_hub.network_options import (
     checkpoint_gradients,
     freeze_head,
@@ -47,10 +47,12 @@ from arrest_hub.prepare import (
     prepare_data,
     prepare_student,
 )
-from arrest_hub.processes import main_only
+from arrest_hub.processes import from_main, main_only
 from arrest_hub.progress import Log
 from arrest_hub.provenance import base_for_run
 from arrest_hub.push_config import PushConfig
+from arrest_hub.resume import check_origins, dataset_origin, model_origin
+from arrest_hub.run import Run
 from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
 from arrest_hub.sample_eps import eps_by_sensitivity
 from arrest_hub.schedule import check_accumulation, length_problems
@@ -212,11 +214,13 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
         splits=splits,
         log=Log(paths.log, accelerator),
         num_workers=num_workers(config.num_workers, accelerator, streaming=config.streaming),
-        model_revision=backbone.source.revision,
+        model_origin=from_main(accelerator, lambda: model_origin(backbone.source)),
+        dataset_origin=from_main(accelerator, lambda: dataset_origin(splits, backbone.preprocessing)),
         images_at_once=choose_images_at_once(config, backbone, accelerator.device),
         corrupt=CorruptImages(config.skip_corrupt, read_entries(paths.corrupt) if config.resume else []),
     )
-    _check_revisions(run)
+    if config.resume:
+        check_origins(paths.checkpoints, run.model_origin, run.dataset_origin)
     if config.batch_size == "auto":
         config.batch_size = choose_batch_size(
             config, accelerator, backbone, partial(_costly_objective, run), splits.train.num_examples
@@ -340,26 +344,3 @@ def _initial_student(run: Run, backbone: Backbone) -> Backbone:
     student = load_backbone(model, pretrained=False, image_size=run.config.image_size, num_classes=backbone.num_classes)
     student.label_names = backbone.label_names
     return student
-
-
-def _check_revisions(run: Run) -> None:
-    """A resumed run must go on with the model and data it began with.
-
-    Raises:
-        ConfigError: a commit on the Hub is another one now.
-    """
-    if not run.config.resume:
-        return
-    for phase in ("standard", "robust"):
-        for progress in readable_progress(run.paths.checkpoints, phase)[-1:]:
-            pairs = [
-                ("model", progress.model_revision, run.model_revision),
-                ("dataset", progress.dataset_revision, run.splits.revision),
-            ]
-            problems = [
-                f"cannot resume: the {name} was {old} when the run began and is {new} now."
-                for name, old, new in pairs
-                if old != new
-            ]
-            if problems:
-                raise ConfigError(problems)

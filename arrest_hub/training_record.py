@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arrest_hub.files import write_whole
 from arrest_hub.licenses import License
 
 FORMAT_VERSION = 1
@@ -81,9 +81,7 @@ class TrainingRecord:
     def write(self, path: Path) -> None:
         """Write the record, whole or not at all."""
         data = {"format": FORMAT_VERSION, **dataclasses.asdict(self)}
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_record(path: Path) -> TrainingRecord:

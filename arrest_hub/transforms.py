@@ -6,13 +6,13 @@ and the mean and standard deviation belong to the model (`backbones.Backbone`), 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from arrest_hub.errors import BackboneError, did_you_mean
 
 CROP_MODES = ("center", "squash", "border")
-INTERPOLATIONS = tuple(mode.value for mode in InterpolationMode)
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 AUGMENTATIONS: dict[str, Callable[[], Callable]] = {
     "trivialaugment": v2.TrivialAugmentWide,
@@ -158,19 +158,11 @@ class SmallTrainTransform:
 
 
 def _fit(p: Preprocessing) -> list[Callable]:
-    """timm's resize and crop for each crop_mode (timm.data.transforms_factory.transforms_imagenet_eval)."""
-    mode = InterpolationMode(p.interpolation)
-    size = list(p.size)
-    crop = _FloorCrop(size) if p.floor_crop else v2.CenterCrop(size)
-    scaled = [math.floor(side / p.crop_pct) for side in size]
-    if p.crop_mode == "squash":
-        return [v2.Resize(scaled, interpolation=mode), crop]
-    if p.crop_mode == "border":
-        fill = [float(round(255 * value)) for value in p.mean]
-        return [_KeepRatioResize(scaled, mode, longest=True), _CenterCropOrPad(size, fill)]
-    if scaled[0] == scaled[1]:
-        return [v2.Resize(scaled[0], interpolation=mode), crop]
-    return [_KeepRatioResize(scaled, mode, longest=False), crop]
+    """timm's resize and crop, without its conversion to a tensor, which is not contiguous."""
+    steps = create_transform(
+        p.size, normalize=False, mean=p.mean, crop_pct=p.crop_pct, crop_mode=p.crop_mode, interpolation=p.interpolation
+    ).transforms[:-1]
+    return [*steps[:-1], _FloorCrop(list(p.size))] if p.floor_crop else steps
 
 
 class _FloorCrop:
@@ -182,31 +174,3 @@ class _FloorCrop:
     def __call__(self, image: Image.Image) -> Image.Image:
         height, width = self.size
         return F.crop(image, int((image.height - height) / 2), int((image.width - width) / 2), height, width)
-
-
-class _KeepRatioResize:
-    """Resize so that the image just fits in (``longest``) or just covers the target (height, width)."""
-
-    def __init__(self, target: list[int], mode: InterpolationMode, longest: bool) -> None:
-        self.target, self.mode, self.longest = target, mode, longest
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        ratios = image.height / self.target[0], image.width / self.target[1]
-        ratio = max(ratios) if self.longest else min(ratios)
-        size = [round(image.height / ratio), round(image.width / ratio)]
-        return F.resize(image, size, interpolation=self.mode)
-
-
-class _CenterCropOrPad:
-    """Crop the centre, padding with ``fill`` (RGB, 0 to 255) where the image is smaller."""
-
-    def __init__(self, size: list[int], fill: list[float]) -> None:
-        self.size, self.fill = size, fill
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        missing_h = max(self.size[0] - image.height, 0)
-        missing_w = max(self.size[1] - image.width, 0)
-        if missing_h or missing_w:
-            padding = [missing_w // 2, missing_h // 2, (missing_w + 1) // 2, (missing_h + 1) // 2]
-            image = F.pad(image, padding, fill=self.fill)
-        return F.center_crop(image, self.size)

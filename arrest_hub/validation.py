@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +13,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from arrest_hub.attacks import frozen_eval, pgd
-from arrest_hub.checkpoint import derive_seed
 from arrest_hub.data import to_pixels
 from arrest_hub.progress import progress_bar
-from arrest_hub.results import Result
+from arrest_hub.results import Result, pgd_parameters
+from arrest_hub.seeding import derive_seed
 from arrest_hub.tf32 import tf32
 
 
@@ -62,9 +59,10 @@ def count_correct(
     ``model`` maps pixels in [0, 1] to `BackboneOutput`; ``loader`` must be prepared by ``accelerator`` and yields
     "pixels" (uint8), "label" and "index". An image that is wrong when clean counts as wrong under attack, since the
     clean image is inside the ball; it is not attacked. The random start depends on the seed and on the images of a
-    batch alone, so that the figure does not depend on the number of processes. ``nested``: see `progress_bar`.
-    ``after_batch`` may raise to break off. ``static_shapes``: attack all images of a batch, also those that are wrong
-    when clean, so that every process makes the same passes; the figures are the same but for the attack's start.
+    batch alone, so that the figure does not depend on the number of processes (in l2 but for rounding). ``nested``: see
+    `progress_bar`. ``after_batch`` may raise to break off. ``static_shapes``: attack all images of a batch, also those
+    that are wrong when clean, so that every process makes the same passes; the figures are the same but for the
+    attack's start.
     """
     generator = torch.Generator(device=accelerator.device)
     n = clean = robust = 0
@@ -137,35 +135,6 @@ def to_results(counts: Counts, settings: PgdSettings, *, eps: str, dataset: str,
             eps,
             counts.robust,
             seconds=counts.robust_seconds,
-            attack_parameters={
-                "steps": settings.steps,
-                "step_size": settings.step_size,
-                "restarts": 1,
-                "start": "uniform",
-                "loss": "margin",
-            },
+            attack_parameters=pgd_parameters(settings.steps, settings.step_size),
         ),
     ]
-
-
-def library_versions(library: str = "timm") -> dict[str, str]:
-    """Versions of what the figures depend on; ``library`` is the one that the model comes from."""
-    names = ["arrest-hub", "torch", "torchvision", "timm", "accelerate", "datasets", "huggingface-hub"]
-    names += ["transformers"] if library == "transformers" else []
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def hardware_name(accelerator: Accelerator) -> str:
-    """``2 x NVIDIA H200`` or ``1 x CPU (AMD EPYC 9B14, x86_64, 2 threads)``."""
-    if accelerator.device.type == "cuda":
-        return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
-    facts = [processor_name(), platform.machine(), f"{torch.get_num_threads()} threads"]
-    return f"{accelerator.num_processes} x CPU ({', '.join(fact for fact in facts if fact)})"
-
-
-def processor_name(facts: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's model, where the system says it (Linux: in the file ``facts``); else an empty string."""
-    if not facts.is_file():
-        return "" if platform.processor() == platform.machine() else platform.processor()
-    lines = (line.partition(":") for line in facts.read_text(encoding="utf-8", errors="replace").splitlines())
-    return next((value.strip() for name, _, value in lines if name.strip() == "model name"), "")

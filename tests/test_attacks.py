@@ -292,6 +292,35 @@ def test_zero_gradients_are_counted(batch):
     assert result.zero_gradients.tolist() == [0.0] * 10 + [3.0] * 6
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_that_is_nan_counts_as_none(batch, norm):
+    """The logits are finite: nothing else would tell that the attack does not move."""
+    pixels, labels = batch
+
+    def undefined(x):
+        spread = (x - x).flatten(1).pow(2).sum(dim=1, keepdim=True).sqrt()  # 0, of gradient NaN
+        return TinyClassifier()(x).logits + spread
+
+    result = pgd(undefined, pixels, labels, eps=0.03, step_size=0.01, steps=3, norm=norm, start=pixels)
+    assert result.zero_gradients.tolist() == [3.0] * 16
+    assert torch.equal(result.adversarial, pixels)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e20, 1e30])
+def test_l2_steps_are_as_long_whatever_the_gradients_size(batch, scale):
+    """Their squares are no numbers of single precision."""
+    pixels, labels = batch
+    weight = torch.randn(3 * 8 * 8, 3, generator=torch.Generator().manual_seed(1))
+
+    def attacked(factor):
+        return pgd(
+            lambda x: x.flatten(1) @ weight, pixels, labels, eps=1.0, step_size=0.1, steps=1, norm="l2", start=pixels,
+            loss_fn=lambda logits, targets: logits.gather(1, targets[:, None])[:, 0] * factor,
+        ).adversarial  # fmt: skip
+
+    torch.testing.assert_close(attacked(scale), attacked(1.0), rtol=0, atol=1e-6)
+
+
 def test_half_precision_attack_agrees_with_fp32_on_a_confident_model(batch):
     pixels, labels = batch
     model = TinyClassifier().eval()

@@ -12,7 +12,6 @@ from arrest_hub import checkpoint
 from arrest_hub.checkpoint import (
     Progress,
     checkpoint_name,
-    derive_seed,
     list_checkpoints,
     load_checkpoint,
     newest_whole,
@@ -21,6 +20,7 @@ from arrest_hub.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
+from arrest_hub.seeding import derive_seed
 
 
 def test_names():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from arrest_hub.comparison import (
-    Entry,
+    ComparedModel,
     common_setting,
     comparison_json,
     comparison_markdown,
@@ -41,7 +41,7 @@ def verdicts(right, stands, index=None, attack="pgd-20"):
 def entry(name, *args, parameters=11_173_962, speed=812.4, seen=None, report=None, **kwargs):
     report = {"hardware": "1 x CPU", "preprocessing": {"size": [32, 32]}} | (report or {})
     model = {} if parameters is None else {"parameters": parameters}
-    return Entry(name, EvalReport(rows(*args, **kwargs), model=model, images_per_second=speed, **report), seen)
+    return ComparedModel(name, EvalReport(rows(*args, **kwargs), model=model, images_per_second=speed, **report), seen)
 
 
 def two(**changes):
@@ -114,7 +114,8 @@ def test_attacks_stand_from_weak_to_strong():
     place = {"n": N, "dataset": "d", "split": "s", "seed": 0, "seconds": 1.0}
     names = ("autoattack", "square", "pgd-100", "pgd-20", "noise")
     report = EvalReport([Result("robust_accuracy", name, "l2", "0.5", 5, **place) for name in names])
-    assert list(comparison_rows([Entry("a", report)])[0]["robust"]) == [*reversed(names[2:]), "square", "autoattack"]
+    (row,) = comparison_rows([ComparedModel("a", report)])
+    assert list(row["robust"]) == [*reversed(names[2:]), "square", "autoattack"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_every_difference_is_named_and_equal_radii_are_none():
     with pytest.raises(ConfigError, match="nothing to compare"):
         comparison_table([])
     with pytest.raises(ConfigError, match="'empty' holds no figures"):
-        comparison_table([entry("a"), Entry("empty", EvalReport([]))])
+        comparison_table([entry("a"), ComparedModel("empty", EvalReport([]))])
 
 
 def test_what_makes_figures_hard_to_compare_is_noted():

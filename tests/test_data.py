@@ -21,9 +21,7 @@ from arrest_hub.corrupt import CorruptImages, read_image
 from arrest_hub.data import (
     EpochSampler,
     ImageDataset,
-    ImageError,
     StreamingImages,
-    decode_image,
     eval_loader,
     load_splits,
     to_pixels,
@@ -31,6 +29,7 @@ from arrest_hub.data import (
 )
 from arrest_hub.data_speed import loader_images_per_second
 from arrest_hub.errors import DataError, HubError
+from arrest_hub.images import ImageError, decode_image
 from arrest_hub.splits import load_eval_split
 from arrest_hub.subsets import balanced_subset
 from arrest_hub.transforms import Preprocessing, eval_transform, train_transform

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from test_train import files, log_lines, same_weights, vit_folder
 from tiny import NAMES, tiny_backbone, tiny_config
 
@@ -64,6 +65,8 @@ def line(fixed, each, breaks=None):
         (100, 0, None, 1100, 64, 64, 3),
         (100, 10, 16, 1e9, 1024, 8, 2),
         (100, 10, 4, 1e9, 1024, 2, None),
+        (100, 10, 3, 1e9, 3, 2, None),
+        (100, 10, 3, 1e9, 7, 2, None),
         (100, 100, None, 1000, 1024, 8, 2),
     ],
 )
@@ -85,9 +88,17 @@ def test_not_even_two_images():
         largest_batch(line(100, 10)[0], 50, 1024)
 
 
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(estimate, "_status", lambda name: 0)
+    alone = estimate.memory_limit(accelerator)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert estimate.memory_limit(accelerator) == pytest.approx(alone / 4, rel=0.2), "others use it meanwhile"
+
+
 def test_auto_is_a_number_from_then_on(tmp_path, monkeypatch, capsys):
     """The run is that with the number given, bit for bit, and so is what goes on from it."""
-    monkeypatch.setattr(estimate, "memory_limit", lambda device: int(1e12))
+    monkeypatch.setattr(estimate, "memory_limit", lambda accelerator: int(1e12))
     changes = {"max_steps": 1, "log_every": 1}
     finetune(tiny_config(tmp_path, batch_size="auto", output_dir=str(tmp_path / "auto"), **changes))
     assert "--batch-size auto: 32" in capsys.readouterr().out, "of 36 images, a multiple of eight"

@@ -9,10 +9,10 @@ from datasets import Image as ImageFeature
 from test_data import encoded, identities, labelled, parquet, rows
 
 from arrest_hub import splits
-from arrest_hub.data import EvalData, load_eval_split, load_splits
 from arrest_hub.errors import DataError
 from arrest_hub.on_demand import SplitsOnDemand
 from arrest_hub.sources import Source
+from arrest_hub.splits import EvalData, load_eval_split, load_splits
 from arrest_hub.subsets import read_column
 
 STRINGS = Features({"img": ImageFeature(), "y": Value("string")})

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from tiny import (
     NAMES,
@@ -29,6 +31,7 @@ from tiny import (
 )
 
 import arrest_hub
+from arrest_hub import run_folder
 from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import load_backbone
 from arrest_hub.cli import eval_command, parse_eval, run_cli
@@ -264,7 +267,7 @@ def test_the_record(folder, tmp_path):
     eval_command(arguments(folder, out, *more))
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert files == {
-        "eval_config.yaml", "results.json", "verdicts.parquet",
+        ".lock", "eval_config.yaml", "results.json", "verdicts.parquet",
         *(f"figures/{name}.png" for name in ("eps_curve", "per_class", "gallery", "drift")),
     }  # fmt: skip
     report, verdicts = read_results(out / "results.json"), read_verdicts(out / "verdicts.parquet")
@@ -305,6 +308,31 @@ def test_what_is_there_is_not_overwritten(folder, tmp_path, capsys):
     assert run_cli(eval_command, [*quick, "--overwrite"]) == 2
     assert "is not an evaluation" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_two_evaluations_in_one_folder(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
+    out = tmp_path / "out"
+    quick = arguments(folder, out, "--no-checks", "--no-figures", "--limit-eval", "12")
+    assert run_cli(eval_command, quick) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with FileLock(out / ".lock"):
+        assert run_cli(eval_command, [*quick, "--overwrite"]) == 2
+    assert "in use by another run" in capsys.readouterr().err
+    monkeypatch.setattr("arrest_hub.evaluation.folder_problems", lambda config, paths: [])  # as before the loading
+    assert run_cli(eval_command, quick) == 2
+    assert "already holds an evaluation" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_what_a_kill_leaves_of_the_journals_is_removed(folder, tmp_path):
+    out = tmp_path / "out"
+    quick = arguments(folder, out, "--no-checks", "--no-figures", "--limit-eval", "12")
+    assert run_cli(eval_command, quick) == 0
+    (out / "progress").mkdir()
+    (out / "progress" / "rank-00000.jsonl").write_text("{}\n")
+    assert run_cli(eval_command, [*quick, "--resume"]) == 0
+    assert not (out / "progress").exists()
 
 
 def test_other_weights_cannot_go_on_with_a_journal(folder, tmp_path, capsys):
@@ -368,6 +396,14 @@ def test_several_models_are_compared(folder, tmp_path, capsys):
     assert run_cli(eval_command, [argv[0], str(tmp_path / "missing"), *argv[1:]]) == 2
     assert "there is no such folder" in capsys.readouterr().err
     assert not out.exists(), "said before the first one is evaluated"
+    write_model(tmp_path / "reversed", NAMES[::-1])
+    (shutil.copytree(tmp_path / "other", tmp_path / "damaged") / "model.safetensors").write_bytes(b"")
+    for wrong, said in (("reversed", "in another order"), ("damaged", "weights are damaged")):
+        assert run_cli(eval_command, [argv[0], str(tmp_path / wrong), *argv[1:]]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / wrong}: " in error, "which of the models it is"
+        assert said in error
+        assert not out.exists()
     eval_command([argv[0], str(tmp_path / "untrained"), *argv[1:]])
     data = json.loads((out / "comparison.json").read_text())
     assert [entry["model"] for entry in data["models"]] == ["model", "untrained"]
@@ -383,6 +419,15 @@ def test_several_models_are_compared(folder, tmp_path, capsys):
     assert (out / "comparison.json").read_bytes() == before
     eval_command([*others, "--overwrite"])
     assert (out / "comparison.json").read_bytes() != before
+    namesake = shutil.copytree(folder / "model", tmp_path / "else" / "model")
+    eval_command([argv[0], str(namesake), *argv[1:], "--output-dir", str(tmp_path / "namesakes")])
+    data = json.loads((tmp_path / "namesakes" / "comparison.json").read_text())
+    assert [entry["model"] for entry in data["models"]] == [f"model ({argv[0]})", f"model-2 ({namesake})"]
+    alone = arguments(folder, tmp_path / "alone", "--no-checks", "--no-figures", "--limit-eval", "12")
+    assert run_cli(eval_command, alone) == 0
+    capsys.readouterr()
+    assert run_cli(eval_command, [alone[0], str(namesake), *alone[1:], "--resume"]) == 2
+    assert "alone holds the evaluation of one model, not of several" in capsys.readouterr().err
 
 
 def test_an_export_is_brought_up_to_date(tmp_path, capsys):
@@ -774,7 +819,7 @@ def test_overwriting_leaves_what_is_not_of_this_evaluation(folder, tmp_path):
     (tmp_path / "evals" / "figures" / "mine.png").write_text("mine")
     eval_command([*quick, "--no-figures", "--overwrite", "--seed", "3", "--output-dir", str(tmp_path / "evals")])
     left = {path.relative_to(tmp_path / "evals").as_posix() for path in (tmp_path / "evals").rglob("*")}
-    own = {"eval_config.yaml", "results.json", "verdicts.parquet"}
+    own = {".lock", "eval_config.yaml", "results.json", "verdicts.parquet"}
     assert {path for path in left if "other/" not in path} == {
         *own,
         "notes.txt",

@@ -62,6 +62,23 @@ def test_the_curve_falls_from_clean_accuracy_to_nothing():
     assert {point.n for point in points} == {40}
 
 
+def test_a_curve_that_begins_later_does_not_revive_what_is_wrong_when_clean():
+    accelerator = Accelerator(cpu=True)
+
+    class Constant(torch.nn.Module):
+        """Right about noise alone; without a gradient."""
+
+        def forward(self, x):
+            noisy = (x.flatten(1).std(dim=1) > 1e-4).float()
+            return torch.stack([noisy, 1 - noisy], dim=1) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
+
+    images = TensorImages(torch.full((6, 3, 8, 8), 0.5), torch.zeros(6, dtype=torch.long))
+    evaluator = Evaluator(Constant(), images, accelerator, Journal(None, {}, accelerator), batch_size=4)
+    radii = [Fraction(4, 255), Fraction(8, 255)]
+    points = measure_curve(evaluator, range(6), radii, norm="linf", seed=0, name="model")
+    assert [(point.eps, point.correct, point.n) for point in points] == [("4/255", 0, 6), ("8/255", 0, 6)]
+
+
 def test_classes_of_one_name_are_told_apart():
     """ImageNet has two cranes: an image that is taken for the other one is not right."""
     name = class_name_function(["crane", "robin", "crane"])

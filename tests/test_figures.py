@@ -9,8 +9,8 @@ import pytest
 from matplotlib.image import imread
 
 from arrest_hub.figures import (
-    CurvePoint,
     GalleryRow,
+    PlotPoint,
     drift_figure,
     eps_curve_figure,
     gallery_figure,
@@ -25,7 +25,7 @@ from arrest_hub.training_figure import plot_training, training_figure
 
 ODD = ["$x$", "a_b^c", "猫 🐱", "line\nbreak\t\udc80", "W" * 500, "", "_hidden", "\\frac{1}", "$"]
 SHOWN = {"attack": "PGD-20", "eps": "8/255", "norm": "linf"}
-CURVE = [CurvePoint(i / 255, 180 - 10 * i, 200) for i in range(0, 17, 2)]
+CURVE = [PlotPoint(i / 255, 180 - 10 * i, 200) for i in range(0, 17, 2)]
 
 
 def row(size=8, label="cat", adversarial_prediction="dog", shift=8 / 255, **changes):
@@ -60,7 +60,7 @@ def legend_texts(figure):
 
 def test_eps_curve_draws_the_percentages_and_their_intervals():
     shuffled = [CURVE[i] for i in (3, 0, 8, 1, 2, 7, 4, 6, 5)]
-    curves = {"student": shuffled, "teacher": [CurvePoint(0.0, 190, 200), CurvePoint(16 / 255, 0, 200)]}
+    curves = {"student": shuffled, "teacher": [PlotPoint(0.0, 190, 200), PlotPoint(16 / 255, 0, 200)]}
     figure = eps_curve_figure(curves, norm="linf", eps=8 / 255, attack="PGD-20")
     (axes,) = figure.axes
     student, teacher, marked = axes.lines
@@ -79,12 +79,12 @@ def test_eps_curve_draws_the_percentages_and_their_intervals():
 
 
 def test_eps_curve_of_another_norm_is_in_plain_numbers():
-    figure = eps_curve_figure({"a": [CurvePoint(0.5, 3, 4)]}, norm="l2", eps=0.25, attack="PGD-20")
+    figure = eps_curve_figure({"a": [PlotPoint(0.5, 3, 4)]}, norm="l2", eps=0.25, attack="PGD-20")
     (axes,) = figure.axes
     assert axes.get_xlabel() == "eps, l2 norm"
     assert list(axes.lines[0].get_xdata()) == [0.5]
     assert legend_texts(figure)[-1] == "evaluated at 0.25"
-    without = eps_curve_figure({"a": [CurvePoint(0.5, 3, 4)]}, norm="l2", eps=None, attack="PGD-20")
+    without = eps_curve_figure({"a": [PlotPoint(0.5, 3, 4)]}, norm="l2", eps=None, attack="PGD-20")
     assert len(without.axes[0].lines) == 1
 
 
@@ -92,7 +92,7 @@ def test_eps_curve_of_another_norm_is_in_plain_numbers():
     ("curves", "norm", "eps"),
     [
         ({"student": CURVE, "teacher": CURVE[:3]}, "linf", 8 / 255),
-        ({"only": [CurvePoint(0.0, 0, 1)]}, "l1", None),
+        ({"only": [PlotPoint(0.0, 0, 1)]}, "l1", None),
         (dict.fromkeys(ODD, CURVE), "linf", 0.5 / 255),
     ],
 )
@@ -101,7 +101,7 @@ def test_eps_curve_file(tmp_path, curves, norm, eps):
 
 
 def test_eps_curve_refuses_what_cannot_be_drawn():
-    for curves in ({}, {"a": []}, {"a": [CurvePoint(0.0, 0, 0)]}, {"a": [CurvePoint(0.0, 3, 2)]}):
+    for curves in ({}, {"a": []}, {"a": [PlotPoint(0.0, 0, 0)]}, {"a": [PlotPoint(0.0, 3, 2)]}):
         with pytest.raises(ValueError, match=r"nothing to draw|no proportion"):
             eps_curve_figure(curves, norm="linf", eps=None, attack="PGD-20")
 

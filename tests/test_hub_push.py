@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -308,6 +309,7 @@ def test_many_classes_with_odd_names_survive(hub, published, library, tmp_path):
         config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     config_file.write_text(json.dumps(config))
     save_file(weights, weights_file, {"format": "pt"})
+    forget_files(run)
     outcome = push(hub, run, "--repo-id", f"me/{library}-many")
     assert outcome.code == 0, outcome
     card = hub.files(f"me/{library}-many")["README.md"].decode()
@@ -426,8 +428,12 @@ def test_what_others_added_or_edited_on_the_hub_is_left(hub, run):
 
 
 def test_a_header_alone_is_no_card_to_keep(hub, run):
+    """But the licence that somebody chose in the Hub's form is not replaced by another one unasked."""
     hub.create("me/fresh", {"README.md": "---\nlicense: mit\n---\n"})
-    assert push(hub, run, "--repo-id", "me/fresh", **WITHOUT_XET).code == 0
+    outcome = push(hub, run, "--repo-id", "me/fresh", **WITHOUT_XET)
+    assert outcome.code == 2
+    assert "me/fresh states the licence mit and the card here apache-2.0: say which it is" in outcome.err
+    assert push(hub, run, "--repo-id", "me/fresh", "--license", "mit", **WITHOUT_XET).code == 0
     assert hub.files("me/fresh")["README.md"] == (run / "export" / "README.md").read_bytes()
 
 
@@ -442,6 +448,7 @@ def test_weights_in_several_files(hub, published, tmp_path):
     model = AutoModelForImageClassification.from_pretrained(run / "export")
     (run / "export" / "model.safetensors").unlink()
     model.save_pretrained(run / "export", max_shard_size="5KB")
+    forget_files(run)
     assert push(hub, run, "--repo-id", "me/shards").code == 0
     files = set(hub.files("me/shards"))
     assert {"model.safetensors.index.json", "model-00001-of-00003.safetensors"} <= files
@@ -720,6 +727,85 @@ def test_what_never_leaves(hub, run, tmp_path):
     shutil.rmtree(run / "checkpoints")
     refused("neither a run of arrest-finetune nor its export/")
     assert ("models", "me/never") not in hub.repos
+
+
+def forget_files(run):
+    """As an export of an earlier version has it: which files were measured is not said."""
+    path = run / "export" / "results.json"
+    results = json.loads(path.read_text())
+    del results["model"]["weights_files"]
+    path.write_text(json.dumps(results))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["measured files are known", "are not"])
+def test_weights_that_are_not_what_was_measured_are_not_pushed(hub, run, told):
+    weights, config = run / "export" / "model.safetensors", run / "export" / "config.json"
+    whole, settings = weights.read_bytes(), config.read_text()
+    if not told:
+        forget_files(run)
+
+    def refused(words):
+        outcome = push(hub, run, "--repo-id", "me/swapped")
+        assert outcome.code == 2, outcome
+        assert words in outcome.err
+        assert not hub.requests, "before any connection"
+
+    weights.write_bytes(whole[:-4])
+    refused("model.safetensors is damaged")
+    weights.write_bytes(b"")
+    refused("model.safetensors is damaged")
+    if told:
+        weights.write_bytes(whole[:-4] + b"\0\0\0\0")
+        refused("model.safetensors is not what the figures in results.json are of")
+    weights.write_bytes(whole)
+    config.write_text("{}")
+    refused("config.json names no architecture")
+    config.write_text(settings)
+    assert push(hub, run, "--repo-id", f"me/swapped-{told}").code == 0
+
+
+def test_a_card_edited_on_the_hub_does_not_speak_of_other_weights(hub, run):
+    assert push(hub, run, "--repo-id", "me/claims").code == 0
+    edited = hub.files("me/claims")["README.md"] + b"\nEdited on the website.\n"
+    repo = hub.repos["models", "me/claims"]
+    files = hub.files("me/claims") | {"README.md": edited}
+    repo.refs["main"] = hub.new_commit(repo, repo.refs["main"], "Edited", files)
+    before = repo.refs["main"]
+    weights = run / "export" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    forget_files(run)
+    outcome = push(hub, run, "--repo-id", "me/claims")
+    assert outcome.code == 2, outcome
+    assert "what it states is of other weights than these: delete it there" in outcome.err
+    assert "Try again" not in outcome.err
+    assert repo.refs["main"] == before
+
+
+def test_another_model_is_found_before_the_training(hub, run):
+    hub.create("me/taken", {"config.json": "{}", "model.safetensors": b"weights"})
+    code = """
+        import sys
+        from arrest_hub.errors import HubRefusal
+        from arrest_hub.hub import check_push
+        from arrest_hub.push_config import PushConfig
+        for name, options in (("me/taken", {"create_pr": True}), ("me/none-yet", {}), ("me/taken", {})):
+            try:
+                check_push(PushConfig(folder="run", repo_id=name, **options).validate(), print)
+                print(name, "may be pushed to")
+            except HubRefusal as error:
+                print(error)
+    """
+    outcome = start(hub, run, ["-c", textwrap.dedent(code)])
+    assert outcome.code == 0, outcome
+    first, second, third = outcome.out.splitlines()
+    assert (first, second) == ("me/taken may be pushed to", "me/none-yet may be pushed to")
+    assert "me/taken holds a model that was not pushed by arrest-push" in third
+
+
+def test_what_no_run_wrote_is_named(hub, run):
+    (run / "export" / "notes.txt").write_text("mine")
+    outcome = push(hub, run, "--repo-id", "me/notes")
+    assert "pushed too, though no run writes it: notes.txt" in outcome.out, outcome
 
 
 def test_another_model_is_not_overwritten(hub, run):

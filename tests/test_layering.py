@@ -8,18 +8,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "arrest_hub"
 LEVELS = [
-    {"errors", "fields", "licenses", "attack_schedule", "config", "config_sources", "eval_config", "push_config",
-     "recipe_files", "training_record", "model_arguments"},
+    {"errors", "files", "fields", "licenses", "attack_schedule", "config", "config_sources", "eval_config",
+     "push_config", "recipe_files", "training_record", "model_arguments"},
     {"transforms", "images", "columns", "subsets", "seeding", "corrupt", "streams", "data_speed", "on_demand",
      "image_folder", "labelled_source",
      "sources", "splits", "labels", "data", "architectures", "model_config", "model_source", "image_processor",
      "heads", "networks", "backbones", "network_options", "folding",
      "attacks", "autoattack", "objective", "sample_eps", "weight_perturbation", "results", "verdicts", "throughput",
      "figures", "training_figure", "sharding", "guards", "progress",
-     "processes", "stopping", "out_of_memory", "tf32"},
+     "processes", "machine", "stopping", "out_of_memory", "tf32"},
     {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",
      "hub_access", "hub_search", "pushed_files", "hub", "pretrained"},
-    {"validation", "provenance", "run_folder", "prepare", "run", "checks", "resume", "schedule", "step",
+    {"validation", "provenance", "run_folder", "prepare", "run", "loop_guards", "resume", "schedule", "step",
      "epoch_batches", "epoch_validation", "loop",
      "finish", "estimate", "plan", "train", "evaluator", "attack_stages", "masking", "evidence", "eval_subjects",
      "eval_record", "eval_session", "evaluation"},
@@ -39,10 +39,10 @@ MATHS = (
     "attack_stages",
     "masking",
 )
-NO_TORCH = ("errors", "fields", "attack_schedule", "config", "config_sources", "eval_config", "recipe_files", "results",
-            "verdicts", "figures", "training_figure", "comparison", "robustbench", "licenses", "training_record",
-            "push_config", "model_arguments", "card_facts", "hub_access", "hub_search", "pushed_files", "hub", "cli",
-            "push_cli", "model_card", "__main__")  # fmt: skip
+NO_TORCH = ("errors", "files", "fields", "attack_schedule", "config", "config_sources", "eval_config", "recipe_files",
+            "results", "verdicts", "figures", "training_figure", "comparison", "robustbench", "licenses",
+            "training_record", "push_config", "model_arguments", "card_facts", "hub_access", "hub_search",
+            "pushed_files", "hub", "cli", "push_cli", "model_card", "__main__")  # fmt: skip
 
 
 def imports(name, late=False):

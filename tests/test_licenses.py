@@ -10,7 +10,10 @@ def test_a_whole_licence_is_no_problem(given):
     assert license_problems(*given) == []
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("apache2.0", "apache-2.0"), ("MIT", None), ("cc-by-nc-sa", "cc-by-nc-")])
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("apache2.0", "apache-2.0"), ("MIT", "mit"), ("my-very-own", None), ("cc-by-nc-sa", "cc-by-nc-")],
+)
 def test_an_id_the_hub_does_not_list_is_named_with_the_nearest(typed, meant):
     (problem,) = license_problems(typed, None, None)
     assert f"--license {typed!r}" in problem

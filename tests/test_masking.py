@@ -6,7 +6,7 @@ from tiny import LogitsOnly, patterns, robust_net
 
 import arrest_hub
 from arrest_hub.attack_stages import AttackOutcome
-from arrest_hub.masking import autoattack_checks, ball_check, chance_check, unbounded_eps
+from arrest_hub.masking import autoattack_checks, ball_check, chance_check, share_check, unbounded_eps
 
 
 def checks(model, teacher=None, attacks="pgd-10", **options):
@@ -44,6 +44,21 @@ def test_a_masked_model_is_flagged(change, signs):
     assert signs <= warnings(found)
     for name in signs:
         assert found[name].value > 0
+
+
+def test_a_share_at_its_limit_passes():
+    """Differences of shares are rounded: 60 of 100 and 59 of 100 are one image apart."""
+    for k in range(1, 100):
+        assert share_check("x", (1 - k / 100) - (1 - (k + 1) / 100), 0.01, "", "").status == "pass"
+    assert share_check("x", 1 - 95 / 100, 0.05, "", "").status == "pass"
+    assert share_check("x", 0.02, 0.01, "", "").status == "warn"
+
+
+def test_gradients_that_are_nan_are_none():
+    def undefined(z):
+        return z + (z - z).pow(2).sum(dim=1, keepdim=True).sqrt()
+
+    assert "share of zero gradients" in warnings(checks(LogitsOnly(robust_net(), undefined)))
 
 
 class Backwards(torch.autograd.Function):

@@ -10,6 +10,7 @@ from arrest_hub.config import FinetuneConfig
 from arrest_hub.config_sources import load_config, recipe_config, resolve
 from arrest_hub.errors import ConfigError
 from arrest_hub.recipe_files import FOR_DATASET, list_recipes, read_recipe, recipe_for_dataset
+from arrest_hub.sources import ALIASES
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 
@@ -20,6 +21,7 @@ def test_the_promised_recipes_are_there():
         "imagenet_vit_small", "imagenet_convnext_tiny", "default",
     } <= set(list_recipes())  # fmt: skip
     assert set(FOR_DATASET.values()) <= set(list_recipes())
+    assert set(FOR_DATASET) == set(ALIASES), "the datasets that go by a short name"
 
 
 @pytest.mark.parametrize("name", list_recipes())

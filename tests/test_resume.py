@@ -19,7 +19,7 @@ import torch
 import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
-from tiny import killed_after, tiny_config
+from tiny import killed_after, tiny_config, write_images
 
 from arrest_hub import checkpoint, epoch_validation, loop, run_folder
 from arrest_hub.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
@@ -268,7 +268,7 @@ def test_another_batch_size_goes_on_at_the_end_of_an_epoch(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     rates = {line["step"]: line["lr"] for line in lines if "lr" in line}
     assert list(rates) == [1, 2, 3, 4, *range(5, 23)]
-    assert rates[4] > rates[5] > rates[22] == 0, "the schedule stays with the epochs"
+    assert rates[4] > rates[5] > 50 * rates[22] > 0, "the schedule stays with the epochs"
 
 
 def test_an_epoch_in_which_a_checkpoint_falls_ends_with_one(tmp_path, monkeypatch):
@@ -366,6 +366,99 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
         assert outcome(tmp_path / "run") == before
     finetune(run_config(tmp_path, "run", epochs=1, overwrite=True))
     assert outcome(tmp_path / "run") == before
+
+
+def test_a_run_that_came_between_is_not_replaced(tmp_path, monkeypatch):
+    """Loading takes its time, in which another run may begin and end: the folder is looked at again once it is held."""
+    finetune(run_config(tmp_path, "run", epochs=1))
+    before = contents(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("arrest_hub.train.output_dir_problems", lambda config, paths: [])  # as it was before
+        with pytest.raises(ArrestError, match="already holds a run"):
+            finetune(run_config(tmp_path, "run", epochs=1, seed=7))
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_start_killed_at_any_file_can_be_started_again(tmp_path, monkeypatch):
+    """Whatever was made before the kill, the folder is a run's, and --resume and --overwrite take it."""
+    plain = Path.mkdir
+
+    def killed(path, *arguments, **options):
+        if path.name == "checkpoints":
+            raise KeyboardInterrupt
+        plain(path, *arguments, **options)
+
+    for again in ({"resume": True}, {"overwrite": True}):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "mkdir", killed)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(run_config(tmp_path, "run", epochs=1, overwrite=True))
+        finetune(run_config(tmp_path, "run", epochs=1, **again))
+        assert (tmp_path / "run" / "export" / "README.md").is_file()
+
+
+def test_a_card_written_by_hand_outlives_a_kill_while_the_export_is_replaced(tmp_path, monkeypatch):
+    finetune(run_config(tmp_path, "run", epochs=1))
+    export = tmp_path / "run" / "export"
+    with (export / "README.md").open("a") as card:
+        card.write("\nWritten by hand.\n")
+    (export / "results.json").unlink()
+    plain = Path.rename
+
+    def killed(path, target):
+        if Path(target) == export:
+            raise KeyboardInterrupt
+        return plain(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(run_config(tmp_path, "run", epochs=1, resume=True))
+    assert not export.exists()
+    finetune(run_config(tmp_path, "run", epochs=1, resume=True))
+    assert (export / "README.md").read_text().endswith("Written by hand.\n")
+    assert read_results(export / "results.json").get("robust_accuracy").n == 48
+    assert [path.name for path in (tmp_path / "run").glob("export*")] == ["export"]
+
+
+def test_another_model_or_dataset_of_the_same_name_is_no_resumption(tmp_path):
+    dead_run(tmp_path, "run", at=5)
+
+    def refused(name):
+        with pytest.raises(ConfigError, match=f"cannot resume: the {name} was sha256:.* and is sha256:"):
+            finetune(run_config(tmp_path, "run", resume=True))
+
+    data, model = tmp_path / "data", tmp_path / "model" / "model.safetensors"
+    for changes in ({"count": 51}, {"size": 9}, {"splits": ("test", "train")}):  # other images, pixels, order
+        write_images(data, **changes)
+        refused("dataset")
+    write_images(data)
+    kept = model.read_bytes()
+    flip(model)
+    refused("model")
+    model.write_bytes(kept)
+    finetune(run_config(tmp_path, "run", resume=True))
+
+
+def test_best_weights_that_are_gone_are_one_clear_error(tmp_path):
+    finetune(run_config(tmp_path, "run", epochs=1))
+    shutil.rmtree(tmp_path / "run" / "export")
+    for folder in (tmp_path / "run" / "checkpoints").glob("best-*"):
+        shutil.rmtree(folder)
+    with pytest.raises(ArrestError, match=r"best-000004 is gone.*checkpoints/last"):
+        finetune(run_config(tmp_path, "run", epochs=1, resume=True))
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\n", b"123\n", b"{}\n", b'{"phase": 1, "step": 2}\n', b'{"phase": "robust", ']
+)
+def test_damaged_lines_of_the_log_are_left_out(tmp_path, damage):
+    dead_run(tmp_path, "run", at=5)
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_bytes(damage * damage.endswith(b"\n") + log.read_bytes() + damage)
+    finetune(run_config(tmp_path, "run", resume=True, figures=True))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
 
 
 def train_in_child(values):

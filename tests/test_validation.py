@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.backbones import BackboneOutput
-from arrest_hub.checkpoint import derive_seed
 from arrest_hub.config import FinetuneConfig
+from arrest_hub.machine import hardware_name, processor_name
+from arrest_hub.seeding import derive_seed
 from arrest_hub.step import GRADIENT_SCALE, validation_attack
-from arrest_hub.validation import PgdSettings, arithmetic, count_correct, hardware_name, processor_name, to_results
+from arrest_hub.validation import PgdSettings, arithmetic, count_correct, to_results
 
 
 @pytest.fixture
@@ -138,10 +139,10 @@ def test_the_hardware_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("platform.processor", lambda: "arm64")
     assert processor_name(tmp_path / "none") == "", "the architecture is said already"
 
-    monkeypatch.setattr("arrest_hub.validation.processor_name", lambda: "")
+    monkeypatch.setattr("arrest_hub.machine.processor_name", lambda: "")
     threads = torch.get_num_threads()
     assert hardware_name(Accelerator(cpu=True)) == f"1 x CPU (arm64, {threads} threads)"
-    monkeypatch.setattr("arrest_hub.validation.processor_name", lambda: "Apple M3")
+    monkeypatch.setattr("arrest_hub.machine.processor_name", lambda: "Apple M3")
     assert hardware_name(Accelerator(cpu=True)) == f"1 x CPU (Apple M3, arm64, {threads} threads)"
 
 

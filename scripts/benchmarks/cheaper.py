@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.figures import BLUE, COLOURS, DARK, DPI, GREY
+from arrest_hub.machine import library_versions
 from arrest_hub.results import harmonic_mean, read_results
 from arrest_hub.throughput import step_flops
 from arrest_hub.train import finetune
-from arrest_hub.validation import library_versions
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "PGD-10": {},

@@ -25,7 +25,8 @@ from arrest_hub.data import to_pixels
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.eval_subjects import load_images, load_subject
 from arrest_hub.evaluation import run_evaluation
-from arrest_hub.validation import arithmetic, hardware_name, library_versions
+from arrest_hub.machine import hardware_name, library_versions
+from arrest_hub.validation import arithmetic
 
 TRICKS = {
     "channels_last": {"channels_last": True},

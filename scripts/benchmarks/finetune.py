@@ -26,10 +26,10 @@ from arrest_hub import loop
 from arrest_hub.backbones import load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.estimate import Rehearsal
+from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.step import choose_images_at_once
 from arrest_hub.throughput import Pace
 from arrest_hub.train import build_objective, finetune, set_options
-from arrest_hub.validation import hardware_name, library_versions
 
 STEPS = 2
 

@@ -21,11 +21,11 @@ from arrest_hub.attacks import frozen_eval, margin, pgd, project, random_in_ball
 from arrest_hub.backbones import load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import eval_loader, load_splits, to_pixels
+from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.step import AUTOCAST, choose_images_at_once, for_eval_passes
 from arrest_hub.train import set_options
 from arrest_hub.transforms import eval_transform
-from arrest_hub.validation import hardware_name, library_versions
 
 
 def signs(network: nn.Module, pixels: Tensor, labels: Tensor, dtype: torch.dtype | None) -> Tensor:

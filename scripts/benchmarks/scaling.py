@@ -21,11 +21,11 @@ import torch
 from arrest_hub.backbones import load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.estimate import measure_steps
+from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.step import choose_images_at_once
 from arrest_hub.throughput import forward_flops, step_flops
 from arrest_hub.train import build_objective, set_options
-from arrest_hub.validation import hardware_name, library_versions
 
 
 def numbers(text: str) -> list[int]:

@@ -44,11 +44,11 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
 from arrest_hub.estimate import Rehearsal, wait_for
+from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.step import choose_images_at_once, refresh
 from arrest_hub.throughput import forward_flops, peak_flops, step_flops
 from arrest_hub.train import build_objective, set_options
-from arrest_hub.validation import hardware_name, library_versions
 
 OPTIONS = {
     "ours, BatchNorm not folded": {"fold_batchnorm": False},
