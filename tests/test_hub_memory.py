@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hub_uploads import WritableHub
 from test_hub_loading import environment
+from test_hub_push import forget_files
 
 MAKE = """
 import sys, timm
@@ -62,6 +63,7 @@ def test_peak_memory_of_a_large_model(tmp_path):
     with WritableHub() as hub:
         hub.add_user("hf_me", "me")
         child(MAKE, str(run / "export"))
+        forget_files(run)
         size = weights.stat().st_size
         assert size > 300e6
         pushed = int(child(PUSH, str(run)))

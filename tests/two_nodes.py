@@ -39,7 +39,7 @@ def evaluate(*more: str) -> list[str]:
 
 
 def second_nodes_files() -> list[str]:
-    own = [sorted(str(path.relative_to(node)) for path in node.rglob("*"))]
+    own = [sorted(str(path.relative_to(node)) for path in node.rglob("*") if path.name != ".lock")]
     return gather_object(own)[1]
 
 
