@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -49,6 +50,15 @@ def decode_image(value: bytes | dict[str, Any]) -> Image.Image:
     except _DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"it cannot be decoded ({reason})") from error
+
+
+def encoded_bytes(value: Any) -> bytes:
+    """The file of an image, as `decode_image` takes it; nothing of one that is missing or cannot be opened."""
+    try:
+        source = _open(value)
+        return Path(source).read_bytes() if isinstance(source, str) else source.getvalue()
+    except (ImageError, OSError, TypeError):
+        return b""
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

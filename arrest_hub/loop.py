@@ -105,6 +105,14 @@ class _Phase:
         else:
             assert max_steps is not None  # checked in prepare_data
             self.total_steps, by_epochs = max_steps, False
+        if saved is not None and saved.epoch_steps:
+            before = max_steps is None or epochs * saved.epoch_steps <= max_steps
+            if before != by_epochs:
+                ends = {True: f"--epochs {epochs}", False: f"--max-steps {max_steps}"}
+                accelerator.print(
+                    f"with these batches {ends[by_epochs]} ends the run, not {ends[before]}: the learning rate is that "
+                    f"of its share of {self.total_steps} steps"
+                )
         # where steps set the end, what is given in epochs stays where the run began with it, in steps
         epoch_steps = self.steps_per_epoch if saved is None or by_epochs else saved.epoch_steps or self.steps_per_epoch
         optimizer = make_optimizer(config, student, lr)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
+from datasets import Dataset
 
 from arrest_hub.checkpoint import Progress, newest_whole, read_progress, readable_progress
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import Splits
-from arrest_hub.errors import ConfigError, DataError
-from arrest_hub.eval_subjects import sample_digest, split_images
-from arrest_hub.images import ImageError
+from arrest_hub.errors import ConfigError
+from arrest_hub.images import encoded_bytes
 from arrest_hub.model_source import ModelSource
 from arrest_hub.run_folder import RunPaths
-from arrest_hub.transforms import Preprocessing, eval_transform
 
+SAMPLE = 32
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
 
 NAMES = {
@@ -105,15 +105,17 @@ def model_origin(source: ModelSource) -> str | None:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def dataset_origin(splits: Splits, preprocessing: Preprocessing) -> str | None:
-    """What tells the training images: their commit on the Hub, of a folder a digest of class names, labels and of some
-    of the images, so that not all are read; None for a stream."""
-    if splits.revision is not None or splits.train.streaming:
+def dataset_origin(splits: Splits) -> str | None:
+    """What tells the training images: their commit on the Hub, of a folder a digest of class names, labels and of the
+    files of `SAMPLE` images, so that not all are read; None for a stream."""
+    split = splits.train
+    if splits.revision is not None or not isinstance(split.dataset, Dataset):
         return splits.revision
-    images = split_images(splits.train, eval_transform(preprocessing), splits.dataset_id, None)
-    digest = hashlib.sha256(f"{splits.class_names} {images.digest}".encode())
-    with suppress(DataError, ImageError):  # one that cannot be read is for the training to report, or to skip
-        digest.update(sample_digest(images.images).encode())
+    digest = hashlib.sha256(str(splits.class_names).encode())
+    digest.update(np.asarray(split.label_array()).tobytes() + split.row_array().tobytes())
+    some = np.linspace(0, len(split) - 1, min(SAMPLE, len(split)), dtype=int).tolist()
+    for value in split.dataset.select_columns([split.image_column])[some][split.image_column]:
+        digest.update(encoded_bytes(value))
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
@@ -123,12 +125,14 @@ def check_origins(checkpoints: Path, model: str | None, dataset: str | None) -> 
     for phase in ("standard", "robust"):
         for progress in readable_progress(checkpoints, phase)[-1:]:
             problems = [
-                f"cannot resume: the {name} was {old} when the run began and is {new} now."
-                for name, old, new in (
-                    ("model", progress.model_revision, model),
-                    ("dataset", progress.dataset_revision, dataset),
+                f"cannot resume: the {name} was {old} when the run began and is {new} now. {cure}, or start anew with "
+                "another --output-dir."
+                for name, old, new, cure in (
+                    ("model", progress.model_revision, model, "Give the one of before"),
+                    ("dataset", progress.dataset_revision, dataset, "Give the one of before, with --skip-corrupt N for "
+                     "images that cannot be read"),
                 )
                 if old is not None and old != new
-            ]
+            ]  # fmt: skip
             if problems:
                 raise ConfigError(problems)

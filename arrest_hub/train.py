@@ -215,7 +215,7 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
         log=Log(paths.log, accelerator),
         num_workers=num_workers(config.num_workers, accelerator, streaming=config.streaming),
         model_origin=from_main(accelerator, lambda: model_origin(backbone.source)),
-        dataset_origin=from_main(accelerator, lambda: dataset_origin(splits, backbone.preprocessing)),
+        dataset_origin=from_main(accelerator, lambda: dataset_origin(splits)),
         images_at_once=choose_images_at_once(config, backbone, accelerator.device),
         corrupt=CorruptImages(config.skip_corrupt, read_entries(paths.corrupt) if config.resume else []),
     )

@@ -128,11 +128,14 @@ def test_epochs_decide_the_length_with_other_batches_too(tmp_path, max_steps):
     assert (end_of(tmp_path).epoch, end_of(tmp_path).step, end_of(tmp_path).place) == (3, 8, 6)
 
 
-def test_max_steps_end_a_run_whose_batches_changed_twice(tmp_path):
+def test_max_steps_end_a_run_whose_batches_changed_twice(tmp_path, capsys):
     changes = {"epochs": 3, "max_steps": 10, "eval_every": 0}
     killed(tmp_path, 5, **changes)  # goes on from the end of the first epoch, after four steps
+    assert "ends the run" not in capsys.readouterr().out
     killed(tmp_path, 3, resume=True, batch_size=16, **changes)  # two steps an epoch: epochs decide
+    assert "--epochs 3 ends the run, not --max-steps 10: the learning rate is" in capsys.readouterr().out
     finetune(tiny_config(tmp_path, resume=True, batch_size=8, **changes))
+    assert "--max-steps 10 ends the run, not --epochs 3: the learning rate is" in capsys.readouterr().out
     assert end_of(tmp_path).step == end_of(tmp_path).place == 10
 
 
