@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from arrest_hub.config_sources import recipe_config
     from arrest_hub.evaluation import evaluate
     from arrest_hub.finish import RunDir
-    from arrest_hub.hub import Pushed, push
+    from arrest_hub.hub import push
+    from arrest_hub.hub_repository import Pushed
     from arrest_hub.hub_search import PublishedModel, list_models
     from arrest_hub.pretrained import PretrainedClassifier, from_pretrained
     from arrest_hub.results import EvalReport
@@ -56,7 +57,7 @@ _LAZY = {
     "RunDir": "finish",
     "PretrainedClassifier": "pretrained",
     "PublishedModel": "hub_search",
-    "Pushed": "hub",
+    "Pushed": "hub_repository",
     "push": "hub",
     "recipe_config": "config_sources",
 }

@@ -18,6 +18,8 @@ from arrest_hub.attack_schedule import default_step_size
 
 LogitsFn = Callable[[Tensor], Tensor]
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 class AttackResult(NamedTuple):
     """What an attack found."""
@@ -209,7 +211,7 @@ def pgd(
             else:
                 # a half-precision gradient's norm may overflow, and so may any one's squares, or vanish, unless scaled
                 direction = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-                direction = direction / direction.abs().amax(dim=dims, keepdim=True).clamp_min(1e-38)
+                direction = direction / direction.abs().amax(dim=dims, keepdim=True).clamp_min(TINY)
                 step = size * direction / sample_norm(direction).clamp_min(1e-30)
                 ball = eps[which] if isinstance(eps, Tensor) else eps
                 moved = project(here + step.to(here.dtype), pixels[which], eps=ball, norm=norm)

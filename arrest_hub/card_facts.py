@@ -87,6 +87,8 @@ class CardFacts:
         report = read_results(folder / "results.json")
         if not report.results:
             raise ValueError(f"{folder / 'results.json'} has no figure of the model")
+        if not isinstance(report.model.get("weights_files", {}), dict):
+            raise ValueError(f"{folder / 'results.json'} has no names in weights_files")
         if missing := [name for name in ("architecture", "library", "parameters") if name not in report.model]:
             raise ValueError(f"{folder / 'results.json'} does not say the model's {', '.join(missing)}")
         return cls(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from arrest_hub.autoattack import part_problem
 from arrest_hub.backbones import Backbone
 from arrest_hub.comparison import ComparedModel, comparison_json, comparison_markdown, plain_table
-from arrest_hub.errors import ArrestError, ConfigError
+from arrest_hub.errors import BackboneError, ConfigError, DataError, HubError
 from arrest_hub.eval_config import EvalConfig, evaluation_name
 from arrest_hub.eval_record import (
     EvalPaths,
@@ -361,8 +361,8 @@ def evaluate_all(configs: Sequence[EvalConfig]) -> list[Evaluation]:
         for config in configs:
             try:
                 _check_classes(config, *_open(config, accelerator), accelerator)
-            except ArrestError as error:
-                raise ConfigError(f"{config.model}: {error}") from error
+            except (ConfigError, BackboneError, DataError, HubError) as error:
+                raise type(error)(f"{config.model}: {error}") from error
     done = []
     for number, config in enumerate(configs, 1):
         notes = [f"\n== {number} of {len(configs)}: {config.model}"] if len(configs) > 1 else []

@@ -57,7 +57,7 @@ def measure_curve(
         )
         title = f"eps {fraction_name(radius)}"
         run = evaluator.attack(
-            f"curve/{name}/{radius}", standing, attack, title=title, passes=CURVE_STEPS + 1, of=len(positions)
+            f"eps_curve/{name}/{radius}", standing, attack, title=title, passes=CURVE_STEPS + 1, of=len(positions)
         )
         broken = set(run.broken)
         standing = [position for position in standing if position not in broken]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` in UTF-8 under a temporary name, ``<name>.tmp``, and give it its own once all of it is there.
+    """Write ``text`` in UTF-8 under a temporary name, and give it its own once all of it is there.
 
-    Raises OSError where that is impossible.
+    Several processes may write the same file at once. Raises OSError where it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

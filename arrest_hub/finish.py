@@ -30,7 +30,7 @@ from arrest_hub.evaluator import logits_function
 from arrest_hub.export import weights_digest, write_model_folder
 from arrest_hub.files import write_whole
 from arrest_hub.guards import not_finite_tensor
-from arrest_hub.hub import Pushed
+from arrest_hub.hub_repository import Pushed
 from arrest_hub.journal import Journal
 from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.model_card import before_name, card_is_generated, render_card

@@ -52,13 +52,14 @@ def decode_image(value: bytes | dict[str, Any]) -> Image.Image:
         raise ImageError(f"it cannot be decoded ({reason})") from error
 
 
-def encoded_bytes(value: Any) -> bytes:
-    """The file of an image, as `decode_image` takes it; nothing of one that is missing or cannot be opened."""
+def encoded_bytes(value: Any) -> bytes | None:
+    """The file of an image, as `decode_image` takes it; None if it cannot be decoded."""
     try:
+        decode_image(value)
         source = _open(value)
         return Path(source).read_bytes() if isinstance(source, str) else source.getvalue()
-    except (ImageError, OSError, TypeError):
-        return b""
+    except (ImageError, OSError):
+        return None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

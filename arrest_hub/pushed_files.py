@@ -58,8 +58,9 @@ def local_files(export: Path, card: bytes) -> dict[str, LocalFile]:
 
 
 def weight_files(folder: Path) -> dict[str, str]:
-    """The files of weights in a model folder, by name, with their SHA-256."""
-    return {path.name: local_file(path).sha256 for path in sorted(folder.glob("*.safetensors"))}
+    """The files of weights in a model folder as `export` names them, with their SHA-256."""
+    own = (path for path in sorted(folder.glob("*.safetensors")) if is_own(path.name))
+    return {path.name: local_file(path).sha256 for path in own}
 
 
 def weight_problems(files: dict[str, LocalFile], measured: dict[str, str]) -> list[str]:

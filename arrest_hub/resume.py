@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,10 @@ from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import Splits
 from arrest_hub.errors import ConfigError
 from arrest_hub.images import encoded_bytes
-from arrest_hub.model_source import ModelSource
+from arrest_hub.model_source import ModelSource, find_weights
 from arrest_hub.run_folder import RunPaths
 
 SAMPLE = 32
-WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
 
 NAMES = {
     "processes": "number of processes",
@@ -98,8 +98,11 @@ def model_origin(source: ModelSource) -> str | None:
     folder = Path(source.model_id).expanduser()
     if source.revision is not None or not source.pretrained or not folder.is_dir():
         return source.revision
+    files = [find_weights(folder, source.model_id, source.library, allow_pickle=True)]
+    if files[0].suffix == ".json":  # an index of several
+        files += sorted({folder / name for name in json.loads(files[0].read_text())["weight_map"].values()})
     digest = hashlib.sha256()
-    for path in sorted(path for kind in WEIGHTS for path in folder.glob(kind)):
+    for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{digest.hexdigest()[:16]}"
@@ -107,7 +110,8 @@ def model_origin(source: ModelSource) -> str | None:
 
 def dataset_origin(splits: Splits) -> str | None:
     """What tells the training images: their commit on the Hub, of a folder a digest of class names, labels and of the
-    files of `SAMPLE` images, so that not all are read; None for a stream."""
+    files of `SAMPLE` images, so that not all are read; None for a stream, or if one of these images cannot be read,
+    since it may be repaired."""
     split = splits.train
     if splits.revision is not None or not isinstance(split.dataset, Dataset):
         return splits.revision
@@ -115,7 +119,10 @@ def dataset_origin(splits: Splits) -> str | None:
     digest.update(np.asarray(split.label_array()).tobytes() + split.row_array().tobytes())
     some = np.linspace(0, len(split) - 1, min(SAMPLE, len(split)), dtype=int).tolist()
     for value in split.dataset.select_columns([split.image_column])[some][split.image_column]:
-        digest.update(encoded_bytes(value))
+        content = encoded_bytes(value)
+        if content is None:
+            return None
+        digest.update(content)
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
@@ -132,7 +139,7 @@ def check_origins(checkpoints: Path, model: str | None, dataset: str | None) -> 
                     ("dataset", progress.dataset_revision, dataset, "Give the one of before, with --skip-corrupt N for "
                      "images that cannot be read"),
                 )
-                if old is not None and old != new
+                if old != new and None not in (old, new)
             ]  # fmt: skip
             if problems:
                 raise ConfigError(problems)

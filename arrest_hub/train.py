@@ -145,7 +145,7 @@ def dry_run(config: FinetuneConfig, notes: Sequence[str] = ()) -> list[str]:
     Writes nothing. Raises as `finetune` does.
     """
     _check_kind(config)
-    run, backbone, _ = _prepare(dataclasses.replace(config, push_to_hub=None, private=False), notes)
+    run, backbone, _ = _prepare(dataclasses.replace(config, push_to_hub=None, private=False, dry_run=True), notes)
     lines = describe_plan(run, backbone, partial(_costly_objective, run))
     for line in lines:
         run.accelerator.print(line)

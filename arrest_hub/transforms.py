@@ -162,7 +162,7 @@ def _fit(p: Preprocessing) -> list[Callable]:
     steps = create_transform(
         p.size, normalize=False, mean=p.mean, crop_pct=p.crop_pct, crop_mode=p.crop_mode, interpolation=p.interpolation
     ).transforms[:-1]
-    return [*steps[:-1], _FloorCrop(list(p.size))] if p.floor_crop else steps
+    return [*steps[:-1], _FloorCrop(list(p.size))] if p.floor_crop and p.crop_mode != "border" else steps
 
 
 class _FloorCrop:

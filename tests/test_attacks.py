@@ -306,6 +306,19 @@ def test_a_gradient_that_is_nan_counts_as_none(batch, norm):
     assert torch.equal(result.adversarial, pixels)
 
 
+def test_no_gradient_is_no_step_where_small_numbers_are_flushed(batch):
+    pixels, labels = batch
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush")
+    try:
+        found = pgd(
+            lambda x: x.flatten(1)[:, :3] * 0, pixels, labels, eps=0.5, step_size=0.1, steps=2, norm="l2", start=pixels
+        )
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(found.adversarial, pixels, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e20, 1e30])
 def test_l2_steps_are_as_long_whatever_the_gradients_size(batch, scale):
     """Their squares are no numbers of single precision."""

@@ -783,12 +783,18 @@ def test_a_card_edited_on_the_hub_does_not_speak_of_other_weights(hub, run):
 
 def test_another_model_is_found_before_the_training(hub, run):
     hub.create("me/taken", {"config.json": "{}", "model.safetensors": b"weights"})
+    hub.create("me/form", {"README.md": "---\nlicense: mit\n---\n"})
+    hub.create("me/words", {"README.md": "---\nlicense: mit\n---\n# Mine\n", "model.safetensors": b"weights"})
     code = """
         import sys
         from arrest_hub.errors import HubRefusal
         from arrest_hub.hub import check_push
         from arrest_hub.push_config import PushConfig
-        for name, options in (("me/taken", {"create_pr": True}), ("me/none-yet", {}), ("me/taken", {})):
+        for name, options in (
+            ("me/taken", {"create_pr": True}), ("me/none-yet", {}), ("me/form", {}), ("me/form", {"license": "mit"}),
+            ("me/words", {}),
+            ("me/taken", {}),
+        ):
             try:
                 check_push(PushConfig(folder="run", repo_id=name, **options).validate(), print)
                 print(name, "may be pushed to")
@@ -797,9 +803,11 @@ def test_another_model_is_found_before_the_training(hub, run):
     """
     outcome = start(hub, run, ["-c", textwrap.dedent(code)])
     assert outcome.code == 0, outcome
-    first, second, third = outcome.out.splitlines()
-    assert (first, second) == ("me/taken may be pushed to", "me/none-yet may be pushed to")
-    assert "me/taken holds a model that was not pushed by arrest-push" in third
+    *may, taken = outcome.out.splitlines()
+    assert "me/taken holds a model that was not pushed by arrest-push" in taken
+    assert "me/form states the licence mit" in may.pop(2), "whether the base has another is not known yet"
+    assert "README.md of me/words was edited there" in may.pop(4)
+    assert may == [f"{name} may be pushed to" for name in ("me/taken", "me/none-yet", "me/form", "me/form", "me/words")]
 
 
 def test_what_no_run_wrote_is_named(hub, run):

@@ -18,7 +18,7 @@ LEVELS = [
      "figures", "training_figure", "sharding", "guards", "progress",
      "processes", "machine", "stopping", "out_of_memory", "tf32"},
     {"arrest", "baselines", "checkpoint", "export", "card_facts", "model_card", "comparison", "robustbench", "journal",
-     "hub_access", "hub_search", "pushed_files", "hub", "pretrained"},
+     "hub_access", "hub_search", "pushed_files", "hub_repository", "hub", "pretrained"},
     {"validation", "provenance", "run_folder", "prepare", "run", "loop_guards", "resume", "schedule", "step",
      "epoch_batches", "epoch_validation", "loop",
      "finish", "estimate", "plan", "train", "evaluator", "attack_stages", "masking", "evidence", "eval_subjects",
@@ -42,7 +42,7 @@ MATHS = (
 NO_TORCH = ("errors", "files", "fields", "attack_schedule", "config", "config_sources", "eval_config", "recipe_files",
             "results", "verdicts", "figures", "training_figure", "comparison", "robustbench", "licenses",
             "training_record", "push_config", "model_arguments", "card_facts", "hub_access", "hub_search",
-            "pushed_files", "hub", "cli", "push_cli", "model_card", "__main__")  # fmt: skip
+            "pushed_files", "hub_repository", "hub", "cli", "push_cli", "model_card", "__main__")  # fmt: skip
 
 
 def imports(name, late=False):

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import killed_after, tiny_config, write_images
 
@@ -30,6 +31,8 @@ from arrest_hub.eval_config import EvalConfig
 from arrest_hub.evaluation import run_evaluation
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.results import read_results
+from arrest_hub.resume import check_origins, dataset_origin
+from arrest_hub.splits import load_splits
 from arrest_hub.throughput import TIMED
 from arrest_hub.train import finetune
 from arrest_hub.training_record import read_record
@@ -437,7 +440,28 @@ def test_another_model_or_dataset_of_the_same_name_is_no_resumption(tmp_path):
     flip(model)
     refused("model")
     model.write_bytes(kept)
+    model.with_name("optimizer.pt").write_bytes(b"of a trainer, and no weights")
     finetune(run_config(tmp_path, "run", resume=True))
+
+
+def test_an_image_that_cannot_be_read_may_be_repaired(tmp_path):
+    files = [tmp_path / "images" / split / name / "0.png" for split in ("train", "test") for name in ("cat", "dog")]
+    for number, path in enumerate(files):
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+
+    def origin():
+        return dataset_origin(load_splits(str(tmp_path / "images"), validation_size=0))
+
+    whole, content = origin(), files[0].read_bytes()
+    assert whole == origin()
+    files[0].write_bytes(content[:40])
+    assert origin() is None, "it says nothing, and a run goes on"
+    Image.new("RGB", (8, 8), (0, 9, 0)).save(files[0])
+    assert origin() not in (whole, None)
+    files[0].write_bytes(content)
+    assert origin() == whole
+    check_origins(tmp_path, None, None)
 
 
 def test_best_weights_that_are_gone_are_one_clear_error(tmp_path):

@@ -613,6 +613,14 @@ def test_a_dry_run_from_python_has_its_own_name(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_of_a_finished_run_touches_nothing(tmp_path):
+    config = tiny_config(tmp_path, epochs=1)
+    finetune(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert any(line.startswith("in all") for line in dry_run(config))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
 def test_resume_without_a_run_starts_one_and_says_so(tmp_path, capsys):
     finetune(tiny_config(tmp_path, epochs=1, resume=True))
     assert "no checkpoint" in capsys.readouterr().out

@@ -150,3 +150,10 @@ def test_random_erasing_blackens_a_rectangle(size):
             assert inside[(corner != 0).all(dim=0)].all(), "all of the rectangle"
     assert 0.02 < np.mean(shares) < 0.25
     assert max(shares) <= 0.34
+
+
+@pytest.mark.parametrize("size", [(20, 30), (41, 27), (90, 33)])
+def test_a_border_is_the_mean_wherever_the_centre_is_rounded_to(size):
+    options = {"crop_mode": "border", "crop_pct": 0.9}
+    plain, floored = (eval_transform(preprocessing((33, 33), floor_crop=floor, **options)) for floor in (False, True))
+    assert torch.equal(plain(image(*size)), floored(image(*size)))

@@ -10,8 +10,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 from accelerate.utils import gather_object
+from torch.distributed import destroy_process_group
 
-from arrest_hub.cli import parse_eval
+from arrest_hub.cli import leave, parse_eval
 from arrest_hub.errors import ArrestError
 from arrest_hub.evaluation import evaluate_all
 from arrest_hub.journal import Journal
@@ -63,3 +64,5 @@ if rank == 1:  # what an evaluation of something else left here alone
 said["overwritten"] = evaluate("--overwrite")
 if rank == 0:
     print(json.dumps(said))
+destroy_process_group()
+leave(0)  # as the command does: Gloo's threads may outlive the group
