@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,7 +63,7 @@ class Repository:
             self._check_ours(remote, head)
             there = self._card(head) if CARD in remote else ""
             stated = read_publication(there).license
-            if has_body(there) and not is_sealed(there) and any(path.endswith(".safetensors") for path in remote):
+            if has_body(there) and not is_sealed(there) and _has_weights(remote):
                 self.say(
                     f"note        the {CARD} of {self.repo_id} was edited there: unless it is deleted, other weights "
                     "will not be pushed beside it"
@@ -115,7 +115,7 @@ class Repository:
             self._check_ours(remote, head, files["config.json"].content)
         changed = differing(files, remote)
         if CARD in changed and CARD in remote and not self.config.create_pr and self._keeps_card(files[CARD], head):
-            if any(path in remote and path.endswith(".safetensors") for path in changed):
+            if _has_weights(remote) and _has_weights(changed):
                 raise HubRefusal(
                     f"the {CARD} of {self.repo_id} was edited, there or before an earlier push, and what it states is "
                     "of other weights than these: delete it there and push again, or propose the change with "
@@ -217,6 +217,10 @@ class Repository:
                 f"{self.repo_id} @ {commit[:12]} lacks {', '.join(missing)}, or holds something else under that name. "
                 "Does its .gitignore name it? Remove that line there, then push again."
             )
+
+
+def _has_weights(paths: Iterable[str]) -> bool:
+    return any(is_own(path) and path.endswith(".safetensors") for path in paths)
 
 
 def _payload(content: Path | bytes) -> str | bytes:
