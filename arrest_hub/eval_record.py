@@ -36,7 +36,7 @@ from arrest_hub.results import (
     weaker_figures,
 )
 from arrest_hub.robustbench import write_robustbench
-from arrest_hub.run_folder import LOCK, hold_folder, make_folder
+from arrest_hub.run_folder import hold_folder, is_unused, make_folder
 from arrest_hub.verdicts import Verdicts, read_verdicts
 
 PER_CLASS = "per_class.png"
@@ -93,7 +93,7 @@ def folder_problems(config: EvalConfig, paths: EvalPaths) -> list[str]:
     root = paths.root
     if root.exists() and not root.is_dir():
         return [f"--output-dir {root} is a file: give a folder."]
-    if not root.is_dir() or not any(path.name != LOCK for path in root.iterdir()):
+    if is_unused(root):
         return []
     if not paths.config.is_file():
         return [

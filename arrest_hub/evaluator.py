@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from arrest_hub.attacks import LogitsFn, frozen_eval
 from arrest_hub.autoattack import collect_warnings
 from arrest_hub.data import to_pixels
-from arrest_hub.errors import ArrestError, ConfigError
+from arrest_hub.errors import ArrestError, ConfigError, first_line
 from arrest_hub.journal import Entry, Journal
 from arrest_hub.out_of_memory import is_out_of_memory
 from arrest_hub.progress import progress_bar
@@ -199,7 +199,7 @@ class Evaluator:
                 raise
             raise ArrestError(
                 f"the device has too little memory for {self.batch_size} images at once "
-                f"({(str(error) or type(error).__name__).splitlines()[0][:100]}): give a smaller --batch-size "
+                f"({first_line(error)[:100]}): give a smaller --batch-size "
                 "(and start anew: AutoAttack's draws depend on it)."
             ) from error
 

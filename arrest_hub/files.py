@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -12,10 +13,15 @@ def write_whole(path: Path, text: str) -> None:
 
     Several processes may write the same file at once. Raises OSError where it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # as `is_draft` knows them
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_draft(path: Path) -> bool:
+    """Whether this is what `write_whole` leaves where it is killed."""
+    return re.fullmatch(r".+\.[0-9a-f]{8}\.tmp", path.name) is not None and path.is_file()

@@ -49,28 +49,17 @@ from arrest_hub.throughput import Pace, Utilisation
 DIVERGED = 1e5
 
 
-def train_phase(
-    run: Run,
-    phase: str,
-    student: Backbone,
-    objective: Objective,
-    *,
-    epochs: int,
-    lr: float,
-    max_steps: int | None,
-    ema: ModelEmaV3 | None,
-) -> Progress:
-    """Train ``student`` in place for ``epochs`` or ``max_steps``, resuming from a checkpoint of this phase if asked to.
+class TrainingPhase:
+    """A phase of a run under way in this process: ``student`` is trained in place for ``epochs`` or ``max_steps``.
 
-    Every random draw is seeded by where the run stands, so a resumed run continues bit for bit (on a CPU).
-    Raises ArrestError if training diverges or a checkpoint cannot be written, DataError if an image cannot be read,
-    Terminated after a SIGTERM or Ctrl-C, with a checkpoint written.
+    Every random draw is seeded by where the run stands, so a resumed run continues bit for bit (on a CPU). With
+    --resume it begins where the newest whole checkpoint of this phase is.
+
+    Raises:
+        ArrestError: training diverges, or a checkpoint cannot be written. DataError: an image cannot be read.
+            ConfigError: there is no checkpoint from which the run can go on so. Terminated: after a SIGTERM or Ctrl-C,
+            with a checkpoint written.
     """
-    return _Phase(run, phase, student, objective, epochs=epochs, lr=lr, max_steps=max_steps, ema=ema).train()
-
-
-class _Phase:
-    """A phase of a run under way in this process: what is trained, with what, and where it stands."""
 
     bar: tqdm
     termination: Termination
@@ -87,7 +76,6 @@ class _Phase:
         max_steps: int | None,
         ema: ModelEmaV3 | None,
     ) -> None:
-        """Set up, and, with --resume, go to where the newest whole checkpoint is."""
         self.run, self.phase, self.student, self.objective, self.ema = run, phase, student, objective, ema
         config, accelerator = run.config, run.accelerator
         saved, checkpoint, notes = resume_point(config, run.paths, accelerator, phase, run.num_workers)

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from arrest_hub.checkpoint import put_back_replaced, remove_leftovers
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.config_sources import load_config
-from arrest_hub.files import write_whole
+from arrest_hub.files import is_draft, write_whole
 from arrest_hub.processes import main_only, raise_together
 
 LOCK = ".lock"
@@ -66,6 +66,11 @@ class RunPaths:
         return self.teacher.exists() or self.export.exists() or any(self.checkpoints.glob("*"))
 
 
+def is_unused(folder: Path) -> bool:
+    """Whether it is not there, or holds no more than a start leaves that was killed at once."""
+    return not folder.is_dir() or all(path.name == LOCK or is_draft(path) for path in folder.iterdir())
+
+
 def output_dir_problems(config: FinetuneConfig, paths: RunPaths) -> list[str]:
     """Why the output folder cannot be used: it holds something that is neither to be resumed nor overwritten.
 
@@ -74,7 +79,7 @@ def output_dir_problems(config: FinetuneConfig, paths: RunPaths) -> list[str]:
     root = paths.root
     if root.exists() and not root.is_dir():
         return [f"--output-dir {root} is a file: give a folder."]
-    if not root.is_dir() or not any(path.name != LOCK for path in root.iterdir()):
+    if is_unused(root):
         return []
     if not paths.config.is_file():
         return [
@@ -166,6 +171,8 @@ def _start(config: FinetuneConfig, paths: RunPaths) -> None:
     put_back_replaced(paths.root)
     remove_leftovers(paths.checkpoints, "*.tmp", ".best-*", ".last-*")
     remove_leftovers(paths.root, "export.*.tmp", ".teacher-*")
+    for path in filter(is_draft, paths.root.iterdir()):
+        path.unlink()
     if not paths.has_work:
         paths.log.unlink(missing_ok=True)
         paths.corrupt.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from arrest_hub.estimate import choose_batch_size
 from arrest_hub.export import write_model_folder
 from arrest_hub.finish import RunDir, finish_run
 from arrest_hub.hub import check_push, run_push
-from arrest_hub.loop import train_phase
+from arrest_hub.loop import TrainingPhase
 from arrest_hub.network_options import (
     checkpoint_gradients,
     freeze_head,
@@ -269,9 +269,9 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
         if ema is not None:
             ema.module.compile()
     objective = _objective(run, teacher)
-    progress = train_phase(
+    progress = TrainingPhase(
         run, "robust", student, objective, epochs=config.epochs, lr=config.lr, max_steps=config.max_steps, ema=ema
-    )
+    ).train()
     exported = run.whole(ema.module if ema is not None else student)
     finished = finish_run(
         config, paths, accelerator, run.splits, exported, progress=progress, num_workers=run.num_workers,
@@ -321,10 +321,10 @@ def standard_phase(run: Run, backbone: Backbone) -> Backbone:
     """
     config, accelerator = run.config, run.accelerator
     if not run.paths.teacher.is_dir():
-        train_phase(
+        TrainingPhase(
             run, "standard", backbone, StandardObjective(), epochs=config.standard_epochs,
             lr=config.standard_lr or config.lr, max_steps=None, ema=None,
-        )  # fmt: skip
+        ).train()  # fmt: skip
         trained = run.whole(backbone)
         if trained is not None:
             write_model_folder(trained, run.paths.teacher)

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from arrest_hub.files import write_whole
+from arrest_hub.files import is_draft, write_whole
 
 
 def test_many_may_write_one_file_at_once(tmp_path):
@@ -27,3 +27,17 @@ def test_what_cannot_be_written_leaves_the_file_before(tmp_path, monkeypatch):
         write_whole(path, "after")
     assert path.read_text() == "before"
     assert [file.name for file in tmp_path.iterdir()] == ["card.md"]
+
+
+def test_a_draft_is_known_and_nobody_elses_file_is(tmp_path, monkeypatch):
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "config.yaml", "text")
+    (draft,) = tmp_path.iterdir()
+    assert is_draft(draft)
+    for name in ("config.yaml.tmp", "thesis.tmp", "a.1234567.tmp", "a.12345678.txt"):
+        (tmp_path / name).write_text("mine")
+        assert not is_draft(tmp_path / name)

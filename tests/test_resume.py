@@ -1,6 +1,7 @@
 """Whatever ends a run, the next one goes on from the newest whole checkpoint to the same result."""
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -384,20 +385,29 @@ def test_a_run_that_came_between_is_not_replaced(tmp_path, monkeypatch):
 
 def test_a_start_killed_at_any_file_can_be_started_again(tmp_path, monkeypatch):
     """Whatever was made before the kill, the folder is a run's, and --resume and --overwrite take it."""
-    plain = Path.mkdir
+    make, give_its_name = Path.mkdir, os.replace
 
-    def killed(path, *arguments, **options):
+    def killed_making(path, *arguments, **options):
         if path.name == "checkpoints":
             raise KeyboardInterrupt
-        plain(path, *arguments, **options)
+        make(path, *arguments, **options)
 
-    for again in ({"resume": True}, {"overwrite": True}):
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "mkdir", killed)
-            with pytest.raises(KeyboardInterrupt):
-                finetune(run_config(tmp_path, "run", epochs=1, overwrite=True))
-        finetune(run_config(tmp_path, "run", epochs=1, **again))
-        assert (tmp_path / "run" / "export" / "README.md").is_file()
+    def killed_naming(source, target):
+        if Path(target).name == "config.yaml":
+            raise KeyboardInterrupt
+        give_its_name(source, target)
+
+    starts = [(os, "replace", killed_naming), (Path, "mkdir", killed_making)]
+    for number, (again, kill) in enumerate(itertools.product(({"resume": True}, {"overwrite": True}), starts)):
+        run = tmp_path / f"run-{number}"
+        for _ in range(2):  # another start may be killed there too
+            with monkeypatch.context() as patch:
+                patch.setattr(*kill)
+                with pytest.raises(KeyboardInterrupt):
+                    finetune(run_config(tmp_path, run.name, epochs=1, overwrite=True))
+        finetune(run_config(tmp_path, run.name, epochs=1, **again))
+        assert (run / "export" / "README.md").is_file()
+        assert not list(run.glob("*.tmp"))
 
 
 def test_a_card_written_by_hand_outlives_a_kill_while_the_export_is_replaced(tmp_path, monkeypatch):

@@ -510,15 +510,15 @@ def test_a_diverging_run_stops_and_exports_nothing(tmp_path, lr):
 
 
 def test_weights_that_are_not_finite_are_not_exported(tmp_path, monkeypatch):
-    plain = loop.train_phase
+    plain = loop.TrainingPhase.train
 
-    def poisoned(run, phase, student, *args, **kwargs):
-        progress = plain(run, phase, student, *args, **kwargs)
+    def poisoned(self):
+        progress = plain(self)
         with torch.no_grad():
-            next(student.parameters()).fill_(math.nan)
+            next(self.student.parameters()).fill_(math.nan)
         return progress
 
-    monkeypatch.setattr("arrest_hub.train.train_phase", poisoned)
+    monkeypatch.setattr(loop.TrainingPhase, "train", poisoned)
     with pytest.raises(ArrestError, match="not finite"):
         finetune(tiny_config(tmp_path, epochs=1))
     assert not (tmp_path / "run" / "export").exists()
