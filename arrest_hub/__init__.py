@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from arrest_hub.hub import push
     from arrest_hub.hub_repository import Pushed
     from arrest_hub.hub_search import PublishedModel, list_models
-    from arrest_hub.pretrained import PretrainedClassifier, from_pretrained
+    from arrest_hub.pretrained import PretrainedClassifier, from_pretrained, load
     from arrest_hub.results import EvalReport
     from arrest_hub.train import dry_run, finetune
 
@@ -42,6 +42,7 @@ __all__ = [
     "finetune",
     "from_pretrained",
     "list_models",
+    "load",
     "load_backbone",
     "push",
     "recipe_config",
@@ -52,6 +53,7 @@ _LAZY = {
     "finetune": "train",
     "from_pretrained": "pretrained",
     "list_models": "hub_search",
+    "load": "pretrained",
     "load_backbone": "backbones",
     "EvalReport": "results",
     "RunDir": "finish",

@@ -1,4 +1,4 @@
-"""`arrest_hub.from_pretrained`: a published model as one module from pixels to logits, with what is known about it."""
+"""`arrest_hub.load`, or `from_pretrained`: a published model as one module, and what is known about it."""
 
 from __future__ import annotations
 
@@ -131,6 +131,10 @@ def from_pretrained(
             )
     model = PretrainedClassifier(backbone, threat, results, record).eval()
     return model if device is None else model.to(device)
+
+
+load = from_pretrained
+"""The same function: `arrest_hub.load("someone/model")`."""
 
 
 def _known_facts(

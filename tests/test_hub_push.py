@@ -923,7 +923,7 @@ from test_hub_push import stay_on_loopback
 from arrest_hub.errors import ArrestError
 stay_on_loopback()
 try:
-    model = arrest_hub.from_pretrained(sys.argv[1], **({"revision": sys.argv[2]} if len(sys.argv) > 2 else {}))
+    model = arrest_hub.load(sys.argv[1], **({"revision": sys.argv[2]} if len(sys.argv) > 2 else {}))
 except ArrestError as error:
     print(type(error).__name__, error)
 else:

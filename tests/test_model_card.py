@@ -282,7 +282,7 @@ def test_the_method_and_the_base_are_cited(method, key):
 def test_usage_with_timm():
     usage = section(render_card(make()), "How to use it")
     assert 'timm.create_model("hf-hub:me/robust", pretrained=True)' in usage
-    assert 'arrest_hub.from_pretrained("me/robust")' in usage
+    assert 'arrest_hub.load("me/robust")' in usage
     assert "import arrest_hub.architectures  # registers" in usage
     assert "transformers" not in usage
     plain = section(render_card(make(architecture="resnet18")), "How to use it")
@@ -294,7 +294,7 @@ def test_usage_with_transformers():
     usage = section(render_card(make("transformers", "ViTForImageClassification")), "How to use it")
     assert 'AutoImageProcessor.from_pretrained("me/robust")' in usage
     assert 'AutoModelForImageClassification.from_pretrained("me/robust")' in usage
-    assert 'arrest_hub.from_pretrained("me/robust")' in usage
+    assert 'arrest_hub.load("me/robust")' in usage
     assert "timm" not in usage
     assert "arrest_hub.architectures" not in usage
 

@@ -1,6 +1,7 @@
 """The models under model_cards/ load, are what their figures were measured on, and are small."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from arrest_hub import from_pretrained
 from arrest_hub.export import weights_digest
 from arrest_hub.model_card import card_is_generated
+from arrest_hub.push_cli import card_command
 from arrest_hub.results import read_results
 from arrest_hub.verdicts import read_verdicts
 
@@ -34,6 +36,13 @@ def test_a_published_model_is_what_its_card_says(folder):
         assert f"{100 * row.correct / row.n:.1f} % [" in card
     assert report.get("robust_accuracy", attack="autoattack") is not None
     assert not [check.name for check in report.checks if check.status == "warn"]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_a_published_card_is_the_one_that_is_made_today(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    card_command([str(tmp_path / "model")])
+    assert (tmp_path / "model/README.md").read_text() == (folder / "README.md").read_text(), "run arrest-card on it"
 
 
 def test_published_files_are_small_and_name_no_machine():
