@@ -67,6 +67,7 @@ class Backbone(nn.Module):
         self.num_features = 0
         self.new_head = False  # whether the head came after the weights, at random
         self._num_classes = 0
+        self._dropout_name: str | None = None
         self.head = ClassificationHead([self.body.get_submodule(name) for name in self._head_names])
         self.eval()
         self._self_check()
@@ -96,6 +97,8 @@ class Backbone(nn.Module):
         """The plain timm or transformers network with its head in place; ``forward`` must wait meanwhile."""
         for name, classifier in zip(self._head_names, self.head.classifiers, strict=True):
             set_submodule(self.body, name, classifier)
+        if self._dropout_name is not None:
+            set_submodule(self.body, self._dropout_name, self.head.dropout)
         try:
             yield self.body
         finally:
@@ -126,6 +129,27 @@ class Backbone(nn.Module):
         for index, name in enumerate(self._head_names):
             self.head.classifiers[index] = self.body.get_submodule(name)
             set_submodule(self.body, name, nn.Identity() if count == 1 else Slot(index, count, self.head.widths))
+        if self._dropout_name is not None:
+            dropout = self.head.dropout = self.body.get_submodule(self._dropout_name)
+            dropout.inplace = False  # or it would be done to the representation, which is given out
+            set_submodule(self.body, self._dropout_name, nn.Identity())
+
+    def _last_dropout(self, normalized: Tensor) -> str | None:
+        """The name of the dropout between representation and head, if there is one, which in eval mode gives back what
+        it is given. It goes with the head: what a student drops at random is no distance from its teacher."""
+        outputs: dict[str, Tensor] = {}
+        hooks = [
+            module.register_forward_hook(lambda _module, _input, output, name=name: outputs.update({name: output}))
+            for name, module in self.body.named_modules()
+            if isinstance(module, nn.Dropout) and module.p > 0
+        ]
+        try:
+            with torch.no_grad():
+                representation = _output_tensor(self.body(normalized))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return next((name for name, output in outputs.items() if output is representation), None)
 
     def _self_check(self) -> None:
         """Compare with the native network's own logits; sets ``num_features`` and ``num_classes``.
@@ -139,7 +163,7 @@ class Backbone(nn.Module):
             pixels = torch.rand(2, 3, *self.preprocessing.size, generator=generator)
             with torch.no_grad(), self.native() as network:
                 expected = _output_tensor(network(self.normalize(pixels)))
-        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
             height, width = self.preprocessing.size
             raise BackboneError(
                 f"{where} cannot process an image of {height}x{width} pixels ({first_line(error)}). "
@@ -155,10 +179,13 @@ class Backbone(nn.Module):
             raise BackboneError(
                 f"{where} gives logits that are not finite: its weights are damaged. Download or export them again."
             )
-        # some networks (LeViT) keep in eval mode what they computed from their weights, here without a gradient, until
-        # they leave it
-        self.train().eval()
         try:
+            last_dropout = self._last_dropout(self.normalize(pixels))
+            with self.native():
+                self._dropout_name = last_dropout
+            # some networks (LeViT) keep in eval mode what they computed from their weights, here without a gradient,
+            # until they leave it
+            self.train().eval()
             with torch.enable_grad():
                 logits, representation = self(pixels)
         except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:

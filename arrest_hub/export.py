@@ -86,8 +86,7 @@ def _write_transformers(network: Any, backbone: Backbone, folder: Path) -> None:
     if names is not None:  # they may be the dataset's, where the model had none
         network.config.id2label = dict(enumerate(names))
         network.config.label2id = {name: index for index, name in enumerate(names)}
-    if network.config.problem_type is not None:  # of the network before: the logits are of one class among several
-        network.config.problem_type = "single_label_classification"
+    network.config.problem_type = None  # of the network before: the logits are of one class among several
     with quiet_transformers():
         network.save_pretrained(folder, state_dict=_portable_state(network), max_shard_size=MAX_SHARD_SIZE)
     backbone.processor.save_pretrained(folder)

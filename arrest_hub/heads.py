@@ -46,15 +46,20 @@ def head_widths(classifiers: Sequence[nn.Module]) -> list[int] | None:
 
 
 class ClassificationHead(nn.Module):
-    """Representation [B, num_features] -> logits [B, num_classes]; several heads' logits are averaged."""
+    """Representation [B, num_features] -> logits [B, num_classes]; several heads' logits are averaged.
+
+    ``dropout`` is what the network drops of the representation while it is trained.
+    """
 
     def __init__(self, classifiers: Sequence[nn.Module]) -> None:
         super().__init__()
+        self.dropout: nn.Module = nn.Identity()
         self.classifiers = nn.ModuleList(classifiers)
         self.widths = head_widths(classifiers) if len(classifiers) > 1 else None
 
     def forward(self, representation: Tensor) -> Tensor:
         count = len(self.classifiers)
+        representation = self.dropout(representation)
         parts = representation.chunk(count, dim=1) if self.widths is None else representation.split(self.widths, dim=1)
         logits = []
         for classifier, part in zip(self.classifiers, parts, strict=True):

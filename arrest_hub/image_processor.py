@@ -1,22 +1,25 @@
 """What a transformers image processor does to an image, as a ``Preprocessing``.
 
-The processor's attributes are read, and then the processor is tried on a plain and on a graded image: one
-that does anything these attributes do not tell is refused, rather than evaluated on the wrong pixels.
+The processor's attributes are read, and then it is tried on plain images, and on smooth ones of several shapes beside
+the evaluation transform that is made of them: one that does anything else is refused, rather than evaluated on the
+wrong pixels.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from arrest_hub.errors import BackboneError, first_line
-from arrest_hub.model_source import has_preprocessor
-from arrest_hub.transforms import Preprocessing
+from arrest_hub.model_source import preprocessor_files
+from arrest_hub.transforms import Preprocessing, eval_transform
 
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
@@ -45,10 +48,15 @@ def load_processor(folder: Path, model_id: str, image_size: int | None = None) -
     """
     from transformers import AutoImageProcessor
 
-    if not has_preprocessor(folder):
+    if not preprocessor_files(folder):
         raise BackboneError(
             f"Model {model_id!r} has no preprocessor_config.json, so the size and normalisation of its images "
             "are unknown. Save its image processor beside it: processor.save_pretrained(folder)."
+        )
+    if code := _custom_code(folder):
+        raise BackboneError(
+            f"Model {model_id!r} prepares images by Python code from its repository ({code}), which is never executed "
+            "here. Save an image processor of transformers beside it."
         )
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -66,6 +74,17 @@ def load_processor(folder: Path, model_id: str, image_size: int | None = None) -
             f"The image processor of model {model_id!r} ({type(processor).__name__}) {error}. "
             "Use another model, or save an image processor that only resizes, crops and normalises."
         ) from error
+
+
+def _custom_code(folder: Path) -> str | None:
+    """What a saved processor names as its own code: transformers would silently take the architecture's instead."""
+    for file in preprocessor_files(folder):
+        with suppress(ValueError):  # a damaged file is AutoImageProcessor's to report
+            config = json.loads(file.read_text(encoding="utf-8"))
+            named = config.get("auto_map") if isinstance(config, dict) else None
+            if named and ("AutoImageProcessor" in named or "AutoFeatureExtractor" in named):
+                return f"auto_map in {file.name}"
+    return None
 
 
 def read_preprocessing(processor: Any) -> Preprocessing:
@@ -88,8 +107,7 @@ def read_preprocessing(processor: Any) -> Preprocessing:
     across = _sizes(processor, "size").get("width")
     if crop_mode == "squash" and across is not None and math.floor(width / crop_pct) != across:
         raise ValueError(f"resizes to {edge}x{across} before it crops {height}x{width}, which is no enlargement of it")
-    _check_geometry(processor, (height, width), crop_mode, crop_pct, mean, std)
-    return Preprocessing(
+    wants = Preprocessing(
         size=(height, width),
         mean=(float(mean[0]), float(mean[1]), float(mean[2])),
         std=(float(std[0]), float(std[1]), float(std[2])),
@@ -98,6 +116,8 @@ def read_preprocessing(processor: Any) -> Preprocessing:
         interpolation=_interpolation(processor),
         floor_crop=True,
     )
+    _check_pixels(processor, wants)
+    return wants
 
 
 def _apply(processor: Any, image: np.ndarray) -> np.ndarray:
@@ -159,32 +179,26 @@ def _fraction(size: int, edge: int) -> float:
     return fraction
 
 
-def _check_geometry(
-    processor: Any, size: tuple[int, int], crop_mode: str, crop_pct: float, mean: np.ndarray, std: np.ndarray
-) -> None:
-    """ValueError unless a graded 2:1 image comes out in ``size``, showing the part that mode and crop_pct imply."""
-    rows, columns = np.meshgrid(np.linspace(0, 255, 256), np.linspace(0, 255, 512), indexing="ij")
-    image = np.stack([columns, rows, rows], axis=-1).astype(np.uint8)
-    out = _apply(processor, image) * std[:, None, None] + mean[:, None, None]
-    height, width = out.shape[-2:]
-    if (height, width) != size:
-        raise ValueError(
-            f"gives images of different sizes ({size[0]}x{size[1]} of a square one, {height}x{width} of a wide one): "
-            "its do_center_crop would have to be true"
-        )
-
-    def shown(line: np.ndarray) -> float:  # the share of the ramp that a line of the output spans
-        a, b = len(line) // 4, len(line) - 1 - len(line) // 4
-        return float((line[b] - line[a]) * len(line) / max(b - a, 1))
-
-    across = crop_pct if crop_mode == "squash" else crop_pct * width / height / 2
-    measured = (shown(out[1, :, width // 2]), shown(out[0, height // 2]))
-    tolerance = 0.02 + 1.0 / min(height, width)
-    if not np.allclose(measured, (crop_pct, across), atol=tolerance):
-        raise ValueError(
-            f"shows {measured[0]:.2f} of an image's height and {measured[1]:.2f} of its width, where its "
-            f"settings imply {crop_pct:.2f} and {across:.2f}"
-        )
+def _check_pixels(processor: Any, wants: Preprocessing) -> None:
+    """ValueError unless images of several shapes come out of ``processor`` as out of the evaluation transform."""
+    transform = eval_transform(wants)
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    mean, std = (np.array(values)[:, None, None] for values in (wants.mean, wants.std))
+    tolerance = 0.03 if wants.interpolation == "nearest" else 0.004  # half a level of rounding; ties of "nearest"
+    for width, height in ((160, 100), (100, 161), (41, 40), (333, 251)):
+        image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        given = _apply(processor, np.asarray(image)) * std + mean
+        if given.shape[1:] != wants.size:
+            raise ValueError(
+                f"gives images of different sizes ({wants.size[0]}x{wants.size[1]} of a square one, {given.shape[1]}x"
+                f"{given.shape[2]} of one of {height}x{width}): its do_center_crop would have to be true"
+            )
+        error = float(np.abs(given - transform(image).numpy() / 255).mean())
+        if error > tolerance:
+            raise ValueError(
+                f"does more than its settings tell, or pads: of an image of {height}x{width} it shows other pixels "
+                f"than resize and crop ({wants.crop_mode}, {wants.crop_pct:.3f}) give, by {error:.3f} in [0, 1]"
+            )
 
 
 def _interpolation(processor: Any) -> str:

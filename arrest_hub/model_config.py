@@ -30,6 +30,8 @@ def read_config(file: Path, model_id: str) -> dict[str, Any]:
             f"The config.json of model {model_id!r} holds a {type(config).__name__}, not an object. "
             "Give a config.json written by timm or transformers."
         )
+    if isinstance(named := config.get("architectures"), str):
+        config["architectures"] = [named]
     return config
 
 
@@ -103,6 +105,11 @@ def _check_transformers_config(config: Mapping[str, Any], model_id: str, head_wa
         )
     classifiers = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(model_type, ())
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    if config.get("quantization_config"):
+        raise BackboneError(
+            f"Model {model_id!r} has quantized weights (quantization_config in config.json), which cannot be trained. "
+            "Give the model that it was made of."
+        )
     saved_as = config.get("architectures") or classifiers[:1]
     if not saved_as or not classifiers:
         raise BackboneError(

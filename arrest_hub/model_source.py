@@ -140,9 +140,9 @@ def find_weights(folder: Path, model_id: str, library: str, allow_pickle: bool) 
     return preferred if preferred in pickles else pickles[0]
 
 
-def has_preprocessor(folder: Path) -> bool:
-    """Whether an image processor was saved beside a transformers model."""
-    return any((folder / name).is_file() for name in _PREPROCESSOR_FILES)
+def preprocessor_files(folder: Path) -> list[Path]:
+    """Where an image processor was saved beside a transformers model."""
+    return [path for name in _PREPROCESSOR_FILES if (path := folder / name).is_file()]
 
 
 def companion_file(source: ModelSource, name: str, cache_dir: str | Path | None = None) -> Path | None:

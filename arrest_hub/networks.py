@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
 from timm.models import resolve_model_input_args
+from torch import nn
 
-from arrest_hub.errors import BackboneError
+from arrest_hub.errors import BackboneError, causes
 from arrest_hub.heads import head_names
 from arrest_hub.model_config import no_head
 from arrest_hub.model_source import LocatedModel, ModelSource, find_weights
@@ -127,6 +128,9 @@ def _build_transformers(
     headless = saved_as[0] != source.architecture  # what `check_config` lets pass only where a head is put on
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # what a config may ask for beside the logits, or in their place
+        config.output_attentions, config.output_hidden_states, config.return_dict = False, False, True
+        config.architectures = [source.architecture]  # of a type with several classifiers (DeiT) it chooses one
         if headless:
             config.num_labels = head_if_none
         if source.pretrained:
@@ -152,6 +156,7 @@ def _build_transformers(
     mismatched = [f"{key} is {tuple(a)}, not {tuple(b)}" for key, a, b in info.get("mismatched_keys", ())]
     if mismatched:
         raise _build_failure(source, folder, {}, ValueError("; ".join(sorted(mismatched)[:4]) + "."))
+    _mend_momentum(native)
     missing = sorted(info.get("missing_keys", ()))
     if headless:
         new = tuple(f"{name}." for name in head_names(native, source))
@@ -159,7 +164,7 @@ def _build_transformers(
     if missing:
         raise BackboneError(
             f"The weights of model {source.model_id!r} lack {len(missing)} parameters of {source.architecture} "
-            f"({', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}), which would be random numbers. "
+            f"({', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}), which would not be trained. "
             "Give a model finetuned for image classification, or save the weights again."
         )
     names = native.config.id2label
@@ -170,6 +175,14 @@ def _build_transformers(
         names = None  # transformers' placeholder
     label_names = _complete_names(names, native.config.num_labels)
     return BuiltNetwork(native, preprocessing, label_names, headless, processor)
+
+
+def _mend_momentum(network: nn.Module) -> None:
+    """transformers' MobileNetV1, MobileNetV2 and EfficientNet give BatchNorm TensorFlow's momentum (0.9997, 0.997,
+    0.99), the share of the old statistics, where PyTorch wants that of the new: they would be the last batch's alone."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and (module.momentum or 0.0) > 0.5:
+            module.momentum = 1 - (module.momentum or 0.0)
 
 
 def _build_failure(
@@ -189,6 +202,10 @@ def _build_failure(
         return BackboneError(
             f"Model {source.model_id!r} ({source.architecture}) cannot be loaded: its pickled weights are damaged "
             "or hold more than tensors, which is never executed. Convert the weights to safetensors."
+        )
+    if any(isinstance(e, ImportError) for e in causes(error)):
+        return BackboneError(
+            f"Model {source.model_id!r} ({source.architecture}) needs a package that is not here: {why}"
         )
     return BackboneError(
         f"Model {source.model_id!r} ({source.architecture}) cannot be loaded: {why} "

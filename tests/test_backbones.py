@@ -493,9 +493,16 @@ def test_unusable_transformers_folders(tmp_path):
     fails(broken("code", auto_map={"AutoConfig": "x.Y"}), "never", "auto_map")
     fails(broken("type", model_type="vitt"), "vitt", "Did you mean 'vit")
     fails(broken("task", architectures=["ViTModel"]), "without a classification head", "ViTForImageClassification")
-    fails(broken("lost", architectures=["ViTModel"], num_hidden_layers=2), "lack", "random numbers", num_classes=5)
+    fails(broken("lost", architectures=["ViTModel"], num_hidden_layers=2), "lack", "not be trained", num_classes=5)
     fails(broken("text", model_type="bert", architectures=["BertModel"]), "not an image classifier")
     fails(broken("gray", num_channels=1), "1 channels")
+    fails(broken("quantized", quantization_config={"load_in_8bit": True}), "quantized weights", "cannot be trained")
+    assert load_backbone(broken("string", architectures="ViTForImageClassification")).num_classes == 5
+    folder = broken("images")
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    code = {"auto_map": {"AutoImageProcessor": "mine.Mine"}, "image_processor_type": "Mine"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | code))
+    fails(folder, "Python code from its repository", "auto_map in preprocessor_config.json")
     fails(broken("wrapped", model_type="timm_wrapper"), "timm_wrapper")
     folder = broken("processor")
     (folder / "preprocessor_config.json").unlink()
@@ -506,7 +513,7 @@ def test_unusable_transformers_folders(tmp_path):
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-    fails(folder, "classifier.weight", "random")
+    fails(folder, "classifier.weight", "would not be trained")
     folder = broken("shape")
     save_file(tensors | {"classifier.bias": torch.zeros(9)}, folder / "model.safetensors", {"format": "pt"})
     fails(folder, "cannot be loaded", "classifier.bias is (9,), not (5,)")
@@ -675,7 +682,7 @@ def test_the_processor_is_reproduced(tmp_path):
     assert read_preprocessing(offset).std == pytest.approx((0.5,) * 3)
     with pytest.raises(ValueError, match="colour channels"):
         read_preprocessing(t.MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}))
-    with pytest.raises(ValueError, match=r"different sizes \(64x64 of a square one, 64x128 of a wide one\)"):
+    with pytest.raises(ValueError, match=r"different sizes \(64x64 of a square one, 64x102 of one of 100x160\)"):
         read_preprocessing(t.CLIPImageProcessor(size={"shortest_edge": 64}, do_center_crop=False))
     with pytest.raises(ValueError, match="resizes to 73x71 before it crops 64x64"):
         read_preprocessing(
@@ -683,6 +690,96 @@ def test_the_processor_is_reproduced(tmp_path):
         )
     with pytest.raises(ValueError, match="does not resize"):
         read_preprocessing(t.ViTImageProcessor(do_resize=False))
+
+
+@pytest.mark.parametrize("kind", ["crop of another shape", "padded", "stretched to a multiple"])
+def test_a_processor_that_does_more_than_it_tells_is_refused(kind):
+    import transformers as t
+
+    from arrest_hub.image_processor import read_preprocessing
+
+    def square(pixels):
+        return {"height": pixels, "width": pixels}
+
+    processor = {
+        "crop of another shape": lambda: t.CLIPImageProcessor(
+            size={"shortest_edge": 48}, crop_size={"height": 48, "width": 32}
+        ),
+        "padded": lambda: t.ViTImageProcessor(size=square(32), do_pad=True, pad_size=square(40)),
+        "stretched to a multiple": lambda: t.TextNetImageProcessor(
+            size={"shortest_edge": 64}, crop_size=square(64), do_center_crop=True
+        ),
+    }[kind]()
+    with pytest.raises(ValueError, match="does more than its settings tell"):
+        read_preprocessing(processor)
+
+
+@pytest.mark.parametrize("family", ["vit", "beit", "convnext", "resnet"])
+def test_a_config_that_asks_for_more_than_logits(family, tmp_path):
+    folder = transformers_folder(family, tmp_path / family)
+    pixels = torch.rand(2, 3, 32, 32)
+    expected = load_backbone(folder)(pixels).logits
+    config = json.loads((folder / "config.json").read_text())
+    asked = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
+    (folder / "config.json").write_text(json.dumps(config | asked))
+    backbone = load_backbone(folder)
+    torch.testing.assert_close(backbone(pixels).logits, expected)
+    write_model_folder(backbone, tmp_path / "export")
+    torch.testing.assert_close(load_backbone(tmp_path / "export")(pixels).logits, expected)
+
+
+def test_a_type_with_several_classifiers_and_no_architecture(tmp_path):
+    folder = transformers_folder("deit_distilled", tmp_path / "deit")
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    heads = {name.replace("cls_classifier", "classifier"): value for name, value in tensors.items()}
+    save_file(heads, folder / "model.safetensors", {"format": "pt"})
+    assert load_backbone(folder).source.architecture == "DeiTForImageClassification"
+
+
+def mobilenet_folder(folder: Path, **options) -> Path:
+    import transformers as t
+
+    config = t.MobileNetV2Config(image_size=32, depth_multiplier=0.1, min_depth=8, num_labels=5, **options)
+    t.MobileNetV2ForImageClassification(config).save_pretrained(folder)
+    t.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_dropout_before_the_head_is_not_in_the_representation(library, tmp_path):
+    """It is noise, which the distance from the teacher would be made of."""
+    torch.manual_seed(0)
+    if library == "timm":
+        args = VIT | {"drop_rate": 0.5}
+        backbone = load_backbone("vit_tiny_patch16_224", num_classes=5, image_size=32, model_args=args)
+    else:
+        backbone = load_backbone(mobilenet_folder(tmp_path / "mobilenet", classifier_dropout_prob=0.5))
+    pixels = torch.rand(4, 3, 32, 32)
+    for _ in range(2):
+        assert isinstance(backbone.head.dropout, torch.nn.Dropout)
+        assert backbone.head.dropout.p == 0.5
+        expected = backbone.eval()(pixels)
+        backbone.head.dropout.train()
+        torch.manual_seed(0)
+        dropped = backbone(pixels)
+        assert torch.equal(dropped.representation, expected.representation)
+        assert not torch.equal(dropped.logits, expected.logits)
+        with backbone.eval().native() as network:
+            network.train()
+            assert sum(isinstance(m, torch.nn.Dropout) and m.p == 0.5 and m.training for m in network.modules()) == 1
+        backbone.reset_head(3)
+    write_model_folder(backbone, tmp_path / "export")
+    torch.testing.assert_close(load_backbone(tmp_path / "export")(pixels).logits, backbone.eval()(pixels).logits)
+
+
+def test_momentum_of_tensorflow_is_pytorchs(tmp_path):
+    backbone = load_backbone(mobilenet_folder(tmp_path / "mobilenet"))
+    momenta = [m.momentum for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert momenta == pytest.approx([0.003] * len(momenta))
+    assert momenta
 
 
 def test_loading_under_no_grad_gives_a_trainable_network():
