@@ -130,8 +130,9 @@ class Backbone(nn.Module):
             self.head.classifiers[index] = self.body.get_submodule(name)
             set_submodule(self.body, name, nn.Identity() if count == 1 else Slot(index, count, self.head.widths))
         if self._dropout_name is not None:
-            dropout = self.head.dropout = self.body.get_submodule(self._dropout_name)
+            dropout: Any = self.body.get_submodule(self._dropout_name)
             dropout.inplace = False  # or it would be done to the representation, which is given out
+            self.head.dropout = dropout
             set_submodule(self.body, self._dropout_name, nn.Identity())
 
     def _last_dropout(self, normalized: Tensor) -> str | None:

@@ -311,12 +311,14 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resum
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedies = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there")
+        remedies |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make that writable")
+        if error.errno not in remedies:
             raise
         full = error.filename2 or error.filename  # of a copy the second
         place = f" at {full}" if full else ""
         again = "go on with the same command and --resume" if resumes else "give the same command again"
-        print(f"error: {error.strerror}{place}. Make room there, then {again}.", file=sys.stderr)
+        print(f"error: {error.strerror}{place}. {remedies[error.errno]}, then {again}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; continue with the same command" + " and --resume" * resumes, file=sys.stderr)

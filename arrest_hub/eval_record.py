@@ -219,6 +219,8 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
         training = _read_training(config.model)
         if training is None or not (folder / "results.json").is_file():
             return []
+        if closed := [path for path in (folder, folder / "figures") if path.is_dir() and not os.access(path, os.W_OK)]:
+            return [f"{folder} is left as it is: there is no permission to write in {closed[0]}."]
         old = read_results(folder / "results.json")
         old_verdicts = read_verdicts(folder / "verdicts.parquet") if (folder / "verdicts.parquet").is_file() else None
         untouched = card_is_generated(folder)

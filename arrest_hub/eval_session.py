@@ -210,7 +210,7 @@ class EvalSession:
         return found + masking_checks(
             self.evaluator, draw(right, config.check_images, config.seed), settings,
             teacher=teacher, first_batch=(pixels, labels),
-            pixels_per_image=pixels[0].numel(),
+            pixels_per_image=pixels[0].numel(), gradients=self.subject.gradients, reported=_strongest(outcomes),
         )  # fmt: skip
 
     def curve(self, report: EvalReport, teacher: Evaluator | None, positions: Sequence[int]) -> None:
@@ -239,7 +239,7 @@ class EvalSession:
         """Every picture there is something for, in ``folder``; ``training``: see `training_facts`."""
         config, report, verdicts = self.config, measured.report, measured.verdicts
         gallery: list[GalleryRow] = []
-        if config.norm != "l1":
+        if config.norm != "l1" and self.subject.gradients:
             attack = pgd_attack(
                 self.evaluator.classify, self.threat, steps=50, step_size=config.step_size_value, seed=config.seed,
                 name="gallery",
@@ -271,6 +271,12 @@ class EvalSession:
             f"seed {config.seed}",
             f"precision   {config.arithmetic_name}{tf32}, {hardware_name(self.accelerator)}",
         ]
+
+
+def _strongest(outcomes: Mapping[str, AttackOutcome]) -> tuple[str, set[int]] | None:
+    """The attack that broke most, and what; noise is none."""
+    found = {name: set(outcome.broken_by) for name, outcome in outcomes.items() if name != "noise"}
+    return max(found.items(), key=lambda pair: len(pair[1]), default=None)
 
 
 def summary(report: EvalReport, name: str, teacher_name: str) -> list[str]:

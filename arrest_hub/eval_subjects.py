@@ -42,7 +42,7 @@ class Subject:
     """A network to evaluate: ``module`` maps pixels in [0, 1] to logits.
 
     ``info`` goes into `results.json`, which may be published, so it has no paths; ``hub_id``, with its commit, is set
-    for a network on the Hub.
+    for a network on the Hub. ``gradients``: whether its logits have a gradient to the pixels, as `count_classes` saw.
     """
 
     module: nn.Module
@@ -50,6 +50,7 @@ class Subject:
     info: dict[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     hub_id: str | None = None
+    gradients: bool = True
 
     @property
     def backbone(self) -> Backbone | None:
@@ -336,9 +337,10 @@ def load_teacher(
 
 
 def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator, *, gradients: bool = True) -> int:
-    """The model's number of outputs; of a network given as an object by a look at one image.
+    """The model's number of outputs; of a network given as an object by a look at one image, which also tells whether
+    its logits have gradients to the pixels (``subject.gradients``).
 
-    ``gradients``: whether its attacks need those of the logits to the pixels.
+    ``gradients``: whether its attacks need them.
 
     Raises:
         ConfigError: it fails on an image, does not return logits or gives no gradients, or takes colour images and
@@ -355,6 +357,8 @@ def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator
     with frozen_eval(module):
         try:
             logits = as_logits(module(pixels.requires_grad_(gradients)))
+            if not gradients:
+                subject.gradients = _gives_gradients(module, pixels)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise ConfigError(
                 f"{subject.name} fails on an image of shape {tuple(pixels.shape)}, float32 in [0, 1]: "
@@ -366,6 +370,13 @@ def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator
             'torch), which these attacks need: give the network without it, or attacks="clean,noise,square".'
         )
     return logits.shape[1]
+
+
+def _gives_gradients(module: nn.Module, pixels: Tensor) -> bool:
+    try:
+        return as_logits(module(pixels.clone().requires_grad_())).requires_grad
+    except RuntimeError:  # what it does in place cannot be followed
+        return False
 
 
 def _check_shape(shape: Sequence[int], subject: Subject) -> None:

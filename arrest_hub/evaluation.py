@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from arrest_hub.autoattack import part_problem
 from arrest_hub.backbones import Backbone
+from arrest_hub.caller import undisturbed
 from arrest_hub.comparison import ComparedModel, comparison_json, comparison_markdown, plain_table
 from arrest_hub.errors import BackboneError, ConfigError, DataError, HubError
 from arrest_hub.eval_config import EvalConfig, evaluation_name
@@ -46,7 +48,7 @@ from arrest_hub.eval_subjects import (
     tensor_images,
 )
 from arrest_hub.files import write_whole
-from arrest_hub.journal import Journal
+from arrest_hub.journal import Journal, identity_problems
 from arrest_hub.network_options import compile_problem
 from arrest_hub.prepare import launcher_warning, new_accelerator
 from arrest_hub.pretrained import PretrainedClassifier
@@ -54,6 +56,10 @@ from arrest_hub.processes import from_main, main_only
 from arrest_hub.results import EvalReport, read_results
 from arrest_hub.robustbench import robustbench_problems
 from arrest_hub.verdicts import Verdicts, read_verdicts
+
+IDENTITY = "identity"
+"""Under this name the verdicts keep what `_identity` says, by which a finished evaluation is known again."""
+TEACHER = "teacher's weights"
 
 
 def evaluate(
@@ -128,8 +134,7 @@ def _dtype_problem(name: str, network: nn.Module) -> list[str]:
     return [f"the {name}'s parameters are {kinds}, and images are float32: give {name}.float()."]
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
+@undisturbed()
 def run_evaluation(
     config: EvalConfig,
     *,
@@ -173,8 +178,6 @@ def run_evaluation(
     for note in (*notes, *([warning] if warning else [])):
         say(note)
     subject, images = _open(config, accelerator, module, pair)
-    if paths is not None and config.resume and (done := from_main(accelerator, partial(_read_record, paths))):
-        return _finished(config, paths, subject, accelerator, *done)
     num_classes = _check_classes(config, subject, images, accelerator)
     if teacher_module is None:
         teacher = load_teacher(config, subject, num_classes, accelerator, images.notes)
@@ -185,6 +188,8 @@ def run_evaluation(
                 f"the teacher has {count} outputs and the model {num_classes}: give one for these classes."
             )
     identity = _identity(config, subject, teacher, images, accelerator)
+    if paths is not None and config.resume and (done := from_main(accelerator, partial(_read_record, paths))):
+        return _finished(config, paths, subject, identity, accelerator, *done)
     with nullcontext() if paths is None else hold_evaluation_folder(config, paths, accelerator):
         journal = Journal(paths.progress if paths else None, identity, accelerator)
         session = EvalSession(config, accelerator, subject, teacher, images, journal, num_classes)
@@ -192,6 +197,7 @@ def run_evaluation(
             for line in session.describe(images.notes):
                 say(line)
             measured = session.measure()
+            measured.verdicts.metadata[IDENTITY] = json.dumps(identity)
             if paths is not None:
                 _write(config, paths, session, measured)
         finally:
@@ -223,7 +229,11 @@ def _write(config: EvalConfig, paths: EvalPaths, session: EvalSession, measured:
 
 def _publish(config: EvalConfig, report: EvalReport, verdicts: Verdicts, figures: Sequence[Path]) -> None:
     """Into the model's own folder, and as an entry of RobustBench, where that is wanted; says so."""
-    for line in update_export(config, report, verdicts, figures) if config.update_export else []:
+    try:
+        lines = update_export(config, report, verdicts, figures) if config.update_export else []
+    except OSError as error:  # the record is written; somebody else's folder may be read-only
+        lines = [f"{config.model} is not brought up to date ({error.strerror}: {error.filename})"]
+    for line in lines:
         print(line)
     for line in write_entry(config, report):
         print(line)
@@ -251,20 +261,30 @@ def _finished(
     config: EvalConfig,
     paths: EvalPaths,
     subject: Subject,
+    identity: dict[str, Any],
     accelerator: Accelerator,
     report: EvalReport,
     verdicts: Verdicts,
 ) -> Evaluation:
-    """What --resume finds where there is nothing left to do.
+    """What --resume finds where there is nothing left to do. Versions and device may be others by now, and the teacher
+    may be gone.
 
     Raises:
-        ConfigError: the record is of other weights.
+        ConfigError: the record is of other weights, images or preprocessing, or of another teacher.
     """
     if report.model.get("weights_sha256") != subject.info["weights_sha256"]:
         raise ConfigError(
             f"cannot resume: {paths.root} is the evaluation of other weights than {subject.name} has now. Start anew "
             "with --overwrite, or with another --output-dir."
         )
+    recorded = json.loads(verdicts.metadata.get(IDENTITY, "{}"))  # older records have none
+    same = ["preprocessing", "images", "pixels", "dataset revision"]
+    if None not in (recorded.get(TEACHER), identity[TEACHER]):
+        same.append(TEACHER)
+    now = json.loads(json.dumps(identity))
+    old, new = ({name: facts[name] for name in same if name in recorded} for facts in (recorded, now))
+    if problems := identity_problems(old, new):
+        raise ConfigError(problems)
     accelerator.print(f"{paths.root} is complete: nothing is left to attack")
     if accelerator.is_main_process:
         shutil.rmtree(paths.progress, ignore_errors=True)  # left where it was killed after the last of its files
@@ -292,7 +312,7 @@ def _identity(
                 "channels_last", "compile", "seed", "check_images", "curve_images")  # fmt: skip
     return {
         "weights": subject.info["weights_sha256"], "preprocessing": preprocessing_facts(subject),
-        "teacher's weights": teacher.info["weights_sha256"] if teacher else None,
+        TEACHER: teacher.info["weights_sha256"] if teacher else None,
         "dataset revision": images.revision, "images": images.digest, "pixels": sample_digest(images.images),
         "device": accelerator.device.type, "torch": torch.__version__, "pyautoattack": version("pyautoattack"),
         **{name: getattr(config, name) for name in settings},

@@ -138,6 +138,8 @@ def logits_function(
     def classify(pixels: Tensor) -> Tensor:
         if on_pass is not None:
             on_pass(len(pixels))
+        if not pixels.requires_grad:
+            pixels = pixels.clone()  # a network may normalise in place; where a gradient is wanted, autograd refuses it
         if channels_last:
             if pixels.requires_grad:
                 # the gradient comes back in the layout that attacks flatten
@@ -296,7 +298,7 @@ class Evaluator:
                         logits = self.classify(attacked.adversarial)
                 finally:
                     self._on_pass = lambda: None
-                _check_logits(logits, labels, index)
+                _check_logits(logits, labels, index, f" under {title}")
                 wrong = logits.argmax(dim=1) != labels
                 largest = perturbation_size(attacked.adversarial - pixels, self.norm)[wrong]
                 chosen = positions[number * self.batch_size : (number + 1) * self.batch_size]
@@ -347,12 +349,13 @@ def _same_size(loader: DataLoader[Any]) -> Iterator[Any]:
         ) from error
 
 
-def _check_logits(logits: Tensor, labels: Tensor, index: Tensor) -> None:
+def _check_logits(logits: Tensor, labels: Tensor, index: Tensor, when: str = "") -> None:
     if not logits.isfinite().all():
         bad = int((~logits.isfinite().all(dim=1)).nonzero()[0])
         raise ArrestError(
-            f"the model's logits for image {int(index[bad])} are not finite ({logits[bad].tolist()[:3]}, ...): its "
-            "weights may be damaged or diverged, or the precision too low. Load them again, or use --precision fp32."
+            f"the model's logits for image {int(index[bad])}{when} are not finite ({logits[bad].tolist()[:3]}, ...): "
+            "its weights may be damaged or diverged, or the precision too low. Load them again, or give --precision "
+            "fp32."
         )
     wrong = (labels < 0) | (labels >= logits.shape[1])
     if wrong.any():

@@ -96,6 +96,9 @@ def weights_digest(module: nn.Module) -> str:
     """SHA-256 of a network's parameters and buffers, names and values: which weights a figure belongs to."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
+        if not isinstance(value, Tensor):  # what a module says of itself beside its tensors
+            digest.update(f"{name} {value!r}".encode())
+            continue
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -63,7 +63,7 @@ class Journal:
                 if not isinstance(entry, dict):
                     continue
                 if isinstance(old := entry.get("identity"), dict):
-                    problems += _differences(old, identity)
+                    problems += identity_problems(old, identity)
                     begun.add(path)
                 elif path in begun and {"stage", "batch"} <= entry.keys():
                     self.entries[entry.pop("stage"), entry.pop("batch")] = entry
@@ -110,7 +110,8 @@ class Journal:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def identity_problems(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What an evaluation began with and no longer has: a line for each."""
     return [
         f"cannot resume: {key} was {old.get(key)} when the evaluation began and is {new.get(key)} now. Start anew with "
         "--overwrite, or with another --output-dir."

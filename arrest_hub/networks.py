@@ -179,10 +179,10 @@ def _build_transformers(
 
 def _mend_momentum(network: nn.Module) -> None:
     """transformers' MobileNetV1, MobileNetV2 and EfficientNet give BatchNorm TensorFlow's momentum (0.9997, 0.997,
-    0.99), the share of the old statistics, where PyTorch wants that of the new: they would be the last batch's alone."""
+    0.99), the share of the old statistics, where PyTorch wants that of the new: they would be the last batch's."""
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d) and (module.momentum or 0.0) > 0.5:
-            module.momentum = 1 - (module.momentum or 0.0)
+        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None and module.momentum > 0.5:
+            module.momentum = 1 - module.momentum
 
 
 def _build_failure(

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -18,6 +17,7 @@ from arrest_hub.arrest import ArrestObjective
 from arrest_hub.attacks import pgd, random_in_ball
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades
+from arrest_hub.caller import undisturbed
 from arrest_hub.checkpoint import readable_progress
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.config_sources import anchored, load_config, resume_config
@@ -56,7 +56,6 @@ from arrest_hub.run import Run
 from arrest_hub.run_folder import RunPaths, hold_run_folder, output_dir_problems
 from arrest_hub.sample_eps import eps_by_sensitivity
 from arrest_hub.schedule import check_accumulation, length_problems
-from arrest_hub.seeding import random_states_kept
 from arrest_hub.sharding import is_sharded
 from arrest_hub.step import choose_images_at_once, gradient_scale, make_teacher
 from arrest_hub.training_record import BaseModel
@@ -113,15 +112,13 @@ def _counted(config: FinetuneConfig, objective: Objective) -> Objective:
     return objective
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-@random_states_kept()
+@undisturbed()
 def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     """Make a pretrained classifier robust: check, train, export, evaluate the export, write results and card.
 
     ``notes`` are printed first. Runs on one process or under `accelerate launch` on many. A run that is resumed must
     have the values it began with (`config.RESUME_MAY_DIFFER` may be others). The global random states
-    of torch, numpy and Python are afterwards what they were.
+    of torch, numpy and Python, and the caller's own Accelerator, are afterwards what they were.
 
     Raises:
         ArrestError: (ConfigError, BackboneError, DataError, HubError) for anything wrong with the input, before the
@@ -136,9 +133,7 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
         return _train(run, backbone, base)
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-@random_states_kept()
+@undisturbed()
 def dry_run(config: FinetuneConfig, notes: Sequence[str] = ()) -> list[str]:
     """Do what comes before the training of `finetune`, and a few steps; print, and return, what the rest will take.
 

@@ -992,5 +992,62 @@ def test_the_callers_tensors_and_modes_are_left_alone():
     assert [net.training, net.net.training] == [True, False]
 
 
+def test_a_network_that_changes_its_input_is_attacked_like_any_other():
+    class OutOfPlace(InPlace):
+        def forward(self, pixels):
+            return self.net(0.5 * pixels)
+
+    pair = patterns(24, 4, seed=7)
+    plain, changed = (run(net, pair, attacks="noise,square", eps="60/255") for net in (OutOfPlace(), InPlace()))
+    assert [row.correct for row in plain.report.results] == [row.correct for row in changed.report.results]
+    assert plain.report.results[-1].correct < plain.report.results[0].correct
+
+
+def test_a_network_without_gradients_is_measured_with_what_needs_none(tmp_path):
+    report = arrest_hub.evaluate(
+        Detached(), patterns(8, 4, seed=7), attacks="clean,noise,square", output_dir=tmp_path / "out"
+    )
+    assert "no gradients" in next(check.finding for check in report.checks if check.status == "skipped")
+    assert (tmp_path / "out/figures/per_class.png").is_file()
+    assert not (tmp_path / "out/figures/gallery.png").exists()
+
+
+def test_a_finished_evaluation_is_not_that_of_other_images(tmp_path):
+    net, (pixels, labels) = robust_net(), patterns(12, 4, seed=7)
+    options = {"attacks": "clean", "output_dir": tmp_path / "out", "checks": False, "figures": False}
+    first = arrest_hub.evaluate(net, (pixels, labels), teacher=robust_net(), **options)
+    again = arrest_hub.evaluate(net, (pixels, labels), teacher=None, resume=True, **options)
+    assert again.results[0].correct == first.results[0].correct, "a teacher that is gone takes nothing away"
+    for pair, teacher in (((pixels.flip(0), labels), None), ((pixels, 0 * labels), None),
+                          ((pixels, labels), smooth_net(4))):  # fmt: skip
+        with pytest.raises(ConfigError, match="cannot resume"):
+            arrest_hub.evaluate(net, pair, teacher=teacher, resume=True, **options)
+    assert read_results(tmp_path / "out/results.json").results[0].correct == first.results[0].correct
+
+
+def test_a_models_folder_that_is_read_only_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    """Tests may run as root, who may write everywhere."""
+    from arrest_hub import eval_record
+
+    export = finetune(tiny_config(tmp_path, max_steps=1)).export
+    before = {path: path.read_bytes() for path in export.rglob("*") if path.is_file()}
+    options = [str(export), "--dataset", str(tmp_path / "data"), "--attacks", "noise", "--num-workers", "0",
+               "--teacher", "none", "--eps", EPS, "--no-checks", "--limit-eval", "6"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_record.os, "access", lambda path, mode: not Path(path).is_relative_to(export))
+        assert run_cli(eval_command, [*options, "--output-dir", str(tmp_path / "one")]) == 0
+        assert "no permission to write" in capsys.readouterr().out
+
+    def denied(*_args):
+        raise PermissionError(13, "Permission denied", "figures/gallery.png")
+
+    monkeypatch.setattr("arrest_hub.evaluation.update_export", denied)
+    assert run_cli(eval_command, [*options, "--output-dir", str(tmp_path / "two")]) == 0
+    printed = capsys.readouterr().out
+    assert "is not brought up to date (Permission denied: figures/gallery.png)" in printed
+    assert "95 % intervals" in printed, "the table is there all the same"
+    assert {path: path.read_bytes() for path in export.rglob("*") if path.is_file()} == before
+
+
 def test_the_public_names_are_listed():
     assert set(arrest_hub.__all__) <= set(dir(arrest_hub))

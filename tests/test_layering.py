@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "arrest_hub"
 LEVELS = [
     {"errors", "files", "fields", "licenses", "attack_schedule", "config", "config_sources", "eval_config",
      "push_config", "recipe_files", "training_record", "model_arguments"},
-    {"transforms", "images", "columns", "subsets", "seeding", "corrupt", "streams", "data_speed", "on_demand",
+    {"transforms", "images", "columns", "subsets", "seeding", "caller", "corrupt", "streams", "data_speed", "on_demand",
      "image_folder", "labelled_source",
      "sources", "splits", "labels", "data", "architectures", "model_config", "model_source", "image_processor",
      "heads", "networks", "backbones", "network_options", "folding",

@@ -20,7 +20,7 @@ def warnings(found):
 
 
 def test_an_honestly_trained_model_is_not_flagged():
-    found = checks(robust_net(), teacher=robust_net())
+    found = checks(robust_net(), teacher=robust_net(), attacks="pgd-50")
     assert not warnings(found)
     assert {check.status for check in found.values()} == {"pass"}
     assert 0 < checks(robust_net())["noise does not hurt more than PGD"].value + 1 < 1, "PGD does break some"
@@ -83,6 +83,41 @@ def test_a_gradient_that_misleads_is_flagged():
     assert {"white-box beats transfer from the teacher", "robust accuracy falls to 0 as eps grows"} <= {
         check.name for check in found.warnings
     }
+
+
+class SeededByTheImage(torch.nn.Module):
+    """Noise on the logits, the same for the same image: a defence that no second look gives away."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = robust_net()
+
+    def forward(self, pixels):
+        noise = (pixels.flatten(1).double() * torch.arange(1, 193)).sum(dim=1, keepdim=True) * 1e6
+        return self.net(pixels) + 2 * torch.cat([noise.sin(), (2 * noise).sin(), (3 * noise).sin(), noise.cos()], 1)
+
+
+def test_logits_that_jump_are_flagged():
+    name = "a tiny change of the pixels changes the logits little"
+    assert name in warnings(checks(SeededByTheImage()))
+    assert 0 < checks(robust_net())[name].value < 1e-3
+
+
+def test_logits_that_depend_on_the_batch_are_flagged():
+    name = "an image's logits do not depend on its batch"
+    norm = torch.nn.BatchNorm2d(3, track_running_stats=False)
+    assert name in warnings(checks(torch.nn.Sequential(norm, robust_net())))
+    assert checks(robust_net())[name].value < 1e-5
+
+
+def test_an_attack_that_is_too_weak_is_flagged():
+    name = "the checks break little that stands {}"
+    found = checks(robust_net(), attacks="pgd-1", pgd_step_size="1/255")
+    assert name.format("PGD-1") in warnings(found)
+    assert "measure with autoattack" in found[name.format("PGD-1")].finding
+    both = checks(robust_net(), attacks="pgd-1,apgd-ce", pgd_step_size="1/255")
+    assert name.format("APGD-CE") not in warnings(both), "the strongest attack is the one that counts"
+    assert not [name for name in checks(robust_net(), attacks="clean,noise") if name.startswith("the checks break")]
 
 
 def test_without_a_teacher_or_for_l1_checks_are_skipped_and_say_so():

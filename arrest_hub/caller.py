@@ -1,0 +1,67 @@
+"""What a call must not take from its caller's process, nor change in it: notebooks call, and train beside."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from arrest_hub.seeding import random_states_kept
+
+
+class _SharedState:
+    """What is the process's, not the thread's: the states that all Accelerators share, the default dtype.
+
+    The first of several calls at once (in threads, or one within another) keeps it, the last one puts it back.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.calls = 0
+        self.kept: tuple[list[dict[str, Any]], torch.dtype] = ([], torch.float32)
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.calls == 0:
+                states = [dict(state._shared_state) for state in (AcceleratorState, GradientState)]
+                self.kept = states, torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self.calls += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.calls -= 1
+            if self.calls == 0:
+                states, dtype = self.kept
+                for shared, before in zip((AcceleratorState, GradientState), states, strict=True):
+                    shared._shared_state.clear()  # the same object: the caller's Accelerators look into it
+                    shared._shared_state.update(before)
+                torch.set_default_dtype(dtype)
+
+
+_SHARED = _SharedState()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Work as in a process of one's own, whatever the caller has set, and leave all of it as it was.
+
+    Gradients are on, autocast is off and the default dtype is float32 within; afterwards the random states of Python,
+    numpy and torch, the default dtype and the caller's own Accelerator are what they were before.
+    """
+    devices = {"cpu"}
+    if (accelerator := torch.accelerator.current_accelerator()) is not None:
+        devices.add(accelerator.type)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in sorted(devices):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(random_states_kept())
+        _SHARED.enter()
+        stack.callback(_SHARED.leave)
+        yield

@@ -1,0 +1,84 @@
+"""A call works as in a process of its own, and leaves its caller's as it was."""
+
+import threading
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from tiny import patterns, robust_net, tiny_config
+
+import arrest_hub
+from arrest_hub.caller import undisturbed
+from arrest_hub.export import weights_digest
+from arrest_hub.train import finetune
+
+
+def evaluated(net=None, pair=None):
+    pair = pair or patterns(12, 4, seed=7)
+    options = {"attacks": "clean,apgd-ce", "checks": False, "num_workers": 0, "teacher": None, "eps": "26/255"}
+    return [row.correct for row in arrest_hub.evaluate(net or robust_net(), pair, **options).results]
+
+
+def steps(accelerator, net):
+    found = []
+    for _ in range(8):
+        with accelerator.accumulate(net):
+            found.append(accelerator.sync_gradients)
+    return found
+
+
+def test_the_callers_accelerator_goes_on_as_it_was(tmp_path):
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4, mixed_precision="bf16")
+    net = torch.nn.Linear(2, 2)
+    before = steps(accelerator, net)
+    assert before.count(True) == 2
+    evaluated()
+    finetune(tiny_config(tmp_path, max_steps=1))
+    assert accelerator.mixed_precision == "bf16"
+    assert steps(accelerator, net) == before
+
+
+def test_an_accelerator_may_be_made_afterwards():
+    AcceleratorState._reset_state()
+    evaluated()
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    AcceleratorState._reset_state()
+
+
+def test_calls_at_once_leave_the_state_to_the_last():
+    AcceleratorState._reset_state()
+    inside, out = threading.Event(), threading.Event()
+
+    def other():
+        with undisturbed():
+            inside.set()
+            out.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait()
+    with undisturbed():
+        Accelerator(cpu=True)
+    assert AcceleratorState._shared_state, "the other call may need it"
+    out.set()
+    thread.join()
+    assert not AcceleratorState._shared_state
+
+
+def test_the_default_dtype_and_autocast_change_nothing(tmp_path):
+    net, pair = robust_net(), patterns(12, 4, seed=7)
+    expected = evaluated(net, pair)
+    plain, other = tiny_config(tmp_path / "a", max_steps=2), tiny_config(tmp_path / "b", max_steps=2)
+    weights = weights_digest(arrest_hub.load(finetune(plain).export).backbone)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = evaluated(net, pair)
+            run = finetune(other)
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+    assert weights_digest(arrest_hub.load(run.export).backbone) == weights
