@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from arrest_hub.errors import BackboneError, first_line
 from arrest_hub.heads import ClassificationHead, Slot, head_names, reset_transformers_head, set_submodule
-from arrest_hub.model_arguments import model_args_problem
+from arrest_hub.model_arguments import DROPPED, model_args_problem
 from arrest_hub.model_source import ModelSource, locate
 from arrest_hub.networks import build_network
 from arrest_hub.transforms import Preprocessing
@@ -222,7 +222,8 @@ def load_backbone(
     a random initialisation. ``pretrained=False`` keeps the architecture of an id with weights, with random
     ones. ``num_classes`` replaces a head of another size by a fresh one, and puts one on a network that has none,
     which is all that ``head_if_none`` does (`new_head` tells); ``image_size`` (pixels, square) overrides the model's
-    own; ``model_args`` are timm's keyword arguments for a bare architecture name.
+    own; ``model_args`` are timm's keyword arguments for a bare architecture name, or those of its dropout for any timm
+    model (`DROPPED`).
     Weights are safetensors; ``allow_pickle`` admits pickles, read by torch.load(weights_only=True).
 
     Loading weights leaves the global random generator as it was; a random initialisation draws from it.
@@ -246,16 +247,15 @@ def load_backbone(
         model_id, revision=revision, pretrained=pretrained, head_wanted=count_if_none is None,
         allow_pickle=allow_pickle, cache_dir=cache_dir,
     )  # fmt: skip
-    if model_args and located.folder is not None:
+    args: dict[str, Any] = dict(model_args or {})
+    if located.folder is not None and (located.source.library != "timm" or not set(args) <= DROPPED) and args:
         raise BackboneError(
-            f"model_args {dict(model_args)} were given for model {model_id!r}, whose architecture its config.json "
-            "fixes. Give them with a bare timm architecture name, or leave them out."
+            f"model_args {args} were given for model {model_id!r}, whose architecture its config.json fixes. Give them "
+            f"with a bare timm architecture name, or leave them out; of a timm model {', '.join(sorted(DROPPED))} may "
+            "be chosen."
         )
-    args: dict[str, Any] = {}
-    if not located.source.pretrained:
-        args = dict(model_args or {})
-        if located.folder is None and num_classes is not None:
-            args.setdefault("num_classes", num_classes)
+    if located.folder is None and num_classes is not None:
+        args.setdefault("num_classes", num_classes)
     # what the libraries draw before they load weights leaves no trace
     with torch.random.fork_rng(devices=[], enabled=located.source.pretrained):
         built = build_network(located, image_size, args, allow_pickle, count_if_none)

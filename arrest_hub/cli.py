@@ -19,7 +19,7 @@ import yaml
 
 from arrest_hub import __version__
 from arrest_hub.config import GROUPS, MODEL_KEYS, FinetuneConfig
-from arrest_hub.config_sources import load_config, resolve, resume_config, unknown_key
+from arrest_hub.config_sources import load_config, resolve, resume_config, unknown_key, unused_flags
 from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError, Terminated
 from arrest_hub.eval_config import EVAL_FIELDS, EvalConfig, evaluation_name, unknown_eval_key
 from arrest_hub.eval_config import GROUPS as EVAL_GROUPS
@@ -204,6 +204,8 @@ def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
             notes.append(
                 f"the recipe's {', '.join(dropped)} belong to its own model and are not used for {config.model}"
             )
+    if unused := unused_flags(config, flags):
+        notes.append(f"not used: {', '.join(unused)}")
     if config.resume and (saved := Path(config.output_dir) / "config.yaml").is_file():
         given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         config = resume_config(load_config(saved), given)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,12 +17,13 @@ from arrest_hub.attack_schedule import attack_steps_at, default_step_size
 from arrest_hub.errors import ConfigError
 from arrest_hub.fields import config_field as _field
 from arrest_hub.fields import convert_all, eps_problem, repo_id_problem
+from arrest_hub.files import safe_name
 from arrest_hub.licenses import license_problems
-from arrest_hub.model_arguments import model_args_problem
+from arrest_hub.model_arguments import DROPPED, model_args_problem
 
 GROUPS = ("model", "data", "method", "threat model", "training", "run", "hub")
 # A recipe's values for these belong to the recipe's own model and are dropped when --model names another.
-MODEL_KEYS = ("model", "model_args", "image_size", "standard_epochs", "standard_lr")
+MODEL_KEYS = ("model", "model_args", "image_size", "standard_epochs", "standard_lr", "output_dir")
 # What may differ between a run and its resumption without changing the result; the batch may at the end of an epoch.
 RESUME_MAY_DIFFER = (
     "batch_size", "grad_accum_steps", "output_dir", "resume", "overwrite", "dry_run", "num_workers", "ddp_timeout",
@@ -47,7 +47,8 @@ class FinetuneConfig:
         "timm/<name>, org/name[@revision] on the Hub, a local folder, or a timm architecture name (random "
         "initialisation)")
     model_args: dict[str, Any] = _field(None, "mapping", "model",
-        "arguments for a timm architecture, as in channels=[16,32,64,128]")
+        "arguments for a timm architecture, as in channels=[16,32,64,128]; of a timm model with weights those of its "
+        "dropout, as in drop_path_rate=0.1")
     image_size: int | None = _field(None, "int", "model",
         "pixels a side; default: the model's own", low=4, optional=True)
     init: str = _field("pretrained", "str", "model", "the student's initialisation", choices=("pretrained", "random"))
@@ -316,6 +317,18 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
                 f"--ema-start-epoch {config.ema_start_epoch:g} is not before the end, after {config.epochs} --epochs: "
                 "give fewer."
             )
+    if {"lr", "min_lr", "scheduler"} <= good and config.scheduler in ("cosine", "poly"):
+        peak = min(config.lr, (config.standard_lr or config.lr) if "standard_lr" in good else config.lr)
+        if config.min_lr > peak:
+            problems.append(
+                f"--min-lr {config.min_lr:g} is above the peak of {peak:g}: the learning rate would rise. Give less."
+            )
+    if {"warmup_epochs", "epochs", "standard_epochs", "max_steps"} <= good and config.max_steps is None:
+        shortest = min(config.epochs, config.standard_epochs or config.epochs)
+        if config.warmup_epochs >= shortest:
+            problems.append(
+                f"--warmup-epochs {config.warmup_epochs:g} is all of a training of {shortest} epochs: give fewer."
+            )
     if {"resume", "overwrite"} <= good and config.resume and config.overwrite:
         problems.append("--resume and --overwrite contradict each other: give one of them.")
     if (
@@ -325,9 +338,11 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
         and config.validation_size % 1
     ):
         problems.append(f"--validation-size {config.validation_size} is neither a count nor a share below 1.")
-    if "model_args" in good and "model" in good and config.model_args and "/" in config.model:
+    if {"model_args", "model"} <= good and "/" in config.model and (fixed := sorted(set(config.model_args) - DROPPED)):
         problems.append(
-            f"--model-args needs a timm architecture name as --model: {config.model!r} comes with its own arguments."
+            f"--model-args {', '.join(fixed)}: {config.model!r} comes with its own, and only what is dropped in "
+            f"training can be chosen for it ({', '.join(sorted(DROPPED))}). Leave it out, or give a timm architecture "
+            "name."
         )
     if "model_args" in good and (problem := model_args_problem(config.model_args)):
         problems.append(f"--model-args {problem}")
@@ -347,4 +362,4 @@ def default_output_dir(config: FinetuneConfig) -> str:
     named = folder if folder.is_dir() else Path(config.model.split("@")[0])
     model = (named.resolve() if named.name in ("", "..") else named).name
     parts = [model, Path(config.dataset.split(":")[0]).name, config.method]
-    return "runs/" + "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.")[:80] or "x" for part in parts)
+    return "runs/" + "-".join(map(safe_name, parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,27 @@ def resolve(flags: Mapping[str, Any], recipe: Mapping[str, Any], recipe_name: st
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def unused_flags(config: FinetuneConfig, typed: Iterable[str]) -> list[str]:
+    """Those of the flags that were typed which nothing looks at in this configuration, each with the reason."""
+    only_arrest = ("rgkd_weight", "rgkd_input", "replay_threshold", "replay_by", "replay_with")
+    reasons = {name: f"--method is {config.method}" for name in only_arrest if config.method != "arrest"}
+    if config.method != "trades":
+        reasons["trades_beta"] = f"--method is {config.method}"
+    if not config.rgkd_weight:
+        reasons.setdefault("rgkd_input", "--rgkd-weight is 0")
+    if config.replay_threshold is None:
+        reasons |= {name: "--replay-threshold is none" for name in ("replay_by", "replay_with") if name not in reasons}
+    if not config.standard_epochs:
+        reasons["standard_lr"] = "there are no --standard-epochs"
+    if config.scheduler not in ("cosine", "poly"):
+        reasons["min_lr"] = f"--scheduler is {config.scheduler}"
+    if (config.attack_stop_after or 0) >= config.attack_steps:
+        reasons["attack_stop_after"] = f"the attack has {config.attack_steps} steps"
+    if config.export_weights == "best" and (not config.eval_every or config.validation_size == 0):
+        reasons["export_weights"] = "nothing is validated, so that the last weights are the best known"
+    return [f"{flag(name)} ({reason})" for name, reason in reasons.items() if name in set(typed)]
 
 
 def recipe_config(recipe: str, **values: Any) -> FinetuneConfig:

@@ -17,6 +17,7 @@ from arrest_hub.config import shared_field as _shared
 from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import config_field as _field
 from arrest_hub.fields import convert_all, eps_problem, flag, parse_fraction
+from arrest_hub.files import safe_name
 
 GROUPS = ("model", "data", "threat model", "attacks", "evidence", "run")
 AUTOATTACK_PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
@@ -215,7 +216,7 @@ def evaluation_name(*parts: str) -> str:
         # runs/mine/export says less by its last name than by the one before
         name = path.parent.name if path.name == "export" and path.parent.name else path.name
         words.append(part if re.fullmatch(r"\d+/\d+", part) else name)
-    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word).strip("_.")[:80] or "x" for word in words)
+    return "-".join(map(safe_name, words))
 
 
 def unknown_eval_key(name: str) -> str:

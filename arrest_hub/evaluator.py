@@ -55,7 +55,7 @@ class TensorImages(Dataset[dict[str, Any]]):
         if pixels.dtype != torch.uint8:
             if not pixels.is_floating_point():
                 raise ConfigError(f"pixels of type {pixels.dtype}: give uint8, or floats in [0, 1].")
-            low, high = float(pixels.min()), float(pixels.max())
+            low, high = (float(value) for value in pixels.detach().aminmax())
             if not pixels.isfinite().all():
                 raise ConfigError("some pixels are not finite: give values in [0, 1].")
             if not (low >= 0.0 and high <= 1.0):
@@ -64,7 +64,7 @@ class TensorImages(Dataset[dict[str, Any]]):
                     "put the normalisation into the model."
                 )
             pixels = pixels.float()
-        self.pixels, self.labels = pixels.cpu(), labels.long().cpu()
+        self.pixels, self.labels = pixels.detach().cpu(), labels.long().cpu()
 
     def __len__(self) -> int:
         return len(self.pixels)

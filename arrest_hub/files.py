@@ -1,4 +1,5 @@
-"""Files that are written whole or not at all: whoever is killed, or finds the disk full, leaves the one before."""
+"""Files that are written whole or not at all (whoever is killed, or finds the disk full, leaves the one before), and
+what they may be called."""
 
 from __future__ import annotations
 
@@ -20,6 +21,12 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def safe_name(text: str) -> str:
+    """``text`` as a part of a file's name that every file system takes: letters, digits and dots, 80 bytes at most."""
+    kept = re.sub(r"[^\w.]+", "_", text).strip("_.")
+    return kept.encode()[:80].decode(errors="ignore") or "x"
 
 
 def is_draft(path: Path) -> bool:

@@ -126,7 +126,12 @@ def _subfolders(path: Path) -> list[Path]:
 
 def walk(path: Path) -> Iterator[str]:
     """Every file under ``path`` that is not hidden, nor what a run or an evaluation of ours wrote there."""
+    seen: set[str] = set()  # a link may lead back to where the walk has been
     for folder, subfolders, files in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         if OURS & set(files) or ("config.yaml" in files and "checkpoints" in subfolders):
             subfolders.clear()
             continue

@@ -10,6 +10,9 @@ NOT_THE_ARCHITECTURES = {
 }  # fmt: skip
 """They say where weights come from, or what is made of the network."""
 
+DROPPED = {"drop_rate", "drop_path_rate", "attn_drop_rate", "patch_drop_rate", "pos_drop_rate", "proj_drop_rate"}
+"""What is dropped in training alone: it may be chosen for a timm network that brings its weights, too."""
+
 
 def model_args_problem(names: Iterable[str]) -> str | None:
     """A sentence on those that may not be given; None if all may."""

@@ -230,6 +230,9 @@ def _from_architecture_name(model_id: str) -> LocatedModel:
 def _from_folder(model_id: str, folder: Path, pretrained: bool, head_wanted: bool, allow_pickle: bool) -> LocatedModel:
     config_file = folder / "config.json"
     if not config_file.is_file():
+        if (folder / "export/config.json").is_file():
+            network = os.path.join(model_id, "export")
+            raise BackboneError(f"Model folder {model_id!r} is a run: give its network, {network!r}.")
         raise BackboneError(
             f"Model folder {model_id!r} has no config.json, so its architecture is unknown. Give a folder "
             "written by timm (save_for_hf with safe_serialization=True) or by transformers (save_pretrained), or a "

@@ -198,6 +198,10 @@ def _build_failure(
             f"The timm architecture {source.architecture!r} cannot be built{given}: {why} "
             "Check model_args and the image size."
         )
+    if model_args and isinstance(error, TypeError):
+        return BackboneError(
+            f"Model {source.model_id!r} ({source.architecture}) does not take model_args {dict(model_args)}: {why}"
+        )
     if any(isinstance(e, pickle.UnpicklingError) for e in (error, error.__cause__)):
         return BackboneError(
             f"Model {source.model_id!r} ({source.architecture}) cannot be loaded: its pickled weights are damaged "

@@ -295,9 +295,20 @@ def planned_steps(config: FinetuneConfig, num_examples: int | None, processes: i
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
+def _schedule(config: FinetuneConfig) -> str:
+    """``cosine to 0.0001, 0.5 epochs of warm-up``."""
+    end = f" to {config.min_lr:g}" if config.scheduler in ("cosine", "poly") and config.min_lr else ""
+    warmup = f", {config.warmup_epochs:g} epochs of warm-up" if config.warmup_epochs else ""
+    return f"{config.scheduler}{end}{warmup}"
+
+
 def _ingredients(config: FinetuneConfig) -> str:
     """What is beside the method, as in ``, averaged (0.995) from epoch 2``; nothing by default."""
-    choices = {"rgkd_input": "adversarial", "replay_by": "sample", "replay_with": "noise", "augment": "none"}
+    choices = {"augment": "none"}
+    if config.method == "arrest" and config.replay_threshold is not None:
+        choices = {"replay_by": "sample", "replay_with": "noise"} | choices
+    if config.method == "arrest" and config.rgkd_weight:
+        choices = {"rgkd_input": "adversarial"} | choices
     parts = [f"{flag(name)[2:]} {getattr(config, name)}" for name in choices if getattr(config, name) != choices[name]]
     numbers = ("random_erasing", "awp_gamma", "label_smoothing", "lr_hold")
     parts += [f"{flag(name)[2:]} {getattr(config, name):g}" for name in numbers if getattr(config, name)]
@@ -364,7 +375,7 @@ def describe_run(
         f"method      {method}; student's initialisation: {config.init}",
         f"passes      per image and step: {', '.join(f'{count} {name}' for name, count in passes.items())}",
         f"training    {length}, batch {config.batch_size} x {plural(accelerator.num_processes, 'process')} x "
-        f"{config.grad_accum_steps} accumulated = {total}, {config.optimizer}, lr {config.lr:g}, "
-        f"precision {config.mixed_precision}{options}, {accelerator.device.type}",
+        f"{config.grad_accum_steps} accumulated = {total}, {config.optimizer}, lr {config.lr:g} "
+        f"({_schedule(config)}), precision {config.mixed_precision}{options}, {accelerator.device.type}",
         f"output      {paths.root}",
     ]

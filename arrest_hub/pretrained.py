@@ -77,17 +77,22 @@ class PretrainedClassifier(nn.Module):
         """PIL images of any size and mode -> pixels in [0, 1], [B, 3, H, W] on the model's device and in its precision,
         as in an evaluation.
 
-        Raises ImageError for pixels whose range is unknown (floating point, 32-bit integers above 65535).
+        Raises ImageError for pixels whose range is unknown (floating point, 32-bit integers above 65535), and
+        BackboneError for what is no PIL image.
         """
         transform = eval_transform(self.preprocessing)
-        several = [images] if isinstance(images, Image.Image) else list(images)
+        several = [images] if isinstance(images, Image.Image | str | os.PathLike) else list(images)
+        if strange := [type(image).__name__ for image in several if not isinstance(image, Image.Image)]:
+            raise BackboneError(f"a {strange[0]} is no PIL image: PIL.Image.open(path) or .fromarray(array) gives one.")
         pixels = torch.stack([transform(upright_rgb(image)) for image in several])
         return to_pixels(pixels).to(self.backbone.mean)
 
     @torch.no_grad()
     def classify(self, image: Image.Image, top: int = 5) -> list[tuple[str, float]]:
         """The ``top`` most probable classes of one PIL image, as (name, probability); a class without a name is its
-        number."""
+        number. Raises BackboneError for several."""
+        if not isinstance(image, Image.Image):
+            raise BackboneError(f"image is a {type(image).__name__}: give one PIL image, as of PIL.Image.open(path).")
         probabilities = self(self.preprocess(image))[0].softmax(0)
         best = probabilities.topk(min(top, len(probabilities)))
         names = self.label_names or [str(index) for index in range(len(probabilities))]

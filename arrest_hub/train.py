@@ -150,6 +150,11 @@ def dry_run(config: FinetuneConfig, notes: Sequence[str] = ()) -> list[str]:
 def _check_kind(config: FinetuneConfig) -> None:
     if not isinstance(config, FinetuneConfig):
         raise ConfigError(f"config is a {type(config).__name__}: give a FinetuneConfig(model=..., dataset=...).")
+    if isinstance(config.model, nn.Module):
+        raise ConfigError(
+            f"model is a {type(config.model).__name__}, and a run begins from a folder: save the network with timm's "
+            "save_for_hf(..., safe_serialization=True) or transformers' save_pretrained, and give that."
+        )
 
 
 def _objective(run: Run, teacher: nn.Module | None) -> Objective:
@@ -336,6 +341,9 @@ def _initial_student(run: Run, backbone: Backbone) -> Backbone:
         return backbone
     set_seed(run.config.seed)
     model = str(run.paths.teacher) if run.config.standard_epochs else run.config.model
-    student = load_backbone(model, pretrained=False, image_size=run.config.image_size, num_classes=backbone.num_classes)
+    student = load_backbone(
+        model, pretrained=False, image_size=run.config.image_size, num_classes=backbone.num_classes,
+        model_args=None if run.config.standard_epochs else run.config.model_args,
+    )  # fmt: skip
     student.label_names = backbone.label_names
     return student

@@ -212,6 +212,24 @@ def test_fixed_size_models_are_resized(tmp_path):
     assert backbone(torch.rand(1, 3, 48, 48)).logits.shape == (1, 3)
 
 
+def test_what_is_dropped_may_be_chosen_for_a_network_with_weights(tmp_path):
+    folder = timm_folder(tmp_path, "vit_tiny_patch16_224", depth=2)
+    plain = load_backbone(folder)
+    backbone = load_backbone(folder, model_args={"drop_path_rate": 0.3, "proj_drop_rate": 0.1})
+    assert backbone.body.blocks[0].attn.proj_drop.p == 0.1
+    assert backbone.body.blocks[1].drop_path1.drop_prob == pytest.approx(0.3)
+    pixels = torch.rand(2, 3, 32, 32)
+    assert torch.equal(backbone(pixels).logits, plain(pixels).logits)
+    write_model_folder(backbone, tmp_path / "export")
+    assert torch.equal(load_backbone(tmp_path / "export")(pixels).logits, plain(pixels).logits)
+    fails(folder, "drop_path_rate", "may be chosen", model_args={"depth": 2, "drop_path_rate": 0.1})
+    cifar = load_backbone("resnet18_cifar", num_classes=3, model_args={"channels": [4, 4, 4, 8]})
+    write_model_folder(cifar, tmp_path / "cifar")
+    fails(tmp_path / "cifar", "does not take model_args", "patch_drop_rate", model_args={"patch_drop_rate": 0.1})
+    vit = transformers_folder("vit", tmp_path / "vit")
+    fails(vit, "whose architecture its config.json fixes", model_args={"drop_path_rate": 0.1})
+
+
 def test_random_weights_and_another_head(tmp_path):
     folder = timm_folder(tmp_path)
     loaded, random = load_backbone(folder), load_backbone(folder, pretrained=False, num_classes=7)
@@ -267,7 +285,7 @@ def test_unusable_architectures(tmp_path):
     fails("resnet18", "num_classes is 0", model_args={"num_classes": 0})
     fails("vit_tiny_patch16_224", "no classification head", num_classes=None, model_args={**VIT, "num_classes": 0})
     fails("swin_tiny_patch4_window7_224", "image", image_size=2)
-    fails(timm_folder(tmp_path), "model_args", model_args={"drop_rate": 0.1})
+    fails(timm_folder(tmp_path), "model_args", model_args={"channels": [8, 8, 8, 8]})
 
 
 @pytest.mark.parametrize(("name", "args"), [("test_vit", {"img_size": 32}), ("test_resnet", {})])

@@ -9,6 +9,7 @@ import pytest
 from arrest_hub import __version__, cli
 from arrest_hub.cli import eval_parser, finetune_command, finetune_parser, leave, parse_eval, parse_finetune, run_cli
 from arrest_hub.config import FIELDS
+from arrest_hub.config_sources import recipe_config
 from arrest_hub.errors import ConfigError, Terminated
 from arrest_hub.fields import flag
 from arrest_hub.push_cli import card_parser, push_parser
@@ -76,6 +77,12 @@ def test_the_datasets_recipe_is_taken_and_said():
     config, notes = parse_finetune(["--dataset", "digits", "--model", "timm/resnet18.a1_in1k"])
     assert config.standard_epochs == 0
     assert any("model_args" in note for note in notes)
+    assert config.output_dir != recipe_config("quickstart").output_dir, "a recipe's folder is its own model's"
+
+
+def test_flags_without_use_are_said():
+    _, notes = parse_finetune(["--dataset", "digits", "--method", "at", "--trades-beta", "3", "--standard-lr", "0.1"])
+    assert any(note == "not used: --trades-beta (--method is at)" for note in notes)
 
 
 def test_model_args_and_switches():

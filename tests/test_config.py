@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from arrest_hub.config import FIELDS, FinetuneConfig
-from arrest_hub.config_sources import anchored, load_config, resolve, resume_config
+from arrest_hub.config_sources import anchored, load_config, resolve, resume_config, unused_flags
 from arrest_hub.errors import ConfigError
 from arrest_hub.eval_config import EvalConfig, fraction_name
 from arrest_hub.fields import convert, parse_fraction
@@ -147,6 +147,47 @@ def test_ingredients_are_checked():
         "augment": "mixup",
     }.items():
         assert len(problems(GOOD | {key: value})) == 1
+
+
+def test_a_learning_rate_that_could_only_rise_is_refused():
+    (problem,) = problems(GOOD | {"min_lr": 0.1, "lr": 0.01})
+    assert "--min-lr 0.1 is above the peak of 0.01" in problem
+    (problem,) = problems(GOOD | {"min_lr": 0.005, "lr": 0.01, "standard_epochs": 2, "standard_lr": 0.001})
+    assert "above the peak of 0.001" in problem
+    assert resolve(GOOD | {"min_lr": 0.1, "lr": 0.01, "scheduler": "constant"}, {}, None).min_lr == 0.1
+    (problem,) = problems(GOOD | {"warmup_epochs": 2, "epochs": 2})
+    assert "--warmup-epochs 2 is all of a training of 2 epochs" in problem
+    (problem,) = problems(GOOD | {"warmup_epochs": 2, "epochs": 9, "standard_epochs": 1})
+    assert "a training of 1 epochs" in problem
+    assert resolve(GOOD | {"warmup_epochs": 0.5, "epochs": 1}, {}, None).warmup_epochs == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "unused"),
+    [
+        ({"method": "trades", "rgkd_weight": 3, "replay_threshold": 0.1}, {"--rgkd-weight", "--replay-threshold"}),
+        ({"method": "at", "trades_beta": 3, "replay_by": "batch"}, {"--trades-beta", "--replay-by"}),
+        ({"rgkd_weight": 0, "rgkd_input": "clean"}, {"--rgkd-input"}),
+        ({"replay_threshold": None, "replay_with": "clean"}, {"--replay-with"}),
+        ({"standard_lr": 0.5, "scheduler": "constant", "min_lr": 0.001}, {"--standard-lr", "--min-lr"}),
+        ({"attack_steps": 2, "attack_stop_after": 5}, {"--attack-stop-after"}),
+        ({"eval_every": 0, "export_weights": "best"}, {"--export-weights"}),
+        ({"method": "trades", "trades_beta": 3, "epochs": 2}, set()),
+        ({"rgkd_weight": 3, "replay_with": "clean", "standard_lr": 0.5, "standard_epochs": 2}, set()),
+    ],
+)
+def test_flags_that_nothing_looks_at_are_named(flags, unused):
+    named = unused_flags(resolve(GOOD | flags, {}, None), [*GOOD, *flags])
+    assert {text.split(" ")[0] for text in named} == unused
+    assert all("(" in text for text in named)
+
+
+def test_names_of_folders_keep_letters():
+    assert resolve(GOOD | {"model": "模型"}, {}, None).output_dir == "runs/模型-d-arrest"
+    assert resolve(GOOD | {"model": "org/a b@main"}, {}, None).output_dir == "runs/a_b-d-arrest"
+    long = resolve(GOOD | {"model": "模" * 80, "dataset": "型" * 80}, {}, None).output_dir
+    assert len(long.removeprefix("runs/").encode()) < 255
+    assert resolve(GOOD | {"model": "//", "dataset": "!!"}, {}, None).output_dir.endswith("x-arrest")
 
 
 def test_every_ingredient_is_off_by_default():

@@ -221,6 +221,15 @@ def test_what_runs_write_into_an_image_folder_is_no_class(tmp_path):
     assert load_splits(str(tmp_path)).class_names == ["cat", "dog"]
 
 
+def test_a_link_that_leads_back_is_followed_once(tmp_path):
+    root = write_folder(tmp_path / "images", "cat", "dog")
+    (root / "cat" / "self").symlink_to(".")
+    (root / "dog" / "more").symlink_to(write_folder(tmp_path, "elsewhere") / "elsewhere")
+    splits = load_splits(str(root))
+    parts = (splits.train, splits.validation, splits.test)
+    assert sum(len(part) for part in parts if part is not None) == 30, "a linked folder is read, and none twice"
+
+
 def test_one_class_folder_says_what_may_be_meant(tmp_path):
     with pytest.raises(DataError, match=rf"one class only, flowers/.*cat, dog.*give '{tmp_path}/in/flowers'"):
         load_splits(str(write_folder(tmp_path / "in", "flowers/cat", "flowers/dog")))

@@ -943,6 +943,24 @@ class InPlace(torch.nn.Module):
         return self.net(pixels)
 
 
+def test_what_is_no_picture_is_one_clear_error(folder):
+    model = arrest_hub.load(folder / "model")
+    image = Image.new("RGB", (9, 9))
+    for wrong in ("x.png", np.zeros((8, 8, 3), np.uint8), [image, image]):
+        with pytest.raises(BackboneError, match="give one PIL image"):
+            model.classify(wrong)
+    for wrong in ("x.png", [image, np.zeros((8, 8, 3), np.uint8)]):
+        with pytest.raises(BackboneError, match="is no PIL image"):
+            model.preprocess(wrong)
+    assert len(model.preprocess([image, image])) == 2
+
+
+def test_a_run_is_not_its_network(tmp_path):
+    write_model(tmp_path / "run/export")
+    with pytest.raises(BackboneError, match=r"is a run: give its network, '.*/run/export'"):
+        arrest_hub.load(tmp_path / "run")
+
+
 def test_what_is_no_dataset_and_no_network_is_one_clear_error():
     pixels, labels = patterns(8, 4, seed=7)
     net = robust_net()
@@ -967,6 +985,8 @@ def test_what_is_no_dataset_and_no_network_is_one_clear_error():
         for function in (arrest_hub.finetune, arrest_hub.dry_run):
             with pytest.raises(ConfigError, match="give a FinetuneConfig"):
                 function(config)
+    with pytest.raises(ConfigError, match=r"model is a Sequential.*save_pretrained"):
+        arrest_hub.finetune(FinetuneConfig(model=net, dataset="digits"))
     with pytest.raises(ConfigError, match=r"--dataset \(a tuple\)"):
         arrest_hub.finetune(FinetuneConfig(model="resnet18_cifar", dataset=(pixels, labels)))
 
