@@ -158,15 +158,17 @@ class ArrestObjective(Objective):
         def replay() -> Tensor:
             return pixels.clone() if self.replay_with == "clean" else self.noise(pixels, generator=generator)
 
-        if replayed is None or (not self.static_shapes and not replayed.any()):
+        if replayed is None:
             return attack(slice(None))
         if self.static_shapes:
             found = attack(slice(None))
             inputs = torch.where(per_sample(replayed, pixels), replay(), found.adversarial)
             return AttackResult(inputs, found.zero_gradients * ~replayed, found.steps)
+        attacked = (~replayed).nonzero().squeeze(1)  # the one place where the device is waited for
+        if len(attacked) == len(pixels):
+            return attack(slice(None))
         inputs = replay()
         zero_gradients, steps = torch.zeros(2, len(pixels), device=pixels.device)
-        attacked = (~replayed).nonzero().squeeze(1)
         if len(attacked):
             found = attack(attacked)
             inputs[attacked] = found.adversarial

@@ -69,6 +69,11 @@ def test_flags_that_the_docs_name_exist():
         assert set(re.findall(r"--[a-z][a-z_-]+", path.read_text())) <= known | {"---"}, path
 
 
+def test_the_parts_alone_are_used_as_the_docs_say():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/method.md").read_text(), re.DOTALL)
+    exec(example, {})
+
+
 def test_links_lead_somewhere():
     for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
