@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,30 @@ def open_image_folder(path: Path, typed: str, *, shuffle: bool) -> tuple[dict[st
         notes.append(
             f"folders without a file whose name ends as an image's does, which are no class: {_first(without)}"
         )
-    return splits, notes
+    return splits, notes + _passed_over(path, folders, found, class_names)
+
+
+def _passed_over(
+    path: Path, folders: Mapping[str, Path], found: Mapping[str, Mapping[str, object]], class_names: Sequence[str]
+) -> list[str]:
+    """Sentences on images that are read for no split, and classes that a split lacks."""
+    notes = []
+    parts = list(folders.values())
+    if path not in parts:
+        beside = [part for part in _subfolders(path) if part not in parts and any(map(_is_image, walk(part)))]
+        if beside:
+            names = _first([part.name for part in beside])
+            notes.append(f"folders of images beside the splits, which are not read: {names}")
+    loose = [
+        file for folder in dict.fromkeys([path, *parts]) for file in sorted(folder.iterdir()) if _is_image(file.name)
+    ]
+    if loose:
+        example = loose[0].relative_to(path)
+        notes.append(f"images in no class subfolder, which are not read: {len(loose):,}, such as {example}")
+    for name, classes in found.items():
+        if missing := [label for label in class_names if label not in classes]:
+            notes.append(f"{folders[name].name}/ has no image of {_first(missing)}")
+    return notes
 
 
 def _one_class(path: Path, typed: str, only: Path) -> str:

@@ -221,6 +221,18 @@ def test_what_runs_write_into_an_image_folder_is_no_class(tmp_path):
     assert load_splits(str(tmp_path)).class_names == ["cat", "dog"]
 
 
+def test_what_an_image_folder_has_that_is_not_read_is_said(tmp_path):
+    root = write_folder(tmp_path, "train/cat", "train/dog", "test/cat", "val2/cat")
+    (root / "loose.png").write_bytes(encoded(1, mode="RGB"))
+    (root / "train" / "more.png").write_bytes(encoded(1, mode="RGB"))
+    notes = load_splits(str(root)).notes
+    assert "folders of images beside the splits, which are not read: val2" in notes
+    assert "images in no class subfolder, which are not read: 2, such as loose.png" in notes
+    assert "test/ has no image of dog" in notes
+    whole = load_splits(str(write_folder(tmp_path / "whole", "cat", "dog"))).notes
+    assert not [note for note in whole if "not read" in note or "no image" in note]
+
+
 def test_a_link_that_leads_back_is_followed_once(tmp_path):
     root = write_folder(tmp_path / "images", "cat", "dog")
     (root / "cat" / "self").symlink_to(".")
