@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from arrest_hub.caller import undisturbed
 from arrest_hub.comparison import ComparedModel, comparison_json, comparison_markdown, plain_table
 from arrest_hub.errors import BackboneError, ConfigError, DataError, HubError
 from arrest_hub.eval_config import EvalConfig, evaluation_name
+from arrest_hub.eval_identity import IDENTITY, check_record, eval_identity, read_record
 from arrest_hub.eval_record import (
     EvalPaths,
     entry_folder_problems,
@@ -43,23 +43,17 @@ from arrest_hub.eval_subjects import (
     load_subject,
     load_teacher,
     module_subject,
-    preprocessing_facts,
-    sample_digest,
     tensor_images,
 )
 from arrest_hub.files import write_whole
-from arrest_hub.journal import Journal, identity_problems
+from arrest_hub.journal import Journal
 from arrest_hub.network_options import compile_problem
 from arrest_hub.prepare import launcher_warning, new_accelerator
 from arrest_hub.pretrained import PretrainedClassifier
 from arrest_hub.processes import from_main, main_only
-from arrest_hub.results import EvalReport, read_results
+from arrest_hub.results import EvalReport
 from arrest_hub.robustbench import robustbench_problems
-from arrest_hub.verdicts import Verdicts, read_verdicts
-
-IDENTITY = "identity"
-"""Under this name the verdicts keep what `_identity` says, by which a finished evaluation is known again."""
-TEACHER = "teacher's weights"
+from arrest_hub.verdicts import Verdicts
 
 
 def evaluate(
@@ -187,8 +181,8 @@ def run_evaluation(
             raise ConfigError(
                 f"the teacher has {count} outputs and the model {num_classes}: give one for these classes."
             )
-    identity = _identity(config, subject, teacher, images, accelerator)
-    if paths is not None and config.resume and (done := from_main(accelerator, partial(_read_record, paths))):
+    identity = eval_identity(config, subject, teacher, images, accelerator)
+    if paths is not None and config.resume and (done := from_main(accelerator, partial(read_record, paths))):
         return _finished(config, paths, subject, identity, accelerator, *done)
     with nullcontext() if paths is None else hold_evaluation_folder(config, paths, accelerator):
         journal = Journal(paths.progress if paths else None, identity, accelerator)
@@ -244,19 +238,6 @@ def _accelerator() -> Accelerator:
     return new_accelerator(timeout=2 * 86400, mixed_precision="no")
 
 
-def _read_record(paths: EvalPaths) -> tuple[EvalReport, Verdicts] | None:
-    """A finished evaluation; None where there is none. Raises ConfigError for one that is damaged."""
-    if not paths.results.is_file():
-        return None
-    try:
-        return read_results(paths.results), read_verdicts(paths.verdicts)
-    except (ValueError, OSError) as error:
-        raise ConfigError(
-            f"cannot resume: the evaluation in {paths.root} is damaged ({error}). Start anew with --overwrite, or with "
-            "another --output-dir."
-        ) from error
-
-
 def _finished(
     config: EvalConfig,
     paths: EvalPaths,
@@ -272,19 +253,7 @@ def _finished(
     Raises:
         ConfigError: the record is of other weights, images or preprocessing, or of another teacher.
     """
-    if report.model.get("weights_sha256") != subject.info["weights_sha256"]:
-        raise ConfigError(
-            f"cannot resume: {paths.root} is the evaluation of other weights than {subject.name} has now. Start anew "
-            "with --overwrite, or with another --output-dir."
-        )
-    recorded = json.loads(verdicts.metadata.get(IDENTITY, "{}"))  # older records have none
-    same = ["preprocessing", "images", "pixels", "dataset revision"]
-    if None not in (recorded.get(TEACHER), identity[TEACHER]):
-        same.append(TEACHER)
-    now = json.loads(json.dumps(identity))
-    old, new = ({name: facts[name] for name in same if name in recorded} for facts in (recorded, now))
-    if problems := identity_problems(old, new):
-        raise ConfigError(problems)
+    check_record(paths, subject, identity, report, verdicts)
     accelerator.print(f"{paths.root} is complete: nothing is left to attack")
     if accelerator.is_main_process:
         shutil.rmtree(paths.progress, ignore_errors=True)  # left where it was killed after the last of its files
@@ -302,21 +271,6 @@ def precision_problems(config: EvalConfig) -> list[str]:
     if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         return ["--precision bf16: this GPU has no bfloat16 arithmetic. Give fp32."]
     return []
-
-
-def _identity(
-    config: EvalConfig, subject: Subject, teacher: Subject | None, images: EvalImages, accelerator: Accelerator
-) -> dict[str, Any]:
-    """What every figure depends on; a resumed evaluation must have the same."""
-    settings = ("norm", "eps", "attacks", "cascade", "pgd_restarts", "pgd_step_size", "batch_size", "precision",
-                "channels_last", "compile", "seed", "check_images", "curve_images")  # fmt: skip
-    return {
-        "weights": subject.info["weights_sha256"], "preprocessing": preprocessing_facts(subject),
-        TEACHER: teacher.info["weights_sha256"] if teacher else None,
-        "dataset revision": images.revision, "images": images.digest, "pixels": sample_digest(images.images),
-        "device": accelerator.device.type, "torch": torch.__version__, "pyautoattack": version("pyautoattack"),
-        **{name: getattr(config, name) for name in settings},
-    }  # fmt: skip
 
 
 def _open(

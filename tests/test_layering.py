@@ -22,7 +22,7 @@ LEVELS = [
     {"validation", "provenance", "run_folder", "prepare", "run", "loop_guards", "resume", "schedule", "step",
      "epoch_batches", "epoch_validation", "loop",
      "finish", "estimate", "plan", "train", "evaluator", "attack_stages", "masking", "evidence", "eval_subjects",
-     "eval_record", "eval_session", "evaluation"},
+     "eval_record", "eval_identity", "eval_session", "evaluation"},
     {"cli", "push_cli", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
