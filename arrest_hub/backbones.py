@@ -137,7 +137,8 @@ class Backbone(nn.Module):
 
     def _last_dropout(self, normalized: Tensor) -> str | None:
         """The name of the dropout between representation and head, if there is one, which in eval mode gives back what
-        it is given. It goes with the head: what a student drops at random is no distance from its teacher."""
+        it is given (it may be flattened then). It goes with the head: what a student drops at random is no distance
+        from its teacher."""
         outputs: dict[str, Tensor] = {}
         hooks = [
             module.register_forward_hook(lambda _module, _input, output, name=name: outputs.update({name: output}))
@@ -150,7 +151,11 @@ class Backbone(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        return next((name for name, output in outputs.items() if output is representation), None)
+        found = [
+            name for name, output in outputs.items()
+            if output.data_ptr() == representation.data_ptr() and output.numel() == representation.numel()
+        ]  # fmt: skip
+        return found[-1] if found else None
 
     def _self_check(self) -> None:
         """Compare with the native network's own logits; sets ``num_features`` and ``num_classes``.

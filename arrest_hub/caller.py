@@ -1,4 +1,4 @@
-"""What a call must not take from its caller's process, nor change in it: notebooks call, and train beside."""
+"""What a call must not take from its caller's process, nor change in it: notebooks call, and go on."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def undisturbed() -> Iterator[None]:
     """Work as in a process of one's own, whatever the caller has set, and leave all of it as it was.
 
     Gradients are on, autocast is off and the default dtype is float32 within; afterwards the random states of Python,
-    numpy and torch, the default dtype and the caller's own Accelerator are what they were before.
+    numpy and torch, the default dtype and the caller's own Accelerator are what they were before. Calls may overlap, in
+    threads, whose draws then mix; an Accelerator that the caller makes meanwhile shares their state, which ends with
+    the last of them.
     """
     devices = {"cpu"}
     if (accelerator := torch.accelerator.current_accelerator()) is not None:

@@ -314,7 +314,8 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resum
         return 2
     except OSError as error:
         remedies = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there")
-        remedies |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make that writable")
+        if error.filename:
+            remedies |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Give the permission for that")
         if error.errno not in remedies:
             raise
         full = error.filename2 or error.filename  # of a copy the second

@@ -209,7 +209,7 @@ class EvalSession:
         _, pixels, labels, _ = next(self.evaluator.batches(range(count), [0]))
         return found + masking_checks(
             self.evaluator, draw(right, config.check_images, config.seed), settings,
-            teacher=teacher, first_batch=(pixels, labels),
+            teacher=teacher if self.teacher and self.teacher.gradients else None, first_batch=(pixels, labels),
             pixels_per_image=pixels[0].numel(), gradients=self.subject.gradients, reported=_strongest(outcomes),
         )  # fmt: skip
 

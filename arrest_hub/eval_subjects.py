@@ -373,10 +373,12 @@ def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator
 
 
 def _gives_gradients(module: nn.Module, pixels: Tensor) -> bool:
+    pixels = pixels.clone().requires_grad_()
     try:
-        return as_logits(module(pixels.clone().requires_grad_())).requires_grad
-    except RuntimeError:  # what it does in place cannot be followed
+        (gradient,) = torch.autograd.grad(as_logits(module(pixels)).sum(), pixels, allow_unused=True)
+    except RuntimeError:  # there is none, or what it does in place cannot be followed
         return False
+    return gradient is not None
 
 
 def _check_shape(shape: Sequence[int], subject: Subject) -> None:

@@ -20,7 +20,7 @@ from arrest_hub.autoattack import part_problem
 from arrest_hub.backbones import Backbone
 from arrest_hub.caller import undisturbed
 from arrest_hub.comparison import ComparedModel, comparison_json, comparison_markdown, plain_table
-from arrest_hub.errors import BackboneError, ConfigError, DataError, HubError
+from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError, HubError
 from arrest_hub.eval_config import EvalConfig, evaluation_name
 from arrest_hub.eval_identity import IDENTITY, check_record, eval_identity, read_record
 from arrest_hub.eval_record import (
@@ -173,16 +173,15 @@ def run_evaluation(
         say(note)
     subject, images = _open(config, accelerator, module, pair)
     num_classes = _check_classes(config, subject, images, accelerator)
-    if teacher_module is None:
-        teacher = load_teacher(config, subject, num_classes, accelerator, images.notes)
-    else:
-        teacher = module_subject(teacher_module, "teacher")
-        if (count := count_classes(teacher, images, accelerator, gradients=_needs_gradients(config))) != num_classes:
-            raise ConfigError(
-                f"the teacher has {count} outputs and the model {num_classes}: give one for these classes."
-            )
+    done = from_main(accelerator, partial(read_record, paths)) if paths is not None and config.resume else None
+    try:
+        teacher = _teacher(config, teacher_module, subject, num_classes, images, accelerator)
+    except ArrestError:
+        if not done:  # of a finished evaluation it may be gone by now
+            raise
+        teacher = None
     identity = eval_identity(config, subject, teacher, images, accelerator)
-    if paths is not None and config.resume and (done := from_main(accelerator, partial(read_record, paths))):
+    if paths is not None and done:
         return _finished(config, paths, subject, identity, accelerator, *done)
     with nullcontext() if paths is None else hold_evaluation_folder(config, paths, accelerator):
         journal = Journal(paths.progress if paths else None, identity, accelerator)
@@ -280,6 +279,27 @@ def _open(
     subject = module_subject(module, config.model) if module is not None else load_subject(config, accelerator)
     images = tensor_images(pair, config.dataset) if pair is not None else load_images(config, subject, accelerator)
     return subject, images
+
+
+def _teacher(
+    config: EvalConfig,
+    module: nn.Module | None,
+    subject: Subject,
+    num_classes: int,
+    images: EvalImages,
+    accelerator: Accelerator,
+) -> Subject | None:
+    """The network to compare with: ``module``, or the one that ``config`` names.
+
+    Raises:
+        ArrestError: it cannot be had, or has other classes than the model.
+    """
+    if module is None:
+        return load_teacher(config, subject, num_classes, accelerator, images.notes)
+    teacher = module_subject(module, "teacher")
+    if (count := count_classes(teacher, images, accelerator, gradients=_needs_gradients(config))) != num_classes:
+        raise ConfigError(f"the teacher has {count} outputs and the model {num_classes}: give one for these classes.")
+    return teacher
 
 
 def _needs_gradients(config: EvalConfig) -> bool:

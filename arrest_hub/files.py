@@ -24,7 +24,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def safe_name(text: str) -> str:
-    """``text`` as a part of a file's name that every file system takes: letters, digits and dots, 80 bytes at most."""
+    """``text`` as a part of a file's name: letters, digits, dots and underscores, 80 bytes at most."""
     kept = re.sub(r"[^\w.]+", "_", text).strip("_.")
     return kept.encode()[:80].decode(errors="ignore") or "x"
 

@@ -149,7 +149,8 @@ def _subfolders(path: Path) -> list[Path]:
 
 def walk(path: Path) -> Iterator[str]:
     """Every file under ``path`` that is not hidden, nor what a run or an evaluation of ours wrote there."""
-    seen: set[str] = set()  # a link may lead back to where the walk has been
+    # a link may lead back to where the walk has been, or above
+    seen = {str(parent) for parent in Path(os.path.realpath(path)).parents}
     for folder, subfolders, files in os.walk(path, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             subfolders.clear()
@@ -158,7 +159,7 @@ def walk(path: Path) -> Iterator[str]:
         if OURS & set(files) or ("config.yaml" in files and "checkpoints" in subfolders):
             subfolders.clear()
             continue
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
 
 

@@ -30,10 +30,11 @@ LOOSE_LIMIT = 0.05
 """More of the images than this may not fall to the checks' attacks and stand those that are reported."""
 TINY = 1e-4
 """A change of the pixels that no network that is worth attacking answers with much."""
-TINY_LIMIT = 0.03
-"""Of the logits' size; a trained network changes by about 1e-4 of it."""
-BATCH_LIMIT = {"fp32": 1e-3}
-"""How much the logits may depend on the batch, of their size: of arithmetic alone, in fp32. Otherwise 0.03."""
+TINY_LIMIT = {"fp32": 0.03, "tf32": 0.1, "bf16": 0.3}
+"""Of the logits' size: trained networks were seen to change by up to 0.005 of it in fp32 and 0.09 in bf16, which rounds
+as much; logits that jump change by about 1."""
+BATCH_LIMIT = {"fp32": 1e-3, "tf32": 0.03, "bf16": 0.1}
+"""How much the logits may depend on the batch, of their size: what arithmetic alone makes of it."""
 
 
 @dataclass(frozen=True)
@@ -258,11 +259,14 @@ def masking_checks(
 def _loose_check(reported: tuple[str, set[int]], fallen: set[int], n: int) -> Check:
     """What the checks broke, though the strongest attack that is reported did not."""
     name, broken = reported
-    missed = len(fallen - broken) / n
+    count = len(fallen - broken)
+    if name == "autoattack":
+        warning = "Its figure is too high: the gradients that it follows may be masked."
+    else:
+        warning = f"{name.upper()}'s figure is too high: measure with autoattack."
     return share_check(
-        f"the checks break little that stands {name.upper()}", missed, LOOSE_LIMIT,
-        f"{100 * missed:.1f} % of {n} images stand {name.upper()} and fall to an attack of these checks.",
-        f"{name.upper()}'s figure is too high by about as much: measure with autoattack.",
+        f"the checks break little that stands {name.upper()}", count / n, max(LOOSE_LIMIT, 1 / n),  # one is chance
+        f"{100 * count / n:.1f} % of {n} images stand {name.upper()} and fall to an attack of these checks.", warning,
     )  # fmt: skip
 
 
@@ -278,13 +282,13 @@ def _consistency(evaluator: Evaluator, pixels: Tensor, seed: int) -> list[Check]
     change, dependence = (float(((other - logits).norm(dim=1) / size).mean()) for other in (moved, alone))
     return [
         share_check(
-            "a tiny change of the pixels changes the logits little", change, TINY_LIMIT,
+            "a tiny change of the pixels changes the logits little", change, TINY_LIMIT[evaluator.precision],
             f"Changing every pixel by {TINY:g} changes the logits by {100 * change:.2g} % of their size.",
             "They jump: what the model does to an image (hashing, random numbers seeded by it, rounding) hides it from "
             "gradients. Its figures are too high.",
         ),
         share_check(
-            "an image's logits do not depend on its batch", dependence, BATCH_LIMIT.get(evaluator.precision, 0.03),
+            "an image's logits do not depend on its batch", dependence, BATCH_LIMIT[evaluator.precision],
             f"In batches of half the size the logits differ by {100 * dependence:.2g} % of their size.",
             "Verdicts depend on what is in the batch (BatchNorm without running statistics, say), and attacks change "
             "that: the figures are of no model that sees one image.",

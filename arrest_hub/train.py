@@ -19,7 +19,7 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades
 from arrest_hub.caller import undisturbed
 from arrest_hub.checkpoint import readable_progress
-from arrest_hub.config import FinetuneConfig
+from arrest_hub.config import FinetuneConfig, schedule_problems
 from arrest_hub.config_sources import anchored, load_config, resume_config
 from arrest_hub.corrupt import CorruptImages, read_entries
 from arrest_hub.errors import ConfigError
@@ -28,6 +28,7 @@ from arrest_hub.export import write_model_folder
 from arrest_hub.finish import RunDir, finish_run
 from arrest_hub.hub import check_push, run_push
 from arrest_hub.loop import TrainingPhase
+from arrest_hub.model_arguments import DROPPED
 from arrest_hub.network_options import (
     checkpoint_gradients,
     freeze_head,
@@ -174,6 +175,8 @@ def _costly_objective(run: Run, teacher: nn.Module | None) -> Objective:
 def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbone, BaseModel | None]:
     """Everything before the run folder is written: checks, data, network, and what is about to happen, printed."""
     config = dataclasses.replace(config).validate()
+    if not config.resume and (problems := schedule_problems(config)):
+        raise ConfigError(problems)
     paths = RunPaths(Path(config.output_dir))
     if config.resume and paths.config.is_file():
         values = dataclasses.asdict(config)
@@ -332,7 +335,12 @@ def standard_phase(run: Run, backbone: Backbone) -> Backbone:
         accelerator.free_memory()
     elif done := readable_progress(run.paths.checkpoints, "standard"):
         run.images_logged = done[-1].images
-    return load_backbone(str(run.paths.teacher))
+    return load_backbone(str(run.paths.teacher), model_args=_dropped(config))
+
+
+def _dropped(config: FinetuneConfig) -> dict[str, Any]:
+    """Of the model's arguments those that a folder of ours does not tell: what is dropped in training."""
+    return {name: value for name, value in config.model_args.items() if name in DROPPED}
 
 
 def _initial_student(run: Run, backbone: Backbone) -> Backbone:
@@ -343,7 +351,7 @@ def _initial_student(run: Run, backbone: Backbone) -> Backbone:
     model = str(run.paths.teacher) if run.config.standard_epochs else run.config.model
     student = load_backbone(
         model, pretrained=False, image_size=run.config.image_size, num_classes=backbone.num_classes,
-        model_args=None if run.config.standard_epochs else run.config.model_args,
+        model_args=_dropped(run.config) if run.config.standard_epochs else run.config.model_args,
     )  # fmt: skip
     student.label_names = backbone.label_names
     return student

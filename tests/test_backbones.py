@@ -766,11 +766,14 @@ def mobilenet_folder(folder: Path, **options) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("library", ["timm", "transformers"])
+@pytest.mark.parametrize("library", ["timm", "timm, then flattened", "transformers"])
 def test_dropout_before_the_head_is_not_in_the_representation(library, tmp_path):
     """It is noise, which the distance from the teacher would be made of."""
     torch.manual_seed(0)
-    if library == "timm":
+    if library == "timm, then flattened":
+        args = TIMM["resnetv2_18"] | {"drop_rate": 0.5}
+        backbone = load_backbone("resnetv2_18", num_classes=5, image_size=32, model_args=args)
+    elif library == "timm":
         args = VIT | {"drop_rate": 0.5}
         backbone = load_backbone("vit_tiny_patch16_224", num_classes=5, image_size=32, model_args=args)
     else:

@@ -236,6 +236,7 @@ def test_what_an_image_folder_has_that_is_not_read_is_said(tmp_path):
 def test_a_link_that_leads_back_is_followed_once(tmp_path):
     root = write_folder(tmp_path / "images", "cat", "dog")
     (root / "cat" / "self").symlink_to(".")
+    (root / "cat" / "up").symlink_to("..")
     (root / "dog" / "more").symlink_to(write_folder(tmp_path, "elsewhere") / "elsewhere")
     splits = load_splits(str(root))
     parts = (splits.train, splits.validation, splits.test)

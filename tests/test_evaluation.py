@@ -1045,6 +1045,19 @@ def test_a_finished_evaluation_is_not_that_of_other_images(tmp_path):
     assert read_results(tmp_path / "out/results.json").results[0].correct == first.results[0].correct
 
 
+def test_a_finished_evaluation_needs_no_teacher_any_more(folder, tmp_path, capsys):
+    shutil.copytree(folder / "model", tmp_path / "teacher")
+    command = [str(folder / "model"), "--dataset", str(folder / "data"), "--attacks", "noise", "--num-workers", "0",
+               "--no-checks", "--no-figures", "--teacher", str(tmp_path / "teacher"), "--limit-eval", "6",
+               "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    assert run_cli(eval_command, command) == 0
+    table = capsys.readouterr().out.splitlines()[-6:]
+    shutil.rmtree(tmp_path / "teacher")
+    assert run_cli(eval_command, [*command, "--resume"]) == 0
+    assert set(table) & set(capsys.readouterr().out.splitlines())
+    assert run_cli(eval_command, [*command, "--overwrite"]) == 2
+
+
 def test_a_models_folder_that_is_read_only_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     """Tests may run as root, who may write everywhere."""
     from arrest_hub import eval_record

@@ -6,7 +6,7 @@ from tiny import LogitsOnly, patterns, robust_net
 
 import arrest_hub
 from arrest_hub.attack_stages import AttackOutcome
-from arrest_hub.masking import autoattack_checks, ball_check, chance_check, share_check, unbounded_eps
+from arrest_hub.masking import _loose_check, autoattack_checks, ball_check, chance_check, share_check, unbounded_eps
 
 
 def checks(model, teacher=None, attacks="pgd-10", **options):
@@ -101,12 +101,17 @@ def test_logits_that_jump_are_flagged():
     name = "a tiny change of the pixels changes the logits little"
     assert name in warnings(checks(SeededByTheImage()))
     assert 0 < checks(robust_net())[name].value < 1e-3
+    assert name in warnings(checks(SeededByTheImage(), precision="bf16"))
+    rounded = checks(robust_net(), precision="bf16")
+    assert name not in warnings(rounded)
+    assert rounded[name].value > checks(robust_net())[name].value, "rounding alone is more than the change"
 
 
 def test_logits_that_depend_on_the_batch_are_flagged():
     name = "an image's logits do not depend on its batch"
     norm = torch.nn.BatchNorm2d(3, track_running_stats=False)
     assert name in warnings(checks(torch.nn.Sequential(norm, robust_net())))
+    assert name not in warnings(checks(robust_net(), precision="bf16"))
     assert checks(robust_net())[name].value < 1e-5
 
 
@@ -117,6 +122,9 @@ def test_an_attack_that_is_too_weak_is_flagged():
     assert "measure with autoattack" in found[name.format("PGD-1")].finding
     both = checks(robust_net(), attacks="pgd-1,apgd-ce", pgd_step_size="1/255")
     assert name.format("APGD-CE") not in warnings(both), "the strongest attack is the one that counts"
+    assert _loose_check(("pgd-1", {0}), {0, 1}, 3).status == "pass", "one of three is chance"
+    assert _loose_check(("pgd-1", {0}), {0, 1, 2}, 4).status == "warn"
+    assert "measure with autoattack" not in _loose_check(("autoattack", set()), {1, 2}, 4).finding
     assert not [name for name in checks(robust_net(), attacks="clean,noise") if name.startswith("the checks break")]
 
 

@@ -370,6 +370,31 @@ def test_weights_are_averaged_from_an_epoch_on(tmp_path, monkeypatch, start):
     assert any(not torch.allclose(average[name], seen[-1][name], atol=1e-5) for name in average)
 
 
+@pytest.mark.parametrize("standard_epochs", [0, 1])
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_what_is_dropped_is_dropped_in_robust_training(tmp_path, monkeypatch, standard_epochs, init):
+    """Also where the network comes from the folder of the clean phase, which does not tell of it."""
+    rates, plain = [], train.TrainingPhase
+
+    def look(run, phase, student, *args, **kwargs):
+        rates.append((phase, student.head.dropout.p))
+        return plain(run, phase, student, *args, **kwargs)
+
+    monkeypatch.setattr(train, "TrainingPhase", look)
+    timm.models.save_for_hf(
+        timm.create_model("test_vit", img_size=16, num_classes=3), tmp_path / "vit", safe_serialization=True,
+        model_config={"label_names": NAMES}, data_config={"input_size": (3, 16, 16)},
+    )  # fmt: skip
+    run = finetune(
+        tiny_config(
+            tmp_path, model=str(tmp_path / "vit"), model_args={"drop_rate": 0.25}, standard_epochs=standard_epochs,
+            init=init, max_steps=1, image_size=16,
+        )
+    )  # fmt: skip
+    assert rates == [("standard", 0.25)] * standard_epochs + [("robust", 0.25)]
+    assert timm.create_model(f"local-dir:{run.export}", pretrained=True) is not None
+
+
 def test_random_initialisation_starts_elsewhere(tmp_path):
     finetune(tiny_config(tmp_path, init="random", lr=1e-9, export_weights="last"))
     before, after = load_file(tmp_path / "model" / "model.safetensors"), weights(tmp_path / "run")
