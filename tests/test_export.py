@@ -12,7 +12,7 @@ from test_backbones import TIMM, timm_backbone, transformers_folder
 
 from arrest_hub import export
 from arrest_hub.backbones import Backbone, load_backbone
-from arrest_hub.export import write_model_folder
+from arrest_hub.export import weights_digest, write_model_folder
 
 PLAIN_TIMM = """
 import sys, timm, torch
@@ -201,3 +201,20 @@ def test_a_model_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypa
     )
     write_model_folder(timm_backbone("resnet18"), tmp_path / "export")
     assert flushed == [["config.json", "model.safetensors"]]
+
+
+class SaysMore(torch.nn.Linear):
+    """A module whose state is not all tensors."""
+
+    scale = 1
+
+    def get_extra_state(self):
+        return {"scale": self.scale}
+
+
+def test_a_digest_is_of_state_that_is_no_tensor_too():
+    module = SaysMore(2, 2)
+    before = weights_digest(module)
+    assert weights_digest(module) == before
+    module.scale = 2
+    assert weights_digest(module) != before
