@@ -164,7 +164,7 @@ class ArrestObjective(Objective):
             found = attack(slice(None))
             inputs = torch.where(per_sample(replayed, pixels), replay(), found.adversarial)
             return AttackResult(inputs, found.zero_gradients * ~replayed, found.steps)
-        attacked = (~replayed).nonzero().squeeze(1)  # the one place where the device is waited for
+        attacked = (~replayed).nonzero().squeeze(1)  # waits for the device, once
         if len(attacked) == len(pixels):
             return attack(slice(None))
         inputs = replay()

@@ -139,11 +139,21 @@ class Backbone(nn.Module):
         """The name of the dropout between representation and head, if there is one, which in eval mode gives back what
         it is given (it may be flattened then). It goes with the head: what a student drops at random is no distance
         from its teacher."""
-        outputs: dict[str, Tensor] = {}
-        hooks = [
-            module.register_forward_hook(lambda _module, _input, output, name=name: outputs.update({name: output}))
+        candidates = {
+            name: module
             for name, module in self.body.named_modules()
             if isinstance(module, nn.Dropout) and module.p > 0
+        }
+        if not candidates:
+            return None
+        outputs: dict[str, tuple[Tensor, int]] = {}
+
+        def keep(name: str, output: Tensor) -> None:
+            outputs[name] = output, output._version
+
+        hooks = [
+            module.register_forward_hook(lambda _module, _input, output, name=name: keep(name, output))
+            for name, module in candidates.items()
         ]
         try:
             with torch.no_grad():
@@ -152,8 +162,9 @@ class Backbone(nn.Module):
             for hook in hooks:
                 hook.remove()
         found = [
-            name for name, output in outputs.items()
+            name for name, (output, version) in outputs.items()
             if output.data_ptr() == representation.data_ptr() and output.numel() == representation.numel()
+            and representation._version == version  # nothing was done to it in place since
         ]  # fmt: skip
         return found[-1] if found else None
 

@@ -387,6 +387,24 @@ def test_a_head_that_cannot_be_separated(cfg):
         Backbone(Sharpened(cfg), source, wants)
 
 
+class ActsAfterDropout(Sharpened):
+    """What is dropped is no more than an input of what comes between it and the head, in the same memory."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.head(torch.nn.functional.hardswish(self.dropout(x.mean((2, 3))), inplace=True))
+
+
+def test_dropout_that_something_follows_stays_where_it_is():
+    source = backbones.ModelSource("acts", "timm", "acts", None, False, None)
+    backbone = Backbone(ActsAfterDropout({}), source, Preprocessing((8, 8), (0.0,) * 3, (1.0,) * 3))
+    assert isinstance(backbone.head.dropout, torch.nn.Identity)
+    assert isinstance(backbone.body.dropout, torch.nn.Dropout)
+
+
 def rewrite(folder: Path, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
