@@ -47,6 +47,31 @@ _SHARED = _SharedState()
 
 
 @contextmanager
+def _autocast_off() -> Iterator[None]:
+    """Autocast is off and keeps no rounded weights, in every pass within.
+
+    Not by ``torch.autocast(enabled=False)``: whatever autocast is entered within another one, the caller's too, keeps
+    the weights that it has rounded until the outermost one ends, so that each pass of a training would have those of
+    the first.
+    """
+    devices = {"cpu"}
+    if (accelerator := torch.accelerator.current_accelerator()) is not None:
+        devices.add(accelerator.type)
+    caching = torch.is_autocast_cache_enabled()
+    enabled = {device: torch.is_autocast_enabled(device) for device in devices}
+    torch.clear_autocast_cache()
+    try:
+        torch.set_autocast_cache_enabled(False)
+        for device in devices:
+            torch.set_autocast_enabled(device, False)
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(caching)
+        for device, was in enabled.items():
+            torch.set_autocast_enabled(device, was)
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """Work as in a process of one's own, whatever the caller has set, and leave all of it as it was.
 
@@ -55,14 +80,10 @@ def undisturbed() -> Iterator[None]:
     threads, whose draws then mix; an Accelerator that the caller makes meanwhile shares their state, which ends with
     the last of them.
     """
-    devices = {"cpu"}
-    if (accelerator := torch.accelerator.current_accelerator()) is not None:
-        devices.add(accelerator.type)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device in sorted(devices):
-            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(_autocast_off())
         stack.enter_context(random_states_kept())
         _SHARED.enter()
         stack.callback(_SHARED.leave)

@@ -1,7 +1,11 @@
 """A call works as in a process of its own, and leaves its caller's as it was."""
 
+import contextlib
+import json
 import threading
+from functools import partial
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -82,3 +86,37 @@ def test_the_default_dtype_and_autocast_change_nothing(tmp_path):
         torch.set_default_dtype(torch.float32)
     assert found == expected
     assert weights_digest(arrest_hub.load(run.export).backbone) == weights
+
+
+@pytest.mark.parametrize("caller", [contextlib.nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_passes_in_half_precision_follow_the_weights(caller):
+    """Autocast keeps the weights it has rounded until the outermost of its contexts ends."""
+    net, x = torch.nn.Linear(4, 4, bias=False), torch.ones(1, 4)
+    with caller():
+        net(x)  # in the caller's own autocast, rounded and kept
+        with undisturbed():
+            accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+            assert not torch.is_autocast_enabled("cpu")
+            for value in (1.0, 2.0, 3.0):
+                with torch.no_grad():
+                    net.weight.fill_(value)
+                with accelerator.autocast():
+                    output = net(x)
+                assert output.dtype == torch.bfloat16
+                assert output.tolist() == [[4 * value] * 4]
+        assert net(x).tolist() == [[12.0] * 4]
+        assert torch.is_autocast_enabled("cpu") == (caller is not contextlib.nullcontext)
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_the_second_step_of_a_training_in_bf16_is_of_what_the_first_made(tmp_path):
+    losses = {}
+    for name, precision, lr in (("fp32", "no", 3.0), ("bf16", "bf16", 3.0), ("unmoved", "no", 1e-9)):
+        output = str(tmp_path / name)
+        finetune(tiny_config(tmp_path, mixed_precision=precision, lr=lr, max_steps=2, log_every=1, output_dir=output))
+        log = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        losses[name] = [line["loss"] for line in map(json.loads, log) if "loss" in line]
+    assert losses["fp32"][0] == losses["unmoved"][0] == pytest.approx(losses["bf16"][0], rel=0.05)
+    moved = abs(losses["fp32"][1] - losses["unmoved"][1])
+    assert moved > 1
+    assert losses["bf16"][1] == pytest.approx(losses["fp32"][1], abs=0.2 * moved)

@@ -188,6 +188,7 @@ INGREDIENTS = {
     [
         (7, {"checkpoint_every": 3}),  # goes on from step 6, in the middle of the second epoch
         (6, {}),  # goes on from the end of the first epoch
+        (7, {"checkpoint_every": 3, "mixed_precision": "bf16"}),
         (
             7,
             {
