@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from datasets import ClassLabel, Image
+from datasets import ClassLabel, Image, Value
 
 from arrest_hub.errors import DataError, did_you_mean
 
@@ -90,5 +90,5 @@ def _is_class_label(feature: Any) -> bool:
 
 
 def _is_plain_label(feature: Any) -> bool:
-    dtype = str(getattr(feature, "dtype", ""))
+    dtype = feature.dtype if isinstance(feature, Value) else ""
     return dtype.startswith(("int", "uint")) or dtype in ("bool", "string", "large_string")

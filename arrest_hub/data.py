@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from arrest_hub.corrupt import CorruptImages, read_image
 from arrest_hub.errors import DataError
 from arrest_hub.images import ImageError
-from arrest_hub.seeding import mix, seeded
+from arrest_hub.seeding import mix
 from arrest_hub.splits import Splits, load_splits
 from arrest_hub.stopping import outlive_termination
 from arrest_hub.streams import StreamingImages
 from arrest_hub.subsets import ImageSplit
-from arrest_hub.transforms import Transform
+from arrest_hub.transforms import Transform, transformed
 
 __all__ = [
     "EpochSampler",
@@ -109,8 +109,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             if found == index:
                 raise ImageError(f"split {self.name!r}: no image can be read. Repair the dataset.")
             image = read_image(self._images[found][self.column], self.name, found, self.corrupt, fixed=True)
-        with seeded(self.seed, epoch, index):
-            pixels = self.transform(image)
+        pixels = transformed(self.transform, image, self.seed, epoch, index, self.name)
         return {"pixels": pixels, "label": int(self._labels[found]), "index": found}
 
 

@@ -29,8 +29,8 @@ from arrest_hub.model_source import companion_file
 from arrest_hub.pretrained import PretrainedClassifier
 from arrest_hub.processes import from_main, main_first
 from arrest_hub.results import read_results
-from arrest_hub.sources import same_dataset
 from arrest_hub.splits import load_eval_split
+from arrest_hub.trained_on import held_out_seed
 from arrest_hub.training_record import FILE_NAME as RECORD
 from arrest_hub.transforms import Preprocessing, Transform, eval_transform, to_tensor
 
@@ -141,11 +141,12 @@ def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) 
     )
     data = main_first(accelerator, load)
     origin, held_out, _ = data.split.name.partition("[held-out test]")
+    drawn = data.split.drawn_from
     if held_out:
 
         def look() -> tuple[int | None, list[str]]:
             try:
-                return held_out_seed(config, subject, origin), []
+                return held_out_seed(subject.backbone, subject.name, dataset_name(config.dataset), origin, drawn), []
             except HubError as error:
                 return None, [f"whether {subject.name} was trained on these images cannot be told ({error})"]
 
@@ -177,40 +178,6 @@ def load_images(config: EvalConfig, subject: Subject, accelerator: Accelerator) 
     made.revision, made.num_classes = data.revision, data.num_classes
     made.notes += notes
     return made
-
-
-def held_out_seed(config: EvalConfig, subject: Subject, origin: str) -> int | None:
-    """The seed with which the training of a model written by `arrest-finetune` held its test images out of the split
-    ``origin`` of this dataset; None for a model that was not trained on it.
-
-    Raises:
-        ConfigError: the training held out other images of it, or none.
-        HubError: the file that tells is on the Hub and cannot be fetched. BackboneError: it is damaged.
-    """
-    if subject.backbone is None or companion_file(subject.backbone.source, RECORD) is None:
-        return None
-    path = companion_file(subject.backbone.source, "training_config.yaml")
-    if path is None:
-        return None
-    try:
-        training = yaml.safe_load(path.read_text(encoding="utf-8"))
-        seed, dataset = int(training["seed"]), str(training["dataset"])
-        train_split, eval_split, streamed = (training.get(key) for key in ("train_split", "eval_split", "streaming"))
-    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise BackboneError(f"{path} is damaged: it does not tell what was trained on ({error}).") from error
-    if not same_dataset(dataset_name(dataset), dataset_name(config.dataset)) or train_split not in (None, origin):
-        return None
-    if eval_split is not None:
-        raise ConfigError(
-            f"{config.model} was trained on all of {origin!r} of {config.dataset}, of which a tenth would be drawn: "
-            f"give --eval-split {eval_split}, as in its training."
-        )
-    if streamed:
-        raise ConfigError(
-            f"{config.model} was trained on {config.dataset} as a stream, of which the first images were held out: a "
-            "tenth drawn now would have been trained on. Give --eval-split, or another --dataset."
-        )
-    return seed
 
 
 def split_images(split: ImageSplit, transform: Transform, dataset: str, names: list[str] | None) -> EvalImages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 
 from arrest_hub.errors import DataError
+from arrest_hub.folder_checks import first_of
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
@@ -22,7 +24,7 @@ OURS = {"training_record.json", "eval_config.yaml"}
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
+    "test": ("test", "testing", "eval", "evaluation"),
 }
 """What the parts of a dataset are called, the usual name first."""
 KNOWN_SPLITS = {name for names in SPLIT_NAMES.values() for name in names}
@@ -59,8 +61,11 @@ def open_image_folder(path: Path, typed: str, *, shuffle: bool) -> tuple[dict[st
         where = next(folder for name, folder in folders.items() if class_names[0] in found[name])
         raise DataError(_one_class(path, typed, where / class_names[0]))
     splits: dict[str, Dataset] = {}
+    useless = {name: classes for name, classes in found.items() if classes and not set(classes) & set(class_names)}
     for name, classes in found.items():
         unknown = sorted(set(classes) - set(class_names))
+        if name in useless:
+            continue
         if unknown:
             raise DataError(
                 f"dataset folder {typed!r}: {name}/ has classes that {train}/ lacks: {', '.join(unknown[:5])}. "
@@ -68,6 +73,11 @@ def open_image_folder(path: Path, typed: str, *, shuffle: bool) -> tuple[dict[st
             )
         images = [image for label in class_names for image in classes.get(label, [])]
         labels = [i for i, label in enumerate(class_names) for _ in classes.get(label, [])]
+        for text in (*images, *class_names):
+            if not text.isprintable() and text != text.encode(errors="ignore").decode():
+                raise DataError(
+                    f"dataset folder {typed!r}: the name {os.fsencode(text)!r} is no UTF-8. Rename it (convmv does)."
+                )
         features = Features({"image": Image(decode=False), "label": ClassLabel(names=class_names)})
         if shuffle:  # a stream is read in order, and a folder's order is class after class
             order = np.random.default_rng(0).permutation(len(images))
@@ -76,10 +86,13 @@ def open_image_folder(path: Path, typed: str, *, shuffle: bool) -> tuple[dict[st
     empty = sorted(
         str(Path(folder).relative_to(path)) for folder, folders, inside in os.walk(path) if not folders + inside
     )
-    notes = [f"empty folders, which are no class: {_first(empty)}"] if empty else []
+    notes = [f"empty folders, which are no class: {first_of(empty)}"] if empty else []
+    for name, classes in useless.items():
+        notes.append(f"{name}/ is not used: {first_of(sorted(classes))} in it is no class of {train}/")
+        del found[name]
     if without:
         notes.append(
-            f"folders without a file whose name ends as an image's does, which are no class: {_first(without)}"
+            f"folders without a file whose name ends as an image's does, which are no class: {first_of(without)}"
         )
     return splits, notes + _passed_over(path, folders, found, class_names)
 
@@ -93,7 +106,7 @@ def _passed_over(
     if path not in parts:
         beside = [part for part in _subfolders(path) if part not in parts and any(map(_is_image, walk(part)))]
         if beside:
-            names = _first([part.name for part in beside])
+            names = first_of([part.name for part in beside])
             notes.append(f"folders of images beside the splits, which are not read: {names}")
     loose = [
         file for folder in dict.fromkeys([path, *parts]) for file in sorted(folder.iterdir()) if _is_image(file.name)
@@ -103,7 +116,7 @@ def _passed_over(
         notes.append(f"images in no class subfolder, which are not read: {len(loose):,}, such as {example}")
     for name, classes in found.items():
         if missing := [label for label in class_names if label not in classes]:
-            notes.append(f"{folders[name].name}/ has no image of {_first(missing)}")
+            notes.append(f"{folders[name].name}/ has no image of {first_of(missing)}")
     return notes
 
 
@@ -113,12 +126,12 @@ def _one_class(path: Path, typed: str, only: Path) -> str:
     text = f"dataset folder {typed!r} has one class only, {only.name}/; at least two are needed."
     if inside:
         text += (
-            f" If {_first(inside)} in it are the classes (or splits), give "
+            f" If {first_of(inside)} in it are the classes (or splits), give "
             f"{os.path.join(typed, only.relative_to(path))!r}."
         )
     tables = sorted(file.name for file in path.glob("*.csv"))
     if tables:
-        text += f" {_first(tables)}: of tables only a metadata.csv beside the images is read (file_name,label)."
+        text += f" {first_of(tables)}: of tables only a metadata.csv beside the images is read (file_name,label)."
     return text
 
 
@@ -126,6 +139,8 @@ def _split_folders(path: Path, typed: str) -> dict[str, Path]:
     """The folder of each split; all of ``path`` is the train split where its subfolders are classes."""
     parts = _subfolders(path)
     splits = {part.name.lower(): part for part in parts if part.name.lower() in KNOWN_SPLITS and _subfolders(part)}
+    if not splits:
+        _check_unknown_splits(parts, typed)
     if not splits or any(name in SPLIT_NAMES["train"] for name in splits):
         return splits or {"train": path}
     others = [
@@ -133,14 +148,21 @@ def _split_folders(path: Path, typed: str) -> dict[str, Path]:
     ]
     if others:
         raise DataError(
-            f"dataset folder {typed!r}: {_first(list(splits))} would be a split and {_first(others)} a class, as their "
-            "names and subfolders are. Move the one or the other elsewhere, or put all classes into train/."
+            f"dataset folder {typed!r}: {first_of(list(splits))} would be a split and {first_of(others)} a class, as "
+            "their names and subfolders are. Move the one or the other elsewhere, or put all classes into train/."
         )
     return splits
 
 
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def _check_unknown_splits(parts: list[Path], typed: str) -> None:
+    """Raises DataError where the subfolders are splits by other names, such as training_set/ and test_set/."""
+    words = {part.name: set(re.findall("[a-z]+", part.name.lower())) for part in parts if _subfolders(part)}
+    named = [name for name, found in words.items() if found & KNOWN_SPLITS]
+    if len(named) > 1 and any(words[name] & set(SPLIT_NAMES["train"]) for name in named):
+        raise DataError(
+            f"dataset folder {typed!r}: {first_of(named)} would be classes, and look like splits. Call them train/, "
+            "validation/ and test/."
+        )
 
 
 def _subfolders(path: Path) -> list[Path]:

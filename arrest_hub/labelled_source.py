@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Image, IterableDataset
 
 from arrest_hub.columns import Columns, find_columns
 from arrest_hub.errors import DataError
+from arrest_hub.folder_checks import first_of
 from arrest_hub.image_folder import KNOWN_SPLITS
 from arrest_hub.sources import RawSplit, Source
 from arrest_hub.subsets import ImageSplit, read_column
@@ -23,11 +26,13 @@ class LabelledSource:
     origin: str
     columns: Columns
     class_names: list[str] | None
-    values: list[str] | None
     num_classes: int
 
     def split(self, name: str) -> ImageSplit:
-        """One split, without the other columns. Raises DataError when it is empty or lacks one of the two."""
+        """One split, without the other columns.
+
+        Raises DataError when it is empty, lacks one of the two, or has other classes.
+        """
         dataset, columns = self.source.splits[name], self.columns
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise DataError(f"dataset {self.dataset_id!r}: split {name!r} is empty. Choose another split.")
@@ -37,11 +42,44 @@ class LabelledSource:
                 f"dataset {self.dataset_id!r}: split {name!r} has no column {missing[0]!r}, which {self.origin!r} has. "
                 "Choose another split with --eval-split."
             )
+        codes = self._codes(name)
         dataset = dataset.select_columns(list(columns)).cast_column(columns.image, Image(decode=False))
         size = self.source.sizes.get(name) if isinstance(dataset, IterableDataset) else None
-        made = ImageSplit(dataset, columns.image, columns.label, name, self.num_classes, size, self.values)
+        made = ImageSplit(dataset, columns.image, columns.label, name, self.num_classes, size, codes)
         made.by_shard = made.streaming
         return made
+
+    def _codes(self, name: str) -> Mapping[Any, int] | None:
+        """What is in the label column of a split -> the dataset's label; None where it is the label already.
+
+        Every split says itself which class its numbers mean, and not all do it alike. Raises DataError where a split
+        has classes that the dataset does not know.
+        """
+        dataset, column, names = self.source.splits[name], self.columns.label, self.class_names
+        feature = (dataset.features or {}).get(column)
+        if feature is None:  # a stream that does not say
+            return None
+        own, others = label_kind(feature), label_kind((self.source.splits[self.origin].features or {}).get(column))
+        if own != others and not ({own, others} <= {"classes", "strings"} or {own, others} <= {"classes", "numbers"}):
+            raise DataError(
+                f"dataset {self.dataset_id!r}: column {column!r} holds {others} in split {self.origin!r} and {own} in "
+                f"{name!r}. Choose another split, or give the column the same type in both."
+            )
+        if own == "strings":
+            return {value: label for label, value in enumerate(names or [])}
+        if names is None or not isinstance(feature, ClassLabel) or feature.names == names:
+            return None
+        codes = {number: names.index(value) for number, value in enumerate(feature.names) if value in names}
+        unknown = set(range(feature.num_classes)) - codes.keys()
+        if unknown and isinstance(dataset, Dataset):
+            unknown &= set(read_column(dataset, column).unique().to_pylist())
+        if unknown:
+            raise DataError(
+                f"dataset {self.dataset_id!r}: split {name!r} has classes that {self.origin!r} lacks: "
+                f"{first_of([repr(feature.names[number]) for number in sorted(unknown)])}; {self.origin!r} has "
+                f"{first_of(list(map(repr, names)))}. Name the classes alike in both."
+            )
+        return codes
 
     def shortcoming(self, name: str) -> str | None:
         """Why a split cannot be used, if it has no labels; of a stream only the first few are read."""
@@ -53,7 +91,11 @@ class LabelledSource:
             return f"it has no column {missing[0]!r}"
         if isinstance(dataset, Dataset):
             column = read_column(dataset, label)
-            labelled = not column.null_count and -1 not in column.unique().to_pylist()
+            found = column.unique().to_pylist()
+            labelled = not column.null_count and -1 not in found
+            strings = label_kind(dataset.features[label]) == "strings"
+            if labelled and strings and not set(found) & set(self.class_names or ()):
+                return f"none of its labels, such as {found[0]!r}, is a class of {self.origin!r}"
         else:
             head = list(dataset.select_columns([label]).take(8))
             if not head:
@@ -71,13 +113,21 @@ def settle_columns(
     return LabelledSource(source, dataset_id, origin, columns, *_classes(raw, columns.label, dataset_id))
 
 
-def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | None, list[str] | None, int]:
-    """(class names, the strings of a string column, number of classes) from the train split."""
+def label_kind(feature: Any) -> str:
+    """What a label column holds: "classes" (feature ClassLabel), "strings", "booleans", "numbers", or its feature."""
+    if isinstance(feature, ClassLabel):
+        return "classes"
+    dtype = str(getattr(feature, "dtype", ""))
+    known = {"string": "strings", "large_string": "strings", "bool": "booleans"}
+    return known.get(dtype, "numbers" if dtype.startswith(("int", "uint")) else str(feature))
+
+
+def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | None, int]:
+    """(class names, number of classes) from the train split; strings are their own names."""
     feature = (raw.features or {}).get(column)
     names: list[str] | None
-    values: list[str] | None
     if isinstance(feature, ClassLabel):
-        names, values, count = list(feature.names), None, int(feature.num_classes)
+        names, count = list(feature.names), int(feature.num_classes)
         if count < 2:
             raise DataError(f"dataset {dataset_id!r}: column {column!r} has one class only; at least two are needed.")
         if {name.lower() for name in names} <= KNOWN_SPLITS:
@@ -85,7 +135,7 @@ def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | N
                 f"dataset {dataset_id!r}: the classes would be {', '.join(names)}, which are its splits: the labels "
                 "are not in the folders' names. Images with a metadata.csv need one in the folder of each split."
             )
-        return names, values, count
+        return names, count
     if isinstance(raw, IterableDataset):
         raise DataError(
             f"dataset {dataset_id!r}: column {column!r} does not say how many classes there are, which a stream "
@@ -93,13 +143,13 @@ def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | N
         )
     found = [v for v in read_column(raw, column).unique().to_pylist() if v is not None]
     if found and all(isinstance(v, str) for v in found):
-        values = sorted(found)
-        names, count = values, len(values)
+        numbers = all(value.isdecimal() for value in found)
+        names, count = sorted(found, key=int if numbers else None), len(found)
     elif found and all(isinstance(v, bool) for v in found):
-        names, values, count = ["False", "True"], None, 2
+        names, count = ["False", "True"], 2
     else:
         present = sorted(int(v) for v in found if int(v) != -1)
-        names, values, count = None, None, (present[-1] + 1 if present else 0)
+        names, count = None, (present[-1] + 1 if present else 0)
         if present != list(range(count)):
             missing = sorted(set(range(count)) - set(present))
             raise DataError(
@@ -112,7 +162,7 @@ def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | N
             f"dataset {dataset_id!r}: column {column!r} has one class only; at least two are needed. "
             "Choose another --label-column."
         )
-    return names, values, count
+    return names, count
 
 
 def check_labels(split: ImageSplit) -> None:

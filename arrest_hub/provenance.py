@@ -104,6 +104,7 @@ def training_record(
             splits.hub_id,
             splits.revision,
             splits.validation.name if splits.validation is not None else None,
+            splits.test.drawn_from,
         ),
         command=finetune_command(config, processes, exported["model"], exported["dataset"]),
         steps=progress.step,

@@ -28,11 +28,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
 from arrest_hub.errors import ArrestError, DataError, HubError, did_you_mean, hub_failure
+from arrest_hub.folder_checks import METADATA, check_classes, check_metadata, is_metadata
 from arrest_hub.image_folder import open_image_folder, walk
 from arrest_hub.on_demand import SplitsOnDemand, is_prepared, keep_names, open_apart, opens_apart, prepared, read_names
-
-METADATA = {"metadata.csv", "metadata.jsonl"}
-"""Files that give the labels of the images beside them."""
 
 RawSplit: TypeAlias = Dataset | IterableDataset
 
@@ -297,7 +295,9 @@ def _open_folder(path: Path, typed: str, streaming: bool, on_demand: bool, cache
     names = {os.path.basename(file).lower() for file in files}
     tabular = any(name.endswith((".parquet", ".arrow", ".tar")) for name in names)
     if tabular or names & METADATA:
-        return _open_data_files(path, typed, files, streaming, on_demand, cache_dir)
+        found = _open_data_files(path, typed, files, streaming, on_demand, cache_dir)
+        if found is not None:
+            return found
     splits, notes = open_image_folder(path, typed, shuffle=streaming)
     source = _as_source(splits, streaming)
     source.notes += notes
@@ -312,13 +312,15 @@ def _open_saved(path: Path, typed: str) -> dict[str, Dataset]:
             f"dataset folder {typed!r} (save_to_disk) is damaged, or one of its splits is empty: {_first_lines(error)}"
         ) from error
     parts = dict(saved) if isinstance(saved, DatasetDict) else {saved.split or "train": saved}
-    return {str(name): part for name, part in parts.items()}
+    # a format that was set before saving is how somebody wanted to look at it
+    return {str(name): part.with_format(None) for name, part in parts.items()}
 
 
 def _open_data_files(
     path: Path, typed: str, files: list[str], streaming: bool, on_demand: bool, cache_dir: str | None
-) -> Source:
-    """Parquet and the other formats that `datasets` reads, splits found by file name."""
+) -> Source | None:
+    """Parquet and the other formats that `datasets` reads, splits found by file name; None for image files without
+    metadata, among which a file of another format lies."""
     # `datasets` takes a cached copy for fresh when the paths and mtimes are the same; a copy that keeps the
     # mtime (rsync, cp -p) would give stale data, so the size and the time of the last change count too
     state = hashlib.sha256()
@@ -328,7 +330,10 @@ def _open_data_files(
     root = _own_cache(cache_dir) / state.hexdigest()[:16]
     with _folder_errors(typed):
         builder = datasets.load_dataset_builder(str(path.resolve()), cache_dir=str(root))
-        _check_metadata(builder, files, typed)
+        if builder.name == "imagefolder" and not any(is_metadata(file) for file in files):
+            return None
+        check_metadata(builder, files, typed)
+        check_classes(builder, typed)
         if on_demand and opens_apart(builder) and not is_prepared(builder):
 
             def open_split(name: str) -> Dataset:
@@ -347,22 +352,6 @@ def _open_data_files(
             if all(part.endswith(".parquet") for part in parts):
                 sizes[str(name)] = sum(pq.read_metadata(part).num_rows for part in parts)
     return Source({str(name): split for name, split in splits.items()}, sizes=sizes)
-
-
-def _check_metadata(builder: datasets.DatasetBuilder, files: list[str], typed: str) -> None:
-    """Raises DataError if a split of images has none of the metadata that there is: `datasets` would take the splits
-    for the classes."""
-    found = [file for file in files if os.path.basename(file).lower() in METADATA]
-    if not found or not hasattr(builder.config, "drop_labels"):  # the latter is of folders of images and their like
-        return
-    for split, parts in (builder.config.data_files or {}).items():
-        if not any(os.path.basename(part).lower() in METADATA for part in parts):
-            name = os.path.basename(found[0])
-            raise DataError(
-                f"dataset folder {typed!r}: {found[0]} is not read for the split {str(split)!r}, whose folder has "
-                f"no {name} of its own. Put one into the folder of each split, with its own images and their paths "
-                "from there."
-            )
 
 
 @contextmanager

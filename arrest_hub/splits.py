@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from datasets import ClassLabel
 
@@ -101,6 +102,10 @@ def load_splits(
     else:
         size = _held_out_size(train, validation_size, None, already=test_size)
     train, held_test, held_validation = hold_out(train, test_size, size, seed, notes)
+    used = {train_name, own if validation is not None else None, None if test is None else test.name}
+    left = [name for name in source.splits if name not in used and not any(repr(name) in note for note in notes)]
+    if left:
+        notes.append(f"splits that are not used: {', '.join(left)} (--train-split and --eval-split choose others)")
     test = test or held_test
     validation = validation or held_validation
     assert test is not None
@@ -175,7 +180,7 @@ def _eval_split(
     if origin is None or source.on_demand:  # then the columns and classes are those of the test split
         names = _test_names(source, eval_split, train_name, dataset_id)
         if not names and train_name is None:
-            raise _no_test(source, dataset_id)
+            raise _no_test(source, dataset_id, train_name)
         if not names:
             return held_out
         problems = []
@@ -203,7 +208,7 @@ def _eval_split(
     test = _find_test(opened, eval_split, train_name, notes)
     if test is None:
         if train_name is None:
-            raise _no_test(source, dataset_id)
+            raise _no_test(source, dataset_id, train_name)
         if source.on_demand:
             return held_out
         train = opened.split(train_name)
@@ -222,6 +227,8 @@ def _with_alias(
         return label_column, eval_split, list(source.notes)
     usual = alias.eval_split if alias.eval_split in source.splits else None
     notes = ([alias.note] if alias.note else []) + source.notes
+    if Path(dataset_id).is_dir():
+        notes.append(f"the folder {dataset_id} is not read, but the dataset of that name: for it give ./{dataset_id}")
     return label_column or alias.label_column, eval_split or usual, notes
 
 
@@ -245,6 +252,8 @@ def _find_test(
             test = opened.split(name)
             check_labels(test)
         if test is not None:
+            if not test.streaming and len(set(test.labels())) == 1:
+                notes.append(f"all labels of {name!r} are one class: are the true ones not public?")
             if name == train_name:
                 notes.append(f"the test split is the train split {name!r} itself: the results are no test")
             return test
@@ -267,14 +276,15 @@ def _test_size(opened: LabelledSource, train: ImageSplit) -> int:
     """How many images to hold out as the test split. Raises DataError when none can be."""
     size = _held_out_size(train, 0.1, None)
     if not size:
-        raise _no_test(opened.source, opened.dataset_id)
+        raise _no_test(opened.source, opened.dataset_id, train.name)
     return size
 
 
-def _no_test(source: Source, dataset_id: str) -> DataError:
+def _no_test(source: Source, dataset_id: str, train_name: str | None) -> DataError:
+    why = "too few (or an unknown number of) images" if train_name is not None else "none called train"
     return DataError(
-        f"dataset {dataset_id!r} has no labelled test or validation split, and too few (or an unknown "
-        f"number of) images to hold out a test set. Name one with --eval-split: {', '.join(source.splits)}."
+        f"dataset {dataset_id!r} has no labelled test or validation split, and {why} to hold out a test set. Name one "
+        f"with --eval-split: {', '.join(source.splits)}."
     )
 
 
@@ -310,8 +320,9 @@ def _named_split(
     if usual is None:
         return None
     for name in SPLIT_NAMES[usual]:
-        if name in splits:
-            return name
+        for own in splits:
+            if own.lower() == name:
+                return own
     if not required:
         return None
     if len(splits) == 1:

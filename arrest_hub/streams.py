@@ -12,9 +12,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from arrest_hub.corrupt import CorruptImages, read_image
 from arrest_hub.images import ImageError
-from arrest_hub.seeding import mix, seeded
+from arrest_hub.seeding import mix
 from arrest_hub.subsets import SHUFFLE_BUFFER, ImageSplit
-from arrest_hub.transforms import Transform
+from arrest_hub.transforms import Transform, transformed
 
 
 class StreamingImages(IterableDataset[dict[str, Any]]):
@@ -104,8 +104,7 @@ class StreamingImages(IterableDataset[dict[str, Any]]):
                 if image is None:
                     continue
                 label = self.split.encode(row[self.split.label_column], index)
-                with seeded(self.seed, epoch, index):
-                    pixels = self.transform(image)
+                pixels = transformed(self.transform, image, self.seed, epoch, index, self.split.name)
                 yield {"pixels": pixels, "label": label, "index": index}
                 count += 1
             if wanted is None:

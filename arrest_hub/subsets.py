@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +14,8 @@ from datasets import Dataset, IterableDataset
 from arrest_hub.errors import DataError
 from arrest_hub.images import ImageError
 
+LOOK_AHEAD = 256
+"""Labels at the start of a stream that tell whether it is sorted by class."""
 SHUFFLE_BUFFER = 1000
 """Examples held in memory to shuffle a stream."""
 
@@ -21,12 +25,14 @@ class ImageSplit:
     """The raw, undecoded images of one split and what their labels mean.
 
     ``dataset`` is map-style, or streaming when ``streaming`` is true; its image column has the feature
-    ``Image(decode=False)``. ``values`` is set when the label column holds strings: value i is label i.
+    ``Image(decode=False)``. ``codes`` is set where the label column holds strings, or numbers the classes otherwise
+    than the dataset does: what is in the column -> the label.
     ``label_map`` remaps: label i of the dataset becomes ``label_map[i]`` (set it to the ``order`` of
     `labels.match_labels` before making a loader).
     ``num_examples`` is None for a stream of unknown length. ``skip`` and ``by_shard`` concern streams: the
     split is ``dataset`` without its first ``skip`` examples, all of them in its first shard, and its shards
     may be read separately when ``by_shard``.
+    ``drawn_from`` tells the split that these images were held out of: a digest of its labels, in order.
     ``rows`` (int64 [N], None: 0..N - 1) says where each image was in the split as it is kept, before some were
     chosen or held out; see `row_array`.
     """
@@ -37,11 +43,12 @@ class ImageSplit:
     name: str
     num_classes: int
     num_examples: int | None = None
-    values: list[str] | None = None
+    codes: Mapping[Any, int] | None = None
     label_map: list[int] | None = None
     skip: int = 0
     by_shard: bool = False
     rows: np.ndarray | None = None
+    drawn_from: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset, Dataset):
@@ -68,7 +75,7 @@ class ImageSplit:
         """`labels` as int64 [N]."""
         if not isinstance(self.dataset, Dataset):
             raise TypeError(f"split {self.name!r} is a stream; its labels are known as they come")
-        labels = _codes(read_column(self.dataset, self.label_column), self.values)
+        labels = _labels(read_column(self.dataset, self.label_column), self.codes)
         return labels if self.label_map is None else np.asarray(self.label_map)[labels]
 
     def row_array(self) -> np.ndarray:
@@ -86,12 +93,13 @@ class ImageSplit:
 
         Raises ImageError when it is missing or outside 0..num_classes - 1.
         """
-        if not isinstance(value, int) or not 0 <= value < self.num_classes:
+        label = value if self.codes is None else self.codes.get(value)
+        if not isinstance(label, int) or not 0 <= label < self.num_classes:
             raise ImageError(
                 f"split {self.name!r}, image {position}: label {value!r} is not one of the {self.num_classes} "
                 f"classes (0 to {self.num_classes - 1}). Correct the data, or choose another --label-column."
             )
-        return value if self.label_map is None else self.label_map[value]
+        return label if self.label_map is None else self.label_map[label]
 
 
 def hold_out(
@@ -101,12 +109,16 @@ def hold_out(
     sizes = {"test": test_size, "validation": validation_size}
     taken: dict[str, ImageSplit | None] = {"test": None, "validation": None}
     origin = train.name
+    _check_stream(train, sum(sizes.values()))
+    if isinstance(train.dataset, Dataset):
+        digest = hashlib.sha256(train.label_array().tobytes() + train.row_array().tobytes()).hexdigest()
+        drawn_from = f"sha256:{digest[:16]}"
     for role, size in sizes.items():
         if size and isinstance(train.dataset, Dataset):
             labels = train.label_array()
             # no class may lose more than half of its images
-            rows = balanced_subset(labels, size, seed + (1 if role == "test" else 2), keep_half=True)
-            taken[role] = train.select(rows, f"{origin}[held-out {role}]")
+            rows = balanced_subset(labels, size, seed + (1 if role == "test" else 2), _TOO_FEW[role], keep_half=True)
+            taken[role] = replace(train.select(rows, f"{origin}[held-out {role}]"), drawn_from=drawn_from)
             rest = np.setdiff1d(np.arange(len(labels)), rows, assume_unique=True)
             train = train.select(rest, f"{origin}[without held out]")
             notes.append(f"{role}: {size} images held out of {origin!r}, classes as equal as possible, seed {seed}")
@@ -164,11 +176,33 @@ def limit(split: ImageSplit, size: int | None, seed: int, notes: list[str], flag
     return replace(split, dataset=stream, name=name, num_examples=size, skip=0, by_shard=False)
 
 
-def balanced_subset(labels: np.ndarray, size: int, seed: int, keep_half: bool = False) -> np.ndarray:
+_TOO_FEW = {
+    "test": "They were to be the test split, which this dataset lacks: name a split with --eval-split",
+    "validation": "Give a smaller number (--validation-size 0: none)",
+}
+
+
+def _check_stream(train: ImageSplit, total: int) -> None:
+    """Raises DataError where ``total`` images are to be held out of the start of a stream that is sorted by class."""
+    if not total or isinstance(train.dataset, Dataset):
+        return
+    head = [row[train.label_column] for row in train.dataset.select_columns([train.label_column]).take(LOOK_AHEAD)]
+    if len(head) == LOOK_AHEAD and len(set(head)) == 1:
+        raise DataError(
+            f"the stream {train.name!r} seems to be sorted by class: its first {LOOK_AHEAD} labels are all "
+            f"{head[0]!r}. The {total} images to be held out of its start would be of few classes, which training "
+            "would then lack. "
+            "Leave out --streaming, or give --eval-split and --validation-size 0."
+        )
+
+
+def balanced_subset(
+    labels: np.ndarray, size: int, seed: int, otherwise: str = "Give a smaller number", keep_half: bool = False
+) -> np.ndarray:
     """``size`` indices into ``labels`` (int [N]), ascending, with class counts as equal as possible.
 
     A class with too few images gives all it has (half of them with ``keep_half``) and the others make up
-    for it. Raises DataError when there are not enough images in all.
+    for it. Raises DataError when there are not enough images in all, which ends with ``otherwise``.
     """
     if not size:
         return np.empty(0, dtype=np.int64)
@@ -179,8 +213,8 @@ def balanced_subset(labels: np.ndarray, size: int, seed: int, keep_half: bool = 
     if size > room.sum():
         raise DataError(
             f"{size} images cannot be taken out of {len(labels)}"
-            + (" leaving at least half of every class" if keep_half else "")
-            + f"; at most {room.sum()} can. Give a smaller number (--validation-size 0: none)."
+            + (f" of {len(counts)} classes leaving at least half of every class" if keep_half else "")
+            + f"; at most {room.sum()} can. {otherwise}."
         )
     quota = np.zeros_like(counts)
     while (left := size - quota.sum()) > 0:
@@ -200,9 +234,8 @@ def read_column(dataset: Dataset, name: str) -> Any:
     return dataset.select_columns([name]).with_format("arrow")[:].column(name)
 
 
-def _codes(column: Any, values: list[str] | None) -> np.ndarray:
-    """A label column -> int64 [N]; missing labels are -1, as are strings outside ``values``."""
-    if values is None:
+def _labels(column: Any, codes: Mapping[Any, int] | None) -> np.ndarray:
+    """A label column -> int64 [N]; missing labels are -1, as is what ``codes`` does not know."""
+    if codes is None:
         return pc.fill_null(column.cast("int64"), -1).to_numpy().astype(np.int64)
-    index = {value: i for i, value in enumerate(values)}
-    return np.array([index.get(value, -1) for value in column.to_pylist()], dtype=np.int64)
+    return np.array([codes.get(value, -1) for value in column.to_pylist()], dtype=np.int64)

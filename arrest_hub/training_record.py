@@ -40,7 +40,8 @@ class BaseModel:
 class TrainingData:
     """The images it was trained on. ``name`` is the id as typed, or a folder's name; ``hub_id`` and ``revision`` (a
     commit) are set for a dataset on the Hub; ``num_examples`` is None for a stream of unknown length. ``validation`` is
-    the split that weights were chosen on; None if there was none, or in a record of an earlier version."""
+    the split that weights were chosen on; None if there was none, or in a record of an earlier version. ``drawn_from``
+    tells the split that test images were held out of, see `subsets.ImageSplit`; None if none were."""
 
     name: str
     split: str
@@ -49,6 +50,7 @@ class TrainingData:
     hub_id: str | None = None
     revision: str | None = None
     validation: str | None = None
+    drawn_from: str | None = None
 
     @property
     def chosen_on(self) -> str | None:

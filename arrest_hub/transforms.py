@@ -18,6 +18,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from arrest_hub.errors import BackboneError, did_you_mean
+from arrest_hub.images import ImageError
+from arrest_hub.seeding import seeded
 
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -35,6 +37,22 @@ SMALL = 64
 
 Transform = Callable[[Image.Image], Tensor]
 """RGB image of any size -> uint8 tensor [3, H, W]."""
+
+
+def transformed(transform: Transform, image: Image.Image, seed: int, epoch: int, index: int, split: str) -> Tensor:
+    """``transform(image)``, whose draws depend on seed, epoch and index alone: uint8 [3, H, W].
+
+    Raises ImageError naming the image where that cannot be made of it, such as of one of 4,000 pixels by one.
+    """
+    with seeded(seed, epoch, index):
+        try:
+            return transform(image)
+        except (ValueError, MemoryError) as error:
+            size = f"{image.width} x {image.height} pixels"
+            raise ImageError(
+                f"split {split!r}, image {index}: of {size} no input of the network can be made ({error}). Remove it, "
+                "or cut it to another shape."
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Which images a figure is of: never those that were trained on, never two sets on one card, never a changed one."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,8 +13,6 @@ from tiny import NAMES, pretrained_state, tiny_backbone, tiny_config, write_imag
 import arrest_hub
 from arrest_hub.cli import eval_command, run_cli
 from arrest_hub.errors import BackboneError, ConfigError
-from arrest_hub.eval_config import EvalConfig
-from arrest_hub.eval_subjects import held_out_seed, module_subject
 from arrest_hub.export import write_model_folder
 from arrest_hub.images import ImageError, decode_image
 from arrest_hub.journal import Journal
@@ -21,6 +20,8 @@ from arrest_hub.push_cli import card_command
 from arrest_hub.results import read_results
 from arrest_hub.splits import load_splits
 from arrest_hub.train import finetune
+from arrest_hub.trained_on import held_out_seed
+from arrest_hub.training_record import TrainingData, TrainingRecord
 from arrest_hub.verdicts import read_verdicts
 
 EPS = "40/255"
@@ -64,6 +65,37 @@ def test_test_images_held_out_of_the_training_images_are_the_runs(held_out, caps
     assert {row.attack for row in read_results(export / "results.json").results} >= {None, "noise"}
 
 
+def test_a_renamed_dataset_is_known_by_its_labels(held_out, tmp_path):
+    folder, export = held_out
+    shutil.copytree(folder / "data", tmp_path / "other")
+    output = tmp_path / "eval"
+    arrest_hub.evaluate(
+        str(export), str(tmp_path / "other"), attacks="clean", teacher=None, checks=False, output_dir=str(output)
+    )
+    expected = read_verdicts(export / "verdicts.parquet").index
+    assert read_verdicts(output / "verdicts.parquet").index.tolist() == expected.tolist()
+
+
+def test_images_drawn_from_a_dataset_that_has_grown_may_have_been_trained_on(held_out, tmp_path):
+    _, export = held_out
+    write_images(tmp_path / "data", count=150, splits=("train",))
+    with pytest.raises(ConfigError, match=r"when it held other images or labels.*may have been trained on\. Give --eval"):
+        arrest_hub.evaluate(str(export), str(tmp_path / "data"), attacks="clean", teacher=None)
+
+
+def test_the_teacher_and_the_checkpoints_of_a_run_were_trained_on_its_images(tmp_path):
+    export = trained(tmp_path, ("train",), standard_epochs=1, eval_every=1)
+    expected = read_verdicts(export / "verdicts.parquet").index.tolist()
+    models = [tmp_path / "run" / "teacher", *sorted((tmp_path / "run" / "checkpoints").glob("best-*"))]
+    assert len(models) == 2
+    for number, model in enumerate(models):
+        output = tmp_path / f"eval-{number}"
+        arrest_hub.evaluate(
+            str(model), str(tmp_path / "data"), attacks="clean", teacher=None, checks=False, output_dir=str(output)
+        )
+        assert read_verdicts(output / "verdicts.parquet").index.tolist() == expected
+
+
 def test_training_images_do_not_replace_the_held_out_ones(held_out, capsys):
     folder, export = held_out
     before = contents(export)
@@ -84,10 +116,11 @@ def test_training_images_do_not_replace_the_held_out_ones(held_out, capsys):
 )  # fmt: skip
 def test_a_dataset_is_known_again_however_it_is_written(tmp_path, trained_on, given, same):
     write_model(tmp_path / "model")
-    (tmp_path / "model" / "training_record.json").write_text("{}")
+    record = TrainingRecord(None, TrainingData("data", "train", 3), "", 1, 1, 1.0, 1.0, 1, "CPU", {})
+    record.write(tmp_path / "model" / "training_record.json")
     (tmp_path / "model" / "training_config.yaml").write_text(f"seed: 7\ndataset: {trained_on}\n")
-    subject = module_subject(arrest_hub.load_backbone(str(tmp_path / "model")), "model")
-    assert held_out_seed(EvalConfig("model", dataset=given), subject, "train") == (7 if same else None)
+    backbone = arrest_hub.load_backbone(str(tmp_path / "model"))
+    assert held_out_seed(backbone, "model", given, "train") == (7 if same else None)
 
 
 @pytest.mark.parametrize("training", ["[]", "seed: x", "{"])

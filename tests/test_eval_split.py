@@ -76,14 +76,6 @@ def test_parquet(check, tmp_path, options, first, count):
     assert not any("every split" in note for note in found.notes)
 
 
-def test_parquet_features_are_those_of_the_first_split(check, tmp_path):
-    """As `datasets` has it: the classes of the train file are the classes of every file."""
-    parquet(tmp_path / "d", features=labelled(["dog", "cat", "bird"]), train=rows(20))
-    found = check(parquet(tmp_path / "d", features=labelled(), test=rows(6)))
-    assert found.class_names == ["dog", "cat", "bird"]
-    assert converted(tmp_path) == {"test"}
-
-
 @pytest.mark.parametrize("options", [{}, {"limit_eval": 4}])
 def test_unlabelled_test_split(check, tmp_path, options):
     splits = {"train": rows(20), "validation": rows(6, start=50), "test": rows(6, start=100) | HIDDEN}

@@ -11,7 +11,7 @@ LEVELS = [
     {"errors", "files", "fields", "licenses", "attack_schedule", "config", "config_sources", "eval_config",
      "push_config", "recipe_files", "training_record", "model_arguments"},
     {"transforms", "images", "columns", "subsets", "seeding", "caller", "corrupt", "streams", "data_speed", "on_demand",
-     "image_folder", "labelled_source",
+     "image_folder", "folder_checks", "labelled_source",
      "sources", "splits", "labels", "data", "architectures", "model_config", "model_source", "image_processor",
      "heads", "networks", "backbones", "network_options", "folding",
      "attacks", "autoattack", "objective", "sample_eps", "weight_perturbation", "results", "verdicts", "throughput",
@@ -21,8 +21,8 @@ LEVELS = [
      "hub_access", "hub_search", "pushed_files", "hub_repository", "hub", "pretrained"},
     {"validation", "provenance", "run_folder", "prepare", "run", "loop_guards", "resume", "schedule", "step",
      "epoch_batches", "epoch_validation", "loop",
-     "finish", "estimate", "plan", "train", "evaluator", "attack_stages", "masking", "evidence", "eval_subjects",
-     "eval_record", "eval_identity", "eval_session", "evaluation"},
+     "finish", "estimate", "plan", "train", "evaluator", "attack_stages", "masking", "evidence",
+     "trained_on", "eval_subjects", "eval_record", "eval_identity", "eval_session", "evaluation"},
     {"cli", "push_cli", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
