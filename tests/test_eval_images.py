@@ -79,7 +79,9 @@ def test_a_renamed_dataset_is_known_by_its_labels(held_out, tmp_path):
 def test_images_drawn_from_a_dataset_that_has_grown_may_have_been_trained_on(held_out, tmp_path):
     _, export = held_out
     write_images(tmp_path / "data", count=150, splits=("train",))
-    with pytest.raises(ConfigError, match=r"when it held other images or labels.*may have been trained on\. Give --eval"):
+    with pytest.raises(
+        ConfigError, match=r"when it held other images or labels.*may have been trained on\. Give --eval"
+    ):
         arrest_hub.evaluate(str(export), str(tmp_path / "data"), attacks="clean", teacher=None)
 
 
