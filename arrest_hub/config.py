@@ -317,6 +317,18 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
                 f"--ema-start-epoch {config.ema_start_epoch:g} is not before the end, after {config.epochs} --epochs: "
                 "give fewer."
             )
+    if {"lr", "standard_lr", "min_lr", "standard_epochs", "scheduler"} <= good:
+        peak = min(config.lr, (config.standard_epochs and config.standard_lr) or config.lr)
+        if config.min_lr > peak and config.scheduler in ("cosine", "poly"):
+            problems.append(
+                f"--min-lr {config.min_lr:g} is above the peak of {peak:g}: the learning rate would rise. Give less."
+            )
+    if {"epochs", "standard_epochs", "warmup_epochs", "max_steps"} <= good and config.max_steps is None:
+        shortest = min(config.epochs, config.standard_epochs or config.epochs)
+        if config.warmup_epochs >= shortest:
+            problems.append(
+                f"--warmup-epochs {config.warmup_epochs:g} is all of a training of {shortest} epochs: give fewer."
+            )
     if {"resume", "overwrite"} <= good and config.resume and config.overwrite:
         problems.append("--resume and --overwrite contradict each other: give one of them.")
     if (
@@ -341,22 +353,6 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
         problems.append("--private says how to publish, and nothing is to be published: add --push-to-hub you/name.")
     if {"license", "license_name", "license_link"} <= good:
         problems += license_problems(config.license, config.license_name, config.license_link)
-    return problems
-
-
-def schedule_problems(config: FinetuneConfig) -> list[str]:
-    """What a new run should not begin with, of a configuration that is valid: one that was begun with it goes on."""
-    problems = []
-    peak = min(config.lr, (config.standard_epochs and config.standard_lr) or config.lr)
-    if config.min_lr > peak and config.scheduler in ("cosine", "poly"):
-        problems.append(
-            f"--min-lr {config.min_lr:g} is above the peak of {peak:g}: the learning rate would rise. Give less."
-        )
-    shortest = min(config.epochs, config.standard_epochs or config.epochs)
-    if config.warmup_epochs >= shortest and config.max_steps is None:
-        problems.append(
-            f"--warmup-epochs {config.warmup_epochs:g} is all of a training of {shortest} epochs: give fewer."
-        )
     return problems
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from arrest_hub.config import FIELDS, MODEL_KEYS, RESUME_MAY_DIFFER, FinetuneConfig, schedule_problems
+from arrest_hub.config import FIELDS, MODEL_KEYS, RESUME_MAY_DIFFER, FinetuneConfig
 from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import convert, flag
 from arrest_hub.recipe_files import FOR_DATASET, read_recipe, read_yaml
@@ -37,7 +37,6 @@ def resolve(flags: Mapping[str, Any], recipe: Mapping[str, Any], recipe_name: st
     config = FinetuneConfig(**values)
     try:
         config.validate()
-        problems += [] if config.resume else schedule_problems(config)
     except ConfigError as error:
         problems += error.problems
     if problems:

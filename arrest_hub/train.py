@@ -19,7 +19,7 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades
 from arrest_hub.caller import undisturbed
 from arrest_hub.checkpoint import readable_progress
-from arrest_hub.config import FinetuneConfig, schedule_problems
+from arrest_hub.config import FinetuneConfig
 from arrest_hub.config_sources import anchored, load_config, resume_config
 from arrest_hub.corrupt import CorruptImages, read_entries
 from arrest_hub.errors import ConfigError
@@ -175,8 +175,6 @@ def _costly_objective(run: Run, teacher: nn.Module | None) -> Objective:
 def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbone, BaseModel | None]:
     """Everything before the run folder is written: checks, data, network, and what is about to happen, printed."""
     config = dataclasses.replace(config).validate()
-    if not config.resume and (problems := schedule_problems(config)):
-        raise ConfigError(problems)
     paths = RunPaths(Path(config.output_dir))
     if config.resume and paths.config.is_file():
         values = dataclasses.asdict(config)

@@ -163,13 +163,6 @@ def test_a_learning_rate_that_could_only_rise_is_refused():
     assert resolve(GOOD | {"min_lr": 1e-4, "standard_lr": 1e-5}, {}, None), "of a clean phase that there is not"
 
 
-def test_a_run_that_was_begun_with_such_a_rate_goes_on(tmp_path):
-    saved = FinetuneConfig(model="m", dataset="d", min_lr=0.1, warmup_epochs=10, output_dir="runs/x").validate()
-    (tmp_path / "config.yaml").write_text(saved.to_yaml())
-    assert resume_config(load_config(tmp_path / "config.yaml"), {}).min_lr == 0.1
-    assert resolve(GOOD | {"min_lr": 0.1, "resume": True}, {}, None).min_lr == 0.1
-
-
 @pytest.mark.parametrize(
     ("flags", "unused"),
     [
