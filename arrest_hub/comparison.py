@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
@@ -22,9 +22,10 @@ from arrest_hub.results import (
     harmonic_mean,
     markdown_table,
     one_line,
+    radius,
     wilson_interval,
 )
-from arrest_hub.verdicts import Verdicts, compare_pairs
+from arrest_hub.verdicts import Verdicts, compare_pairs, same_images
 
 FORMAT_VERSION = 1
 Row = dict[str, Any]
@@ -70,7 +71,8 @@ def common_setting(entries: Sequence[ComparedModel]) -> Setting:
         for entry in entries:
             for row in entry.report.results:
                 if (value := getattr(row, key)) is not None:
-                    names = seen.setdefault(_comparable(key, value), (value, []))[1]
+                    number = radius(value) if key == "eps" else value  # 16/510 is 8/255
+                    names = seen.setdefault(number, (value, []))[1]
                     if entry.name not in names:
                         names.append(entry.name)
         found[key] = next((written for written, _ in seen.values()), None)
@@ -82,15 +84,6 @@ def common_setting(entries: Sequence[ComparedModel]) -> Setting:
     if problems:
         raise ConfigError(problems)
     return Setting(**found)
-
-
-def _comparable(key: str, value: Any) -> Any:
-    if key == "eps":
-        try:
-            return Fraction(value)  # 16/510 is 8/255
-        except ValueError:
-            return value
-    return value
 
 
 def comparison_rows(entries: Sequence[ComparedModel]) -> list[Row]:
@@ -135,23 +128,13 @@ def pair_rows(entries: Sequence[ComparedModel]) -> list[Row]:
     """
     rows = []
     for first, second in combinations(entries, 2):
-        if first.verdicts is None or second.verdicts is None or not _same_images(first.verdicts, second.verdicts):
+        if first.verdicts is None or second.verdicts is None or not same_images(first.verdicts, second.verdicts):
             continue
         shared = [attack for attack in first.verdicts.broken_by if attack in second.verdicts.broken_by]
         for attack in (None, *sorted(shared, key=attack_rank)):
             counts = compare_pairs(first.verdicts, second.verdicts, attack)
-            rows.append(
-                {
-                    "first": first.name,
-                    "second": second.name,
-                    "attack": attack,
-                    "both": counts.both,
-                    "only_first": counts.only_first,
-                    "only_second": counts.only_second,
-                    "neither": counts.neither,
-                    "p_value": counts.p_value,
-                }
-            )
+            names = {"first": first.name, "second": second.name, "attack": attack}
+            rows.append(names | dataclasses.asdict(counts) | {"p_value": counts.p_value})
     return rows
 
 
@@ -243,21 +226,12 @@ def _figure(result: Result | None) -> Row | None:
     return {"value": round(result.value, 6), "ci95": [round(bound, 6) for bound in bounds]}
 
 
-def _same_images(first: Verdicts, second: Verdicts) -> bool:
-    try:
-        compare_pairs(first, second, None)
-    except ValueError:
-        return False
-    return True
-
-
 def _caption(entries: Sequence[ComparedModel]) -> str:
     return f"Accuracy on {common_setting(entries).title()}, 95 % intervals in brackets"
 
 
 def _cells(entries: Sequence[ComparedModel], show: Callable[[str], str], mark: Callable[[str], str]) -> list[list[str]]:
     """The table without its rule, header first: ``show`` makes a user's text harmless, ``mark`` marks the best."""
-    common_setting(entries)
     attacks = _attacks(entries)
     rows = comparison_rows(entries)
     header = [
@@ -348,7 +322,7 @@ def _notes(entries: Sequence[ComparedModel]) -> list[str]:
     base = next((entry for entry in entries if entry.verdicts is not None), None)
     for entry in entries:
         both = (base.verdicts if base else None), entry.verdicts
-        if base and both[0] and both[1] and not _same_images(both[0], both[1]):
+        if base and both[0] and both[1] and not same_images(both[0], both[1]):
             notes.append(f"{entry.name} was evaluated on other images than {base.name}: not compared image by image")
     return notes
 

@@ -126,13 +126,18 @@ class PairCounts:
         return min(1.0, 2 * sum(math.exp(term - n * math.log(2)) for term in log_terms))
 
 
+def same_images(first: Verdicts, second: Verdicts) -> bool:
+    """Whether two files of verdicts are about the same images, in the same order."""
+    return np.array_equal(first.index, second.index)
+
+
 def compare_pairs(first: Verdicts, second: Verdicts, attack: str | None) -> PairCounts:
     """Compare image by image, clean (None) or under an attack that both files have.
 
     Raises:
         ValueError: the two are not about the same images.
     """
-    if not np.array_equal(first.index, second.index):
+    if not same_images(first, second):
         raise ValueError("the two files of verdicts are not about the same images in the same order")
     a = first.clean_correct if attack is None else first.stands(attack)
     b = second.clean_correct if attack is None else second.stands(attack)
