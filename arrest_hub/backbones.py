@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from arrest_hub.errors import BackboneError, first_line
-from arrest_hub.heads import ClassificationHead, Slot, head_names, reset_transformers_head, set_submodule
+from arrest_hub.heads import ClassificationHead, Slot, head_names, reset_transformers_head
 from arrest_hub.model_arguments import DROPPED, model_args_problem
 from arrest_hub.model_source import ModelSource, locate
 from arrest_hub.networks import build_network
@@ -66,16 +66,11 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
         self.num_features = 0
         self.new_head = False  # whether the head came after the weights, at random
-        self._num_classes = 0
+        self.num_classes = 0
         self._dropout_name: str | None = None
         self.head = ClassificationHead([self.body.get_submodule(name) for name in self._head_names])
         self.eval()
         self._self_check()
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes the head distinguishes."""
-        return self._num_classes
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Pixels in [0, 1], [B, 3, H, W] -> the native network's input."""
@@ -96,9 +91,9 @@ class Backbone(nn.Module):
     def native(self) -> Iterator[Any]:
         """The plain timm or transformers network with its head in place; ``forward`` must wait meanwhile."""
         for name, classifier in zip(self._head_names, self.head.classifiers, strict=True):
-            set_submodule(self.body, name, classifier)
+            self.body.set_submodule(name, classifier)
         if self._dropout_name is not None:
-            set_submodule(self.body, self._dropout_name, self.head.dropout)
+            self.body.set_submodule(self._dropout_name, self.head.dropout)
         try:
             yield self.body
         finally:
@@ -122,18 +117,18 @@ class Backbone(nn.Module):
         self.head.train(self.training)
         self.label_names = names
         self.new_head = True
-        self._num_classes = count
+        self.num_classes = count
 
     def _take_head_out(self) -> None:
         count = len(self._head_names)
         for index, name in enumerate(self._head_names):
             self.head.classifiers[index] = self.body.get_submodule(name)
-            set_submodule(self.body, name, nn.Identity() if count == 1 else Slot(index, count, self.head.widths))
+            self.body.set_submodule(name, nn.Identity() if count == 1 else Slot(index, count, self.head.widths))
         if self._dropout_name is not None:
             dropout: Any = self.body.get_submodule(self._dropout_name)
             dropout.inplace = False  # or it would be done to the representation, which is given out
             self.head.dropout = dropout
-            set_submodule(self.body, self._dropout_name, nn.Identity())
+            self.body.set_submodule(self._dropout_name, nn.Identity())
 
     def _last_dropout(self, normalized: Tensor) -> str | None:
         """The name of the dropout between representation and head, if there is one, which in eval mode gives back what
@@ -211,7 +206,7 @@ class Backbone(nn.Module):
         if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * scale):
             raise inseparable
         self.num_features = representation.shape[1]
-        self._num_classes = logits.shape[1]
+        self.num_classes = logits.shape[1]
         used = _parameters_behind(logits)
         for parameter in self.parameters():
             if parameter.requires_grad:

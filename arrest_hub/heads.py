@@ -113,10 +113,4 @@ def reset_transformers_head(
         new = nn.Linear(old.in_features, count, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
         with torch.no_grad():
             network._init_weights(new)
-        set_submodule(network, name, new)
-
-
-def set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of ``root``'s submodule ``name``."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
+        network.set_submodule(name, new)
