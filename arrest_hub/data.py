@@ -50,9 +50,8 @@ class EpochSampler(Sampler[Key]):
     The epoch travels with the index so that workers that outlive an epoch augment by the right one.
     """
 
-    def __init__(self, n: int, *, seed: int = 0, shuffle: bool = True) -> None:
-        self.n, self.seed, self.shuffle = n, seed, shuffle
-        self.epoch = 0
+    def __init__(self, n: int, *, seed: int = 0) -> None:
+        self.n, self.seed, self.epoch = n, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation of the next iteration. Accelerate calls this through the loader."""
@@ -62,13 +61,9 @@ class EpochSampler(Sampler[Key]):
         return self.n
 
     def __iter__(self) -> Iterator[Key]:
-        epoch = self.epoch
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            order = torch.randperm(self.n, generator=generator).tolist()
-        else:
-            order = list(range(self.n))
-        return iter([(epoch, index) for index in order])
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        order = torch.randperm(self.n, generator=generator).tolist()
+        return iter([(self.epoch, index) for index in order])
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -174,9 +169,7 @@ def train_loader(
 def eval_loader(split: ImageSplit, transform: Transform, *, batch_size: int, num_workers: int) -> DataLoader:
     """Batches as from `train_loader`, every image once, in order; the last batch may be smaller."""
     if not split.streaming:
-        dataset = ImageDataset(split, transform)
-        sampler = EpochSampler(len(dataset), shuffle=False)
-        return DataLoader(dataset, batch_size, sampler=sampler, **_loader_options(num_workers, 0))
+        return DataLoader(ImageDataset(split, transform), batch_size, **_loader_options(num_workers, 0))
     # one worker at most: several would interleave their parts of the stream
     stream = StreamingImages(split, transform, shuffle=False)
     return DataLoader(stream, batch_size, **_loader_options(min(1, num_workers), 0))
