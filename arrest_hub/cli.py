@@ -352,34 +352,34 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+@contextmanager
+def parting() -> Iterator[None]:
+    """At the end of this context, however it ends, the processes of a run that joined within it part."""
+    from torch import distributed
+
+    try:
+        yield
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
 def finetune_command(argv: Sequence[str]) -> None:
     """`arrest-finetune`: parse, then train. Raises ArrestError for bad input."""
     config, notes = parse_finetune(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from torch import distributed
-
     from arrest_hub.train import dry_run, finetune
 
-    try:
+    with parting():
         (dry_run if config.dry_run else finetune)(config, notes=notes)
-    finally:
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
 
 
 def eval_command(argv: Sequence[str]) -> None:
     """`arrest-eval`: parse, evaluate each model, compare if there are several. Raises ArrestError for bad input."""
     configs = parse_eval(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from torch import distributed
-
     from arrest_hub.evaluation import evaluate_all
 
-    try:
+    with parting():
         evaluate_all(configs)
-    finally:
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
 
 
 def eval_main() -> None:
