@@ -122,7 +122,7 @@ def parse_eval(argv: Sequence[str]) -> list[EvalConfig]:
     problems = [unknown_eval_key(word.lstrip("-").split("=")[0].replace("_", "-")) for word in strange]
     # a model that stands behind a flag is left over too; the value of an unknown flag looks like one
     models += [word for word in unknown if word not in strange]
-    models = [model for model in models if not follows_unknown(argv, model, [w for w in strange if "=" not in w])]
+    models = [model for model in models if not follows_unknown(argv, model, strange)]
     if not models:
         problems.append("no model is given: name one or several, as in arrest-eval runs/mine/export --dataset cifar10.")
     if not flags.get("dataset"):
@@ -156,9 +156,9 @@ def parse_eval(argv: Sequence[str]) -> list[EvalConfig]:
 
 
 def follows_unknown(argv: Sequence[str], word: str, unknown: Sequence[str]) -> bool:
-    """Whether ``word`` stands right behind a flag that does not exist."""
+    """Whether ``word`` stands right behind a flag that does not exist, and so may be its value."""
     index = list(argv).index(word)
-    return index > 0 and argv[index - 1] in unknown
+    return index > 0 and argv[index - 1] in unknown and "=" not in argv[index - 1]
 
 
 def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
@@ -170,10 +170,11 @@ def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
     problems: list[str] = []
     namespace, unknown = finetune_parser().parse_known_args(list(argv))
     flags: dict[str, Any] = vars(namespace)
+    strange = [word for word in unknown if word.startswith("--")]
     for word in unknown:
-        if word.startswith("--"):
+        if word in strange:
             problems.append(unknown_key(word[2:].split("=")[0].replace("_", "-"), "flag"))
-        elif not any(word in other for other in unknown if other.startswith("--")) and not _follows_flag(argv, word):
+        elif not follows_unknown(argv, word, strange):
             problems.append(f"{word!r} is not a flag: every option is written --name value. See --help.")
     if "model_args" in flags:
         flags["model_args"] = _read_mapping(flags["model_args"], problems)
@@ -232,12 +233,6 @@ def _optimizer_problems(flags: dict[str, Any]) -> list[str]:
     from arrest_hub.prepare import optimizer_problem
 
     return [problem for problem in [optimizer_problem(flags["optimizer"])] if problem]
-
-
-def _follows_flag(argv: Sequence[str], word: str) -> bool:
-    """Whether ``word`` is the value of the flag before it (an unknown flag's value is no second problem)."""
-    index = list(argv).index(word)
-    return index > 0 and argv[index - 1].startswith("--")
 
 
 def _read_mapping(words: Sequence[str], problems: list[str]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _folder_flags(
     strange = [word for word in unknown if word.startswith("-")]
     # a folder that stands behind a flag is left over too
     words = [*flags.pop("folder"), *(word for word in unknown if word not in strange)]
-    sure = [word for word in words if not follows_unknown(argv, word, [w for w in strange if "=" not in w])]
+    sure = [word for word in words if not follows_unknown(argv, word, strange)]
     problems = [unknown_push_flag(word, known) for word in strange]
     if len(sure) > 1:
         problems.append(f"{len(sure)} folders are given ({', '.join(sure)}): give one run.")

@@ -62,6 +62,11 @@ def test_a_misspelt_optimizer_comes_with_the_rest(capsys):
     assert "cosine" in err
 
 
+def test_a_value_behind_a_switch_is_refused_and_not_passed_over(capsys):
+    assert "'false' is not a flag" in errors(["--dataset", "digits", "--streaming", "false"], capsys)
+    assert "is not a flag" not in errors(["--dataset", "digits", "--streeming", "false"], capsys)
+
+
 def test_missing_value(capsys):
     assert "--eps" in errors(["--eps"], capsys)
 
