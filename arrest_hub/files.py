@@ -9,14 +9,14 @@ import secrets
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` in UTF-8 under a temporary name, and give it its own once all of it is there.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write text (in UTF-8) or bytes under a temporary name, and give it its own once all of it is there.
 
     Several processes may write the same file at once. Raises OSError where it cannot be written.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # as `is_draft` knows them
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import yaml
 
 from arrest_hub.card_facts import CardFacts, Publication, read_card, read_publication
 from arrest_hub.errors import ConfigError, HubError, HubRefusal
+from arrest_hub.files import write_whole
 from arrest_hub.hub_access import check_access
 from arrest_hub.hub_repository import Pushed, Repository
 from arrest_hub.licenses import License, choose_license
@@ -169,10 +170,7 @@ def _write_card(export: Path, card: bytes) -> None:
     path = export / CARD
     if path.is_file() and path.read_bytes() == card:
         return
-    temporary = path.with_name(f".{CARD}.tmp")
     try:
-        temporary.write_bytes(card)
-        os.replace(temporary, path)
+        write_whole(path, card)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise HubError(f"{path} cannot be written ({error.strerror}).") from error

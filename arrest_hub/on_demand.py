@@ -18,6 +18,8 @@ from datasets.config import DATASET_INFO_FILENAME
 from datasets.data_files import DataFilesDict
 from datasets.splits import SplitDict
 
+from arrest_hub.files import write_whole
+
 NAMES_FILE = "splits.json"
 
 
@@ -105,7 +107,5 @@ def keep_names(folder: Path, builder: DatasetBuilder) -> list[str]:
     """Note the names of a builder's splits in ``folder``, for the time when the Hub cannot be reached."""
     names = [str(name) for name in builder.config.data_files]
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{NAMES_FILE}.{os.getpid()}"
-    draft.write_text(json.dumps(names), encoding="utf-8")
-    os.replace(draft, folder / NAMES_FILE)
+    write_whole(folder / NAMES_FILE, json.dumps(names))
     return names

@@ -6,7 +6,6 @@ Kept as Parquet beside the results, so that every figure can be counted again an
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from arrest_hub.files import write_whole
 
 Array = np.ndarray[Any, Any]
 CLEAN = "clean"
@@ -70,9 +71,9 @@ class Verdicts:
         }
         columns |= {attack: _names(values) for attack, values in self.broken_by.items()}
         table = pa.table(columns).replace_schema_metadata(self.metadata)
-        temporary = path.with_name(path.name + ".tmp")
-        pq.write_table(table, temporary)
-        os.replace(temporary, path)
+        content = pa.BufferOutputStream()
+        pq.write_table(table, content)
+        write_whole(path, content.getvalue().to_pybytes())
 
 
 def _names(values: Array) -> Any:

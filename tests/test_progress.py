@@ -70,7 +70,7 @@ def test_a_log_that_is_rewound_is_whole_at_every_moment(accelerator, tmp_path, m
         self.open("w").close()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(log.path), "write_text", full)
+    monkeypatch.setattr(type(log.path), "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         log.rewind("robust", 2)
     assert log.path.read_bytes() == before

@@ -88,12 +88,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     EvalReport([make()]).write(path)
 
-    def killed(self, text, **kwargs):
-        with self.open("w") as file:
-            file.write(text[:10])
+    def killed(self, content):
+        with self.open("wb") as file:
+            file.write(content[:10])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", killed)
+    monkeypatch.setattr(Path, "write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
         full_report().write(path)
     assert read_results(path) == EvalReport([make()])
