@@ -29,20 +29,11 @@ from arrest_hub.verdicts import CLEAN, Verdicts
 
 @dataclasses.dataclass
 class Evaluation:
-    """A finished evaluation: the figures, the verdicts behind them, and the folder they are in."""
+    """What an evaluation found: the figures, and the verdicts behind them; ``drifts`` are for the picture alone."""
 
     report: EvalReport
     verdicts: Verdicts
-    folder: Path | None
-
-
-@dataclasses.dataclass
-class Measured:
-    """What a session found; ``drifts`` are for the picture alone."""
-
-    report: EvalReport
-    verdicts: Verdicts
-    drifts: dict[str, np.ndarray]
+    drifts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class EvalSession:
@@ -83,7 +74,7 @@ class EvalSession:
             return 0
         return 0 if wanted is None and self.accelerator.device.type == "cpu" else num_workers(wanted, self.accelerator)
 
-    def measure(self) -> Measured:
+    def measure(self) -> Evaluation:
         """Clean accuracy, every attack, the teacher's figures, the checks, the curve.
 
         Raises:
@@ -117,7 +108,7 @@ class EvalSession:
         positions = draw(range(len(clean.label)), config.curve_images, config.seed)
         if config.eps_curve is not None:
             self.curve(report, other, positions)
-        return Measured(report, verdicts, self.drifts(positions))
+        return Evaluation(report, verdicts, self.drifts(positions))
 
     def teacher_facts(self) -> dict[str, str]:
         """What results.json says of the teacher: where it is on the Hub, if it is, and which weights it has."""
@@ -235,7 +226,7 @@ class EvalSession:
             seed=self.config.seed,
         )  # fmt: skip
 
-    def draw(self, folder: Path, measured: Measured, training: Mapping[str, Any]) -> list[Path]:
+    def draw(self, folder: Path, measured: Evaluation, training: Mapping[str, Any]) -> list[Path]:
         """Every picture there is something for, in ``folder``; ``training``: see `training_facts`."""
         config, report, verdicts = self.config, measured.report, measured.verdicts
         gallery: list[GalleryRow] = []

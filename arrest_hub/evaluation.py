@@ -33,7 +33,7 @@ from arrest_hub.eval_record import (
     write_entry,
     write_record,
 )
-from arrest_hub.eval_session import EvalSession, Evaluation, Measured, summary
+from arrest_hub.eval_session import EvalSession, Evaluation, summary
 from arrest_hub.eval_subjects import (
     EvalImages,
     Subject,
@@ -202,10 +202,10 @@ def run_evaluation(
             say(line)
     if paths is not None:
         say(f"{paths.root}: results.json, verdicts.parquet" + (", figures/" if config.figures else ""))
-    return Evaluation(measured.report, measured.verdicts, paths.root if paths else None)
+    return measured
 
 
-def _write(config: EvalConfig, paths: EvalPaths, session: EvalSession, measured: Measured) -> None:
+def _write(config: EvalConfig, paths: EvalPaths, session: EvalSession, measured: Evaluation) -> None:
     """Everything into the record's folder, and into the model's own if arrest-finetune wrote it."""
     accelerator, report = session.accelerator, measured.report
     accelerator.wait_for_everyone()
@@ -259,7 +259,7 @@ def _finished(
         _publish(config, report, verdicts, sorted(paths.figures.glob("*.png")))
     for line in summary(report, subject.name, str(report.model.get("teacher", "teacher"))):
         accelerator.print(line)
-    return Evaluation(report, verdicts, paths.root)
+    return Evaluation(report, verdicts)
 
 
 def precision_problems(config: EvalConfig) -> list[str]:
@@ -324,7 +324,7 @@ def _check_classes(config: EvalConfig, subject: Subject, images: EvalImages, acc
     return num_classes
 
 
-def evaluate_all(configs: Sequence[EvalConfig]) -> list[Evaluation]:
+def evaluate_all(configs: Sequence[EvalConfig]) -> None:
     """Evaluate each model; several are then compared in `comparison.md` and `comparison.json`, one folder up.
 
     Raises:
@@ -369,7 +369,6 @@ def evaluate_all(configs: Sequence[EvalConfig]) -> list[Evaluation]:
         write_whole(folder / "comparison.md", comparison_markdown(entries))
         write_whole(folder / "comparison.json", comparison_json(entries))
         print(f"{folder}: comparison.md, comparison.json")
-    return done
 
 
 def _names(configs: Sequence[EvalConfig]) -> list[str]:

@@ -172,14 +172,14 @@ def read_results(path: Path) -> EvalReport:
                 raise ValueError(f"{path} is a damaged results file: {row.correct!r} of {row.n!r} images")
         return found
 
-    optional = ("precision", "preprocessing", "versions", "hardware", "model", "images_per_second")
+    plain = ("precision", "preprocessing", "versions", "hardware", "model", "images_per_second")
     try:
         return EvalReport(
             results=rows("results"),
             teacher_results=rows("teacher_results"),
-            checks=[_read_check(check) for check in data.get("checks", [])],
-            eps_curve={name: [CurvePoint(**p) for p in points] for name, points in data.get("eps_curve", {}).items()},
-            **{key: data[key] for key in optional if key in data},
+            checks=[_read_check(check) for check in data["checks"]],
+            eps_curve={name: [CurvePoint(**p) for p in points] for name, points in data["eps_curve"].items()},
+            **{key: data[key] for key in plain},
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is a damaged results file: {type(error).__name__} {error}") from error

@@ -99,17 +99,6 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert read_results(path) == EvalReport([make()])
 
 
-def test_a_file_of_the_first_version_is_read(tmp_path):
-    data = json.loads(full_report().to_json())
-    for key in ("model", "images_per_second", "checks", "eps_curve"):
-        del data[key]
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(data))
-    report = read_results(path)
-    assert report.results == full_report().results
-    assert (report.model, report.images_per_second, report.checks, report.eps_curve) == ({}, None, [], {})
-
-
 @pytest.mark.parametrize(
     ("text", "reason"),
     [("{}", "not a results file"), ("[]", "not a results file"), ('{"format": 2}', "not a results file"),
