@@ -59,10 +59,14 @@ def unbounded_eps(norm: str, dimensions: int) -> float:
     return {"linf": 0.5, "l2": 0.5 * math.sqrt(dimensions), "l1": 0.5 * dimensions}[norm]
 
 
-def share_check(name: str, value: float, limit: float, finding: str, warning: str) -> Check:
-    """Pass if ``value`` is at most ``limit``; otherwise the warning is added to the finding."""
-    passed = value <= limit + 1e-9  # shares of counts, whose difference is rounded
+def judged(name: str, passed: bool, value: float, finding: str, warning: str) -> Check:
+    """A check whose warning is added to the finding unless it ``passed``."""
     return Check(name, "pass" if passed else "warn", round(value, 6), finding if passed else f"{finding} {warning}")
+
+
+def share_check(name: str, value: float, limit: float, finding: str, warning: str) -> Check:
+    """Pass if ``value`` is at most ``limit``."""
+    return judged(name, value <= limit + 1e-9, value, finding, warning)  # of counts, whose difference is rounded
 
 
 def chance_check(correct: int, n: int, num_classes: int) -> Check:
@@ -73,11 +77,7 @@ def chance_check(correct: int, n: int, num_classes: int) -> Check:
         "That is no better than chance: the model probably wants normalised input (it must take pixels in [0, 1] and "
         "normalise inside), or its classes are numbered otherwise (see --label-match)."
     )
-    passed = low > 1 / num_classes
-    return Check(
-        CHANCE, "pass" if passed else "warn", round(correct / n, 6),
-        finding if passed else f"{finding} {warning}",
-    )  # fmt: skip
+    return judged(CHANCE, low > 1 / num_classes, correct / n, finding, warning)
 
 
 def ball_check(outcomes: dict[str, AttackOutcome], eps: float) -> Check:
@@ -86,12 +86,9 @@ def ball_check(outcomes: dict[str, AttackOutcome], eps: float) -> Check:
     inside = all(outcome.inside for outcome in outcomes.values())
     finding = f"The largest perturbation that broke an image is {largest / eps:.4f} eps"
     finding += ", all pixels in [0, 1]." if inside else ", and some pixels are outside [0, 1]."
-    passed = inside and largest <= eps * 1.001
     warning = "Examples outside the threat model make the model look weaker than it is: please report this as a bug."
-    return Check(
-        "adversarial examples inside the ball", "pass" if passed else "warn", round(largest / eps, 6),
-        finding if passed else f"{finding} {warning}",
-    )  # fmt: skip
+    passed = inside and largest <= eps * 1.001
+    return judged("adversarial examples inside the ball", passed, largest / eps, finding, warning)
 
 
 def autoattack_checks(outcomes: dict[str, AttackOutcome], n: int, clean: int) -> list[Check]:
@@ -118,17 +115,9 @@ def autoattack_checks(outcomes: dict[str, AttackOutcome], n: int, clean: int) ->
         correct[part["name"]] = standing
     if "square" in correct:
         drop = (min(count for part, count in correct.items() if part != "square") - correct["square"]) / n
-        warned = bool(square_flag(correct, n))
         finding = f"Square alone lowers AutoAttack's accuracy by {100 * drop:.2f} points."
         warning = "A black-box attack finds what gradients do not: the gradients may be masked."
-        checks.append(
-            Check(
-                "AutoAttack's flag: Square",
-                "warn" if warned else "pass",
-                round(drop, 6),
-                f"{finding} {warning}" if warned else finding,
-            )
-        )
+        checks.append(judged("AutoAttack's flag: Square", not square_flag(correct, n), drop, finding, warning))
     warned_parts = [part["name"] for part in auto.parameters["parts"] if part.get("warnings")]
     finding = "Its gradients are never zero." if not warned_parts else f"Zero gradients in {', '.join(warned_parts)}."
     checks.append(
