@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,13 @@ from arrest_hub.attacks import AttackResult, LogitsFn
 Clock = Callable[[str], AbstractContextManager[None]]
 """Around a part of a step, which it times: ``with clock("attack"):``."""
 
+Attack = Callable[..., AttackResult]
+"""`attacks.pgd` with its numbers filled in: what gives logits, pixels, labels, and by name steps, generator and, of
+`Radii`, eps."""
+
+Noise = Callable[..., Tensor]
+"""`attacks.random_in_ball` with its numbers filled in: pixels, and by name the generator."""
+
 Radii = Callable[[LogitsFn, Tensor, Tensor], Tensor]
 """`sample_eps.eps_by_sensitivity` with its numbers filled in: what gives logits, pixels, labels -> eps of each, [B]."""
 
@@ -24,26 +30,6 @@ Radii = Callable[[LogitsFn, Tensor, Tensor], Tensor]
 def untimed(name: str) -> AbstractContextManager[None]:
     """A clock that times nothing."""
     return nullcontext()
-
-
-class Attack(Protocol):
-    """`attacks.pgd` with its numbers filled in, but for the steps."""
-
-    def __call__(
-        self,
-        logits_fn: LogitsFn,
-        pixels: Tensor,
-        labels: Tensor,
-        *,
-        steps: int,
-        generator: torch.Generator | None = None,
-    ) -> AttackResult: ...
-
-
-class Noise(Protocol):
-    """`attacks.random_in_ball` with its numbers filled in."""
-
-    def __call__(self, pixels: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
 
 
 @dataclass
