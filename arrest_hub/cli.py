@@ -125,8 +125,6 @@ def parse_eval(argv: Sequence[str]) -> list[EvalConfig]:
     models = [model for model in models if not follows_unknown(argv, model, strange)]
     if not models:
         problems.append("no model is given: name one or several, as in arrest-eval runs/mine/export --dataset cifar10.")
-    if not flags.get("dataset"):
-        problems.append("--dataset is missing: give digits, cifar10, cifar100, imagenet, a `datasets` id or a folder.")
     if len(models) > 1 and flags.get("robustbench_json"):
         problems.append("--robustbench-json is the entry of one model: evaluate the models one by one for it.")
     if flags.get("robustbench_json") and flags.get("dataset"):

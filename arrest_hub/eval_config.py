@@ -123,6 +123,12 @@ class EvalConfig:
             ConfigError: with a line for each problem.
         """
         good, problems = convert_all(self)
+        if not self.model:
+            problems.append("no model is given: name one, such as runs/mine/export or timm/resnet50.a1_in1k.")
+        if not self.dataset:
+            problems.append(
+                "--dataset is missing: give digits, cifar10, cifar100, imagenet, a `datasets` id or a folder."
+            )
         if "attacks" in good and self.attacks is not None and not self.attacks.strip(" ,"):
             problems.append("--attacks is empty: give names such as clean,pgd-20,autoattack, or leave it out.")
         elif "attacks" in good and "norm" in good:

@@ -144,12 +144,6 @@ def run_evaluation(
         ArrestError: for anything wrong with the input, before the first attack and with nothing overwritten.
     """
     config = dataclasses.replace(config).validate()
-    if not config.model:
-        raise ConfigError("no model is given: name one, such as runs/mine/export or timm/resnet50.a1_in1k.")
-    if not config.dataset:
-        raise ConfigError(
-            "--dataset is missing: give digits, cifar10, cifar100, imagenet, a `datasets` id or a folder."
-        )
     paths = EvalPaths(Path(config.output_dir)) if write else None
     accelerator = _accelerator()
 
