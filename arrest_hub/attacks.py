@@ -69,7 +69,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
     Cross-entropy is softplus of this margin, so per sample both have the same gradient direction; but
     cross-entropy multiplies it by the probability of being wrong, which rounds to zero for a confident
-    sample. The margin's gradient stays of order one, in fp16 too. Raises nothing.
+    sample. The margin's gradient stays of order one, in fp16 too.
     """
     logits = logits.float()
     labels = labels.unsqueeze(1)

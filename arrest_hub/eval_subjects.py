@@ -42,7 +42,7 @@ class Subject:
     """A network to evaluate: ``module`` maps pixels in [0, 1] to logits.
 
     ``info`` goes into `results.json`, which may be published, so it has no paths; ``hub_id``, with its commit, is set
-    for a network on the Hub. ``gradients``: whether its logits have a gradient to the pixels, as `count_classes` saw.
+    for a teacher on the Hub. ``gradients``: whether its logits have a gradient to the pixels, as `count_classes` saw.
     """
 
     module: nn.Module
@@ -74,9 +74,7 @@ class EvalImages:
 
 def load_subject(config: EvalConfig, accelerator: Accelerator) -> Subject:
     """The model that the configuration names. Raises BackboneError or HubError, see `load_backbone`."""
-    load = partial(
-        load_backbone, config.model, image_size=config.image_size, allow_pickle=config.allow_pickle
-    )  # fmt: skip
+    load = partial(load_backbone, config.model, image_size=config.image_size, allow_pickle=config.allow_pickle)
     backbone = main_first(accelerator, load)
     source = backbone.source
     if not source.pretrained:
@@ -89,12 +87,7 @@ def load_subject(config: EvalConfig, accelerator: Accelerator) -> Subject:
         "architecture": source.architecture, "parameters": sum(p.numel() for p in backbone.parameters()),
         "weights_sha256": weights_digest(backbone),
     }  # fmt: skip
-    return Subject(backbone, config.model, info, backbone.preprocessing, _hub_id(backbone))
-
-
-def _hub_id(backbone: Backbone) -> str | None:
-    source = backbone.source
-    return f"{source.hub_id}@{source.revision}" if source.hub_id and source.revision else source.hub_id
+    return Subject(backbone, config.model, info, backbone.preprocessing)
 
 
 def local_name(path: str) -> str:
@@ -298,9 +291,8 @@ def load_teacher(
             raise
         notes.append(f"no teacher: {teacher_id!r}, which the model came from, cannot be used ({error})")
         return None
-    return Subject(
-        backbone, teacher_id, _module_info(backbone, teacher_id), backbone.preprocessing, _hub_id(backbone)
-    )  # fmt: skip
+    info = _module_info(backbone, teacher_id)
+    return Subject(backbone, teacher_id, info, backbone.preprocessing, backbone.source.pinned_id)
 
 
 def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator, *, gradients: bool = True) -> int:

@@ -49,6 +49,11 @@ class ModelSource:
     pretrained: bool
     hub_id: str | None
 
+    @property
+    def pinned_id(self) -> str | None:
+        """``org/name@commit``, by which the same weights are found again; None if it is not on the Hub."""
+        return f"{self.hub_id}@{self.revision}" if self.hub_id else None
+
 
 @dataclass(frozen=True)
 class LocatedModel:
@@ -198,13 +203,10 @@ def check_hash(path: Path, repo_id: str) -> None:
 
 def file_hash(path: Path, *, git: bool) -> str:
     """SHA-256 of a file, or (``git``) the SHA-1 that git calls it by; read in pieces."""
-    digest = hashlib.sha256()
-    if git:
-        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    size = path.stat().st_size
+    begun = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if git else hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: begun).hexdigest()
 
 
 def _from_architecture_name(model_id: str) -> LocatedModel:

@@ -274,9 +274,10 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
         run, "robust", student, objective, epochs=config.epochs, lr=config.lr, max_steps=config.max_steps, ema=ema
     ).train()
     exported = run.whole(ema.module if ema is not None else student)
+    source = backbone.source
     finished = finish_run(
         config, paths, accelerator, run.splits, exported, progress=progress, num_workers=run.num_workers,
-        teacher_id=_pinned_id(backbone), base=base,
+        teacher_id=(source.pinned_id or source.model_id) if source.pretrained else None, base=base,
     )  # fmt: skip
     if config.push_to_hub and accelerator.is_main_process:  # the others need not wait for it
         finished.pushed = run_push(push_after(config), print)
@@ -305,14 +306,6 @@ def push_after(config: FinetuneConfig) -> PushConfig:
         folder=config.output_dir, repo_id=config.push_to_hub, private=config.private, license=config.license,
         license_name=config.license_name, license_link=config.license_link,
     ).validate()  # fmt: skip
-
-
-def _pinned_id(backbone: Backbone) -> str | None:
-    """What loads the same weights again (on the Hub, at the same commit); None for a random initialisation."""
-    source = backbone.source
-    if not source.pretrained:
-        return None
-    return f"{source.hub_id}@{source.revision}" if source.hub_id and source.revision else source.model_id
 
 
 def standard_phase(run: Run, backbone: Backbone) -> Backbone:
