@@ -19,7 +19,15 @@ from arrest_hub.backbones import Backbone
 from arrest_hub.data import to_pixels
 from arrest_hub.eval_config import fraction_name
 from arrest_hub.evaluator import Attacked, AttackFn, Evaluator
-from arrest_hub.figures import GalleryRow, PlotPoint, plot_drift, plot_eps_curve, plot_gallery, plot_per_class
+from arrest_hub.figures import (
+    GalleryRow,
+    PlotPoint,
+    drift_figure,
+    eps_curve_figure,
+    gallery_figure,
+    per_class_figure,
+    save_figure,
+)
 from arrest_hub.results import CurvePoint, attack_title
 from arrest_hub.verdicts import Verdicts
 
@@ -193,26 +201,19 @@ def draw_figures(
     replay_threshold: float | None,
 ) -> list[Path]:
     """Draw what there is to draw into ``folder``; ``attack``: the one whose verdicts the classes are counted by."""
-    paths = []
+    figures = {}
     if curve:
-        plot = {name: [PlotPoint(float(Fraction(p.eps)), p.correct, p.n) for p in points]
-                for name, points in curve.items()}  # fmt: skip
-        paths.append(
-            plot_eps_curve(
-                folder / "eps_curve.png", plot, norm=threat.norm, eps=threat.eps, attack=f"PGD-{CURVE_STEPS}"
-            )
-        )
+        curves = {name: [PlotPoint(float(Fraction(p.eps)), p.correct, p.n) for p in points]
+                  for name, points in curve.items()}  # fmt: skip
+        figures["eps_curve"] = eps_curve_figure(curves, norm=threat.norm, eps=threat.eps, attack=f"PGD-{CURVE_STEPS}")
     if attack is not None:
         clean, robust = per_class_counts(verdicts, attack, num_classes)
-        name = class_name_function(class_names)
-        names = [name(number) for number in range(num_classes)]
-        paths.append(
-            plot_per_class(
-                folder / "per_class.png", names, clean, robust, attack=attack_title(attack), eps=eps, norm=threat.norm
-            )
+        names = [*map(class_name_function(class_names), range(num_classes))]
+        figures["per_class"] = per_class_figure(
+            names, clean, robust, attack=attack_title(attack), eps=eps, norm=threat.norm
         )
     if gallery:
-        paths.append(plot_gallery(folder / "gallery.png", gallery, eps=eps, norm=threat.norm))
+        figures["gallery"] = gallery_figure(gallery, eps=eps, norm=threat.norm)
     if drifts:
-        paths.append(plot_drift(folder / "drift.png", drifts, threshold=replay_threshold))
-    return paths
+        figures["drift"] = drift_figure(drifts, threshold=replay_threshold)
+    return [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]

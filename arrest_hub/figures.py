@@ -1,6 +1,6 @@
 """Figures of a model card or an evaluation folder, as PNG files 1,050 pixels wide. No torch, no display, no pyplot.
 
-Each `plot_*` saves what its `*_figure` builds, and documents it: equal input gives equal bytes. Names are drawn as they
+`save_figure` writes what a `*_figure` draws: equal input gives equal bytes. Names are drawn as they
 are, never as math, on one line, shortened where they would not fit. Colours are Okabe and Ito's, never alone.
 """
 
@@ -69,7 +69,8 @@ def _style() -> Iterator[None]:
 
 
 @_style()
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, its folder made where it is not there, and return ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
     return path
@@ -115,18 +116,14 @@ def _per_cent_axis(axes: Axes, which: str, label: str) -> None:
     axes.grid(visible=False, axis="x" if which == "y" else "y")
 
 
-def plot_eps_curve(path: Path, curves: Curves, *, norm: str, eps: float | None, attack: str) -> Path:
-    """Draw accuracy against the attack's radius, a line a model, with 95 % intervals, and return ``path``.
+@_style()
+def eps_curve_figure(curves: Curves, *, norm: str, eps: float | None, attack: str) -> Figure:
+    """Draw accuracy against the attack's radius, a line a model, with 95 % intervals.
 
     ``curves``: points in any order, by the model's name. ``norm``: "linf" (radii are drawn in units of 1/255), "l2" or
     "l1". ``eps``: radius of the evaluation, on pixels in [0, 1], marked by a line; or None. ``attack``: as shown.
     Raises ValueError for no curve, one without points, or a point whose ``correct`` of ``n`` is no proportion.
     """
-    return _save(eps_curve_figure(curves, norm=norm, eps=eps, attack=attack), Path(path))
-
-
-@_style()
-def eps_curve_figure(curves: Curves, *, norm: str, eps: float | None, attack: str) -> Figure:
     if not curves or not all(curves.values()):
         raise ValueError("there is nothing to draw: each of one or more curves needs a point")
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -154,23 +151,17 @@ def eps_curve_figure(curves: Curves, *, norm: str, eps: float | None, attack: st
     return figure
 
 
-def plot_per_class(
-    path: Path, class_names: Sequence[str], clean: Counts, robust: Counts, *, attack: str, eps: str, norm: str
-) -> Path:
-    """Draw each class's accuracy, clean and under attack, and return ``path``.
+@_style()
+def per_class_figure(
+    class_names: Sequence[str], clean: Counts, robust: Counts, *, attack: str, eps: str, norm: str
+) -> Figure:
+    """Draw each class's accuracy, clean and under attack.
 
     Up to 25 classes get bars with 95 % intervals; more are drawn in the order of their clean accuracy, with the five
     best and worst under attack in words. A class without images is marked, or with more than 25 classes left out.
     ``clean`` and ``robust``: K pairs (correct, n). ``attack``, ``eps``, ``norm``: such as "PGD-20", "8/255", "linf".
     Raises ValueError for no class, lengths that differ, or a pair with images that is no proportion.
     """
-    return _save(per_class_figure(class_names, clean, robust, attack=attack, eps=eps, norm=norm), Path(path))
-
-
-@_style()
-def per_class_figure(
-    class_names: Sequence[str], clean: Counts, robust: Counts, *, attack: str, eps: str, norm: str
-) -> Figure:
     k = len(class_names)
     if not k == len(clean) == len(robust) > 0:
         raise ValueError(f"{k} class names, {len(clean)} clean and {len(robust)} robust pairs")
@@ -221,18 +212,14 @@ def _class_curves(figure: Figure, names: Sequence[str], clean: Counts, robust: C
     return list(lines)
 
 
-def plot_gallery(path: Path, rows: Sequence[GalleryRow], *, eps: str, norm: str) -> Path:
-    """Draw images before and after the attack, their amplified difference and the predictions; return ``path``.
+@_style()
+def gallery_figure(rows: Sequence[GalleryRow], *, eps: str, norm: str) -> Figure:
+    """Draw images before and after the attack, their amplified difference and the predictions.
 
     The difference is drawn as 0.5 + k (adversarial - clean), where k lets the largest difference of all reach 0 or 1;
     k is written beside it. Three to six images stand side by side, otherwise each has a row.
     Raises ValueError for no rows, or arrays that are not two of the same shape [H, W, 3].
     """
-    return _save(gallery_figure(rows, eps=eps, norm=norm), Path(path))
-
-
-@_style()
-def gallery_figure(rows: Sequence[GalleryRow], *, eps: str, norm: str) -> Figure:
     if not rows or any(row.clean.shape != row.adversarial.shape or row.clean.shape[2:] != (3,) for row in rows):
         raise ValueError("a gallery needs one or more pairs of images, each pair of one shape [H, W, 3]")
     differences = [row.adversarial.astype(np.float64) - row.clean for row in rows]
@@ -266,18 +253,14 @@ def gallery_figure(rows: Sequence[GalleryRow], *, eps: str, norm: str) -> Figure
     return figure
 
 
-def plot_drift(path: Path, drifts: Mapping[str, Array], *, threshold: float | None) -> Path:
-    """Draw histograms of representation drift, in per cent of a series' images a bin, and return ``path``.
+@_style()
+def drift_figure(drifts: Mapping[str, Array], *, threshold: float | None) -> Figure:
+    """Draw histograms of representation drift, in per cent of a series' images a bin.
 
     ``drifts``: by the series' name, [N] angular distances to the teacher's representation divided by pi, in [0, 1].
     ``threshold``: replay threshold tau, marked by a dashed line; or None.
     Raises ValueError for no series, one without values, or a value that is not in [0, 1], but for a rounding error.
     """
-    return _save(drift_figure(drifts, threshold=threshold), Path(path))
-
-
-@_style()
-def drift_figure(drifts: Mapping[str, Array], *, threshold: float | None) -> Figure:
     series = [np.asarray(values, dtype=np.float64).ravel() for values in drifts.values()]
     if not series or not all(len(values) and np.all(np.abs(values - 0.5) <= 0.5 + 1e-6) for values in series):
         raise ValueError("drift needs one or more series of values in [0, 1]")

@@ -28,6 +28,7 @@ from arrest_hub.eval_session import EvalSession
 from arrest_hub.eval_subjects import dataset_name, module_subject, split_images
 from arrest_hub.evaluator import logits_function
 from arrest_hub.export import weights_digest, write_model_folder
+from arrest_hub.figures import save_figure
 from arrest_hub.files import write_whole
 from arrest_hub.guards import not_finite_tensor
 from arrest_hub.hub_repository import Pushed
@@ -42,7 +43,7 @@ from arrest_hub.provenance import exported_config, training_record
 from arrest_hub.pushed_files import CARD, weight_files
 from arrest_hub.results import EvalReport, Result, results_table
 from arrest_hub.run_folder import RunPaths
-from arrest_hub.training_figure import plot_training
+from arrest_hub.training_figure import training_figure
 from arrest_hub.training_record import FILE_NAME as RECORD
 from arrest_hub.training_record import BaseModel
 from arrest_hub.transforms import eval_transform
@@ -145,11 +146,12 @@ def _told(config: FinetuneConfig, paths: RunPaths, accelerator: Accelerator, rep
 
 def _draw_training(config: FinetuneConfig, paths: RunPaths) -> None:
     """`figures/training.png`, from log.jsonl."""
-    plot_training(
-        paths.export / "figures" / "training.png", read_log(paths.log),
+    figure = training_figure(
+        read_log(paths.log),
         rgkd_weight={"arrest": config.rgkd_weight, "trades": config.trades_beta}.get(config.method),
         replay_threshold=config.replay_threshold if config.method == "arrest" else None,
-    )  # fmt: skip
+    )
+    save_figure(figure, paths.export / "figures" / "training.png")
 
 
 def measure_export(

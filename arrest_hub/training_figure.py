@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from arrest_hub.figures import (
     Array,
     _head,
     _per_cent_axis,
-    _save,
     _style,
 )
 
@@ -45,14 +43,11 @@ CURVES = {  # by the name in log.jsonl: the name shown, the colour, which marker
 }
 
 
-def plot_training(
-    path: Path,
-    entries: Sequence[Mapping[str, Any]],
-    *,
-    rgkd_weight: float | None = None,
-    replay_threshold: float | None,
-) -> Path:
-    """Draw the robust phase of a run by optimizer step, and return ``path``. A standard phase is left out.
+@_style()
+def training_figure(
+    entries: Sequence[Mapping[str, Any]], *, rgkd_weight: float | None = None, replay_threshold: float | None
+) -> Figure:
+    """Draw the robust phase of a run by optimizer step. A standard phase is left out.
 
     Above: accuracy on training batches (pale lines) and on validation images (with markers). Below: the loss and its
     parts and, of a run that logs it, how far clean images have drifted and how many were replayed. A curve of
@@ -62,13 +57,6 @@ def plot_training(
     ``replay_threshold``: tau, marked by a dotted line where drift is drawn; or None.
     Raises ValueError if no entry of the robust phase has a number to draw.
     """
-    return _save(training_figure(entries, rgkd_weight=rgkd_weight, replay_threshold=replay_threshold), Path(path))
-
-
-@_style()
-def training_figure(
-    entries: Sequence[Mapping[str, Any]], *, rgkd_weight: float | None = None, replay_threshold: float | None
-) -> Figure:
     robust = [entry for entry in entries if entry.get("phase") == "robust"]
     curves = {name: points for name in [*CURVES, REPLAY_RATE] if len(points := _logged(robust, name))}
     if not curves:

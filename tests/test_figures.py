@@ -15,13 +15,10 @@ from arrest_hub.figures import (
     eps_curve_figure,
     gallery_figure,
     per_class_figure,
-    plot_drift,
-    plot_eps_curve,
-    plot_gallery,
-    plot_per_class,
+    save_figure,
 )
 from arrest_hub.results import wilson_interval
-from arrest_hub.training_figure import plot_training, training_figure
+from arrest_hub.training_figure import training_figure
 
 ODD = ["$x$", "a_b^c", "猫 🐱", "line\nbreak\t\udc80", "W" * 500, "", "_hidden", "\\frac{1}", "$"]
 SHOWN = {"attack": "PGD-20", "eps": "8/255", "norm": "linf"}
@@ -36,11 +33,11 @@ def row(size=8, label="cat", adversarial_prediction="dog", shift=8 / 255, **chan
     return GalleryRow(clean, adversarial, label, adversarial_prediction=adversarial_prediction, **(values | changes))
 
 
-def drawn(plot, tmp_path, *args, **options):
+def drawn(draw, tmp_path, *args, **options):
     """Draws twice, without a warning; checks kind, width and equal bytes; returns the height in pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        paths = [plot(tmp_path / folder / "figure.png", *args, **options) for folder in ("a/b", "c")]
+        paths = [save_figure(draw(*args, **options), tmp_path / folder / "figure.png") for folder in ("a/b", "c")]
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["a/b/figure.png", "c/figure.png"]
     first, second = (path.read_bytes() for path in paths)
     assert first[:8] == b"\x89PNG\r\n\x1a\n"
@@ -97,7 +94,7 @@ def test_eps_curve_of_another_norm_is_in_plain_numbers():
     ],
 )
 def test_eps_curve_file(tmp_path, curves, norm, eps):
-    assert drawn(plot_eps_curve, tmp_path, curves, norm=norm, eps=eps, attack="PGD-20") == 630
+    assert drawn(eps_curve_figure, tmp_path, curves, norm=norm, eps=eps, attack="PGD-20") == 630
 
 
 def test_eps_curve_refuses_what_cannot_be_drawn():
@@ -148,13 +145,13 @@ def test_many_classes_are_ranked():
 def test_per_class_file_with_few_classes(tmp_path, names, height):
     counts = [(i % 3, 3) for i in range(len(names))]
     counts[-1] = (0, 0)
-    assert drawn(plot_per_class, tmp_path, names, counts, counts, **SHOWN) == pytest.approx(height, abs=2)
+    assert drawn(per_class_figure, tmp_path, names, counts, counts, **SHOWN) == pytest.approx(height, abs=2)
 
 
 @pytest.mark.parametrize("n", [0, 50])
 def test_per_class_file_with_many_classes(tmp_path, n):
     names = (ODD * 112)[:1000]
-    assert drawn(plot_per_class, tmp_path, names, [(n, n)] * 1000, [(n // 2, n)] * 1000, **SHOWN) == 630
+    assert drawn(per_class_figure, tmp_path, names, [(n, n)] * 1000, [(n // 2, n)] * 1000, **SHOWN) == 630
 
 
 def test_per_class_refuses_what_cannot_be_drawn():
@@ -203,7 +200,7 @@ def test_gallery_writes_the_amplification(shift, shown):
 
 @pytest.mark.parametrize("rows", [[row(shift=0.0)], [row(32, name, name * 2) for name in ODD[:6]], [row()] * 7])
 def test_gallery_file(tmp_path, rows):
-    assert drawn(plot_gallery, tmp_path, rows, eps="8/255", norm="linf") > 400
+    assert drawn(gallery_figure, tmp_path, rows, eps="8/255", norm="linf") > 400
 
 
 @pytest.mark.parametrize("count", [1, 3, 6, 8])
@@ -256,7 +253,7 @@ def test_drift_is_in_shares_of_the_images():
     ],
 )
 def test_drift_file(tmp_path, drifts, threshold):
-    assert drawn(plot_drift, tmp_path, drifts, threshold=threshold) == 630
+    assert drawn(drift_figure, tmp_path, drifts, threshold=threshold) == 630
     for patch in drift_figure(drifts, threshold=threshold).axes[0].patches:
         assert patch.get_data().values.sum() == pytest.approx(100)
 
@@ -400,7 +397,7 @@ def test_a_training_of_one_line_shows():
     ],
 )
 def test_training_file(tmp_path, log, weight, threshold):
-    assert drawn(plot_training, tmp_path, log, rgkd_weight=weight, replay_threshold=threshold) == 913
+    assert drawn(training_figure, tmp_path, log, rgkd_weight=weight, replay_threshold=threshold) == 913
 
 
 @pytest.mark.parametrize("weight", [10.0, 0.123456])
@@ -423,10 +420,14 @@ def test_training_refuses_what_cannot_be_drawn():
 
 
 def test_the_users_settings_neither_matter_nor_change(tmp_path):
-    first = plot_eps_curve(tmp_path / "a.png", {"a": CURVE}, norm="linf", eps=None, attack="PGD-20").read_bytes()
+    first = save_figure(
+        eps_curve_figure({"a": CURVE}, norm="linf", eps=None, attack="PGD-20"), tmp_path / "a.png"
+    ).read_bytes()
     with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "savefig.bbox": "tight"}):
         before = dict(matplotlib.rcParams)
-        second = plot_eps_curve(tmp_path / "b.png", {"a": CURVE}, norm="linf", eps=None, attack="PGD-20").read_bytes()
+        second = save_figure(
+            eps_curve_figure({"a": CURVE}, norm="linf", eps=None, attack="PGD-20"), tmp_path / "b.png"
+        ).read_bytes()
         assert dict(matplotlib.rcParams) == before
     assert first == second
 
