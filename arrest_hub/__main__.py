@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from arrest_hub.cli import eval_command, finetune_command, leave, run_cli
+from arrest_hub.cli import eval_command, finetune_command
+from arrest_hub.command import leave, run_cli
 from arrest_hub.errors import did_you_mean
 from arrest_hub.push_cli import card_command, push_command
 

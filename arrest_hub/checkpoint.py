@@ -23,6 +23,7 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
 from arrest_hub.processes import from_main, raise_together
 
@@ -43,7 +44,8 @@ class Progress:
     with other steps per epoch. ``epoch_steps``: the steps of an epoch that warm-up and averaging go by. ``images``: how
     many were trained on so far, over all phases. ``skipped``: steps that changed nothing, since their fp16 gradients
     were not finite. ``clean_counts``: of this epoch's clean images, how many were right and how many were looked at,
-    in all processes."""
+    in all processes. ``sharded``: the checkpoint is in parts, by FSDP. ``earlier``: the layouts that the phase had
+    before this one, each with the number of its last step."""
 
     phase: str
     step: int = 0
@@ -62,6 +64,8 @@ class Progress:
     images: int = 0
     skipped: int = 0
     clean_counts: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+    sharded: bool = False
+    earlier: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
     @property
     def place(self) -> int:
@@ -120,9 +124,11 @@ def save_checkpoint(
         try:
             if part is not None:
                 part()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter, of sharded ones, is no Exception
+            text = str(error).strip()
+            lines = text.splitlines()[-1:] if isinstance(error, CheckpointException) else text.split()
             problem = (
-                f"the checkpoint {final} cannot be written: {' '.join(str(error).split()) or type(error).__name__}"
+                f"the checkpoint {final} cannot be written: {' '.join(lines) or type(error).__name__}"
                 f"{_free(folder)}. "
                 "Earlier ones are untouched: make room for it, then go on with the same command and --resume."
             )

@@ -114,7 +114,12 @@ def too_many(entries: list[dict[str, Any]], limit: int) -> str:
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
-    """The lines of a corrupt.jsonl; none if there is no such file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    """The lines of a corrupt.jsonl, without those that were cut short; none if there is no such file."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+            entries += [entry] if "key" in entry else []
+        except (json.JSONDecodeError, TypeError):
+            continue
+    return entries

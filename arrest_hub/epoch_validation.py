@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -63,7 +62,7 @@ def _write_weights(model: Backbone | None, folder: Path) -> None:
     assert model is not None  # in the main process
     try:
         write_model_folder(model, folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ArrestError(
             f"the weights {folder} cannot be written: {error}. Make room for them, then go on with the same command "
             "and --resume."

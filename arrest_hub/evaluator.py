@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from arrest_hub.attacks import LogitsFn, frozen_eval
 from arrest_hub.autoattack import collect_warnings
 from arrest_hub.data import to_pixels
-from arrest_hub.errors import ArrestError, ConfigError, first_line
+from arrest_hub.errors import ArrestError, ConfigError
 from arrest_hub.journal import Entry, Journal
-from arrest_hub.out_of_memory import is_out_of_memory
+from arrest_hub.out_of_memory import full_memory_told
 from arrest_hub.progress import progress_bar
 from arrest_hub.validation import arithmetic
 
@@ -193,17 +193,10 @@ class Evaluator:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Frozen model, chosen arithmetic; a full GPU becomes a clear error. Every stage runs within this context."""
-        try:
-            with frozen_eval(self.model), arithmetic(self.precision):
-                yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ArrestError(
-                f"the device has too little memory for {self.batch_size} images at once "
-                f"({first_line(error)[:100]}): give a smaller --batch-size "
-                "(and start anew: AutoAttack's draws depend on it)."
-            ) from error
+        cure = "a smaller --batch-size needs less (start anew with it: AutoAttack's draws depend on it)."
+        told = full_memory_told(f"{self.batch_size} images at once are too many, and {cure}")
+        with told, frozen_eval(self.model), arithmetic(self.precision):
+            yield
 
     def batches(self, positions: Sequence[int], mine: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """(number, pixels, labels, index) of the batches ``mine``, on the device; images are read ahead."""

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from arrest_hub.backbones import Backbone
 from arrest_hub.checkpoint import flush_to_disk
+from arrest_hub.files import as_os_error
 from arrest_hub.image_processor import quiet_transformers
 
 MAX_SHARD_SIZE = "5GB"
@@ -36,11 +38,14 @@ def write_model_folder(backbone: Backbone, folder: str | os.PathLike[str]) -> No
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
         new = Path(staging) / "new"
         new.mkdir()
-        with backbone.native() as network:
-            if backbone.source.library == "timm":
-                _write_timm(network, backbone, new)
-            else:
-                _write_transformers(network, backbone, new)
+        try:
+            with backbone.native() as network:
+                if backbone.source.library == "timm":
+                    _write_timm(network, backbone, new)
+                else:
+                    _write_transformers(network, backbone, new)
+        except SafetensorError as error:
+            raise as_os_error(error, folder) from error
         flush_to_disk(new)
         old = Path(staging) / "old"
         if folder.exists():

@@ -29,7 +29,7 @@ from arrest_hub.eval_subjects import dataset_name, module_subject, split_images
 from arrest_hub.evaluator import logits_function
 from arrest_hub.export import weights_digest, write_model_folder
 from arrest_hub.figures import save_figure
-from arrest_hub.files import write_whole
+from arrest_hub.files import as_os_error, write_whole
 from arrest_hub.guards import not_finite_tensor
 from arrest_hub.hub_repository import Pushed
 from arrest_hub.journal import Journal
@@ -311,7 +311,10 @@ def _finished_before(weights: Path, export: Path) -> EvalReport | None:
 def _copy_whole(source: Path, target: Path) -> None:
     """Replace ``target`` by a copy of ``source``, complete before it takes the name; a card that was edited stays."""
     temporary = target.with_name(f"{target.name}.{time.time_ns()}.tmp")
-    shutil.copytree(source, temporary)
+    try:
+        shutil.copytree(source, temporary)
+    except shutil.Error as error:
+        raise as_os_error(error, temporary) from error
     if not card_is_generated(target):
         shutil.copyfile(target / CARD, temporary / CARD)
     replaced = target.with_name(target.name + REPLACED)

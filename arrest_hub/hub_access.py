@@ -5,20 +5,19 @@ Tokens come from `hf auth login` or HF_TOKEN, and are never printed, stored or t
 
 from __future__ import annotations
 
-import errno
 import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from arrest_hub.errors import HubError, causes, did_you_mean, first_line
+from arrest_hub.files import FULL
 
 T = TypeVar("T")
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds between tries of a call that failed for a reason that may pass."""
 _TEMPORARY_STATUS = (408, 429, 500, 502, 503, 504)
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -36,7 +35,7 @@ def explain(error: BaseException) -> tuple[str, bool] | None:
 
     chain = list(causes(error))
     for link in chain:
-        if isinstance(link, OSError) and link.errno in _NO_SPACE:
+        if isinstance(link, OSError) and link.errno in FULL:
             return f"there is no room left on this machine's disk ({link.strerror})", False
     said_all = " ".join(str(link) for link in chain)
     if re.search(r"os error (27|28|122)\b", said_all):  # Xet's part of the client, which is not in Python, says it so

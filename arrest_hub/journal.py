@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from arrest_hub.errors import AlreadyReported, ConfigError
+from arrest_hub.files import end_last_line
 
 Entry = dict[str, Any]
 
@@ -44,7 +45,7 @@ class Journal:
             raise ConfigError(problems) if accelerator.is_main_process else AlreadyReported
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _end_last_line(path)
+            end_last_line(path)
         self._file = path.open("a", encoding="utf-8")
         if path not in begun:
             self._write({"identity": identity})
@@ -118,10 +119,3 @@ def identity_problems(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in old | new
         if old.get(key) != new.get(key)
     ]
-
-
-def _end_last_line(path: Path) -> None:
-    """Put a line end after a line that was cut short, so that the next one can be read."""
-    with path.open("rb+") as file:
-        if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
-            file.write(b"\n")

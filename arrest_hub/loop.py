@@ -25,6 +25,7 @@ from arrest_hub.errors import ArrestError, Terminated
 from arrest_hub.guards import at_chance, collapse_warning
 from arrest_hub.loop_guards import report_corrupt, stop_if_all_skipped, stop_unless_finite, warn
 from arrest_hub.objective import Objective
+from arrest_hub.out_of_memory import full_memory_told
 from arrest_hub.processes import any_process, main_only
 from arrest_hub.progress import Meter, progress_bar
 from arrest_hub.resume import batch_layout, resume_point
@@ -47,6 +48,10 @@ from arrest_hub.throughput import Pace, Utilisation
 
 # far above the cross-entropy that a confident network can have at its first adversarial batch
 DIVERGED = 1e5
+TOO_LITTLE_MEMORY = (
+    "a step of {} images is too large. Go on with --resume, a smaller --batch-size and as much more of "
+    "--grad-accum-steps, or start anew with --grad-checkpointing or --mixed-precision bf16. --dry-run says what fits."
+)
 
 
 class TrainingPhase:
@@ -113,8 +118,9 @@ class TrainingPhase:
         self.model, self.optimizer = accelerator.prepare(student, optimizer)
         layout = batch_layout(config, accelerator, workers)
         self.progress = Progress(
-            phase, model_revision=run.model_origin, dataset_revision=run.dataset_origin, layout=layout
-        )
+            phase, model_revision=run.model_origin, dataset_revision=run.dataset_origin, layout=layout,
+            sharded=is_sharded(accelerator),
+        )  # fmt: skip
         if checkpoint is not None:
             self._restore(Path(checkpoint), layout, by_epochs)
         progress = self.progress
@@ -156,6 +162,7 @@ class TrainingPhase:
             # the schedule goes by epochs, or by the steps that --max-steps counts
             progress.offset = progress.epoch * (self.steps_per_epoch or 0) - progress.step if by_epochs else 0
             if not self.finished:  # something is trained with the new one
+                progress.earlier.append(progress.layout | {"until": progress.step})
                 progress.layout = layout
         accelerator.print(
             f"resuming from {checkpoint} ({self.phase} phase, step {progress.place} of {self.total_steps})"
@@ -170,6 +177,7 @@ class TrainingPhase:
         done, total = progress.place * images, self.total_steps * images
         # the bar is closed before an error is printed
         with (
+            full_memory_told(TOO_LITTLE_MEMORY.format(config.batch_size)),
             watch_for_termination() as self.termination,
             dead_workers_reported(),
             progress_bar(total, done, self.phase, accelerator) as self.bar,
@@ -258,6 +266,7 @@ class TrainingPhase:
     def _look_back(self) -> None:
         """At the end of an epoch: its validation if one is due, and a warning if the network has collapsed."""
         run, progress, classes = self.run, self.progress, self.student.num_classes
+        stop_unless_finite(run, self.meter, progress, self.student)
         correct, seen = self._clean_counts()
         if progress.to_validate:
             weights = self.student if self.ema is None else self.ema.module

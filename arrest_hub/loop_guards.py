@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from arrest_hub.checkpoint import Progress
 from arrest_hub.corrupt import read_entries, too_many
+from arrest_hub.files import end_last_line
 from arrest_hub.guards import not_finite_tensor
 from arrest_hub.processes import any_process, raise_together
 from arrest_hub.progress import Meter
@@ -31,6 +32,8 @@ def report_corrupt(run: Run) -> None:
     run.corrupt_told |= set(found)
     if new and run.accelerator.is_main_process:
         listed = {entry["key"] for entry in read_entries(run.paths.corrupt)}
+        if run.paths.corrupt.is_file():
+            end_last_line(run.paths.corrupt)
         with run.paths.corrupt.open("a", encoding="utf-8") as file:
             for entry in (entry for entry in new if entry["key"] not in listed):
                 file.write(json.dumps(entry) + "\n")

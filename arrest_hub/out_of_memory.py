@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 
+from arrest_hub.errors import ArrestError, first_line
 from arrest_hub.processes import any_process
 
 TEXTS = (
@@ -26,6 +28,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
+
+
+@contextmanager
+def full_memory_told(cure: str) -> Iterator[None]:
+    """A full memory within this context is one clear error, which says what is too much and what to do: ``cure``.
+
+    Raises:
+        ArrestError: in place of what torch raised.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ArrestError(f"the device has too little memory ({first_line(error)[:100]}): {cure}") from error
 
 
 def fitting_batch(attempt: Callable[[int], object], batch_size: int, accelerator: Accelerator) -> int:

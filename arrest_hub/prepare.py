@@ -202,9 +202,10 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Splits:
     chosen = config.batch_size != "auto"  # otherwise it is at most what there is
     if size is not None and chosen and config.batch_size * accelerator.num_processes > size:
         each = f" on each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+        most = size // accelerator.num_processes
         raise ConfigError(
             f"--batch-size {config.batch_size}{each} is larger than the training split of {size} images: "
-            f"give at most {size // accelerator.num_processes}."
+            + (f"give at most {most}." if most > 1 else "a batch has two images or more, so use fewer processes.")
         )
     problems = length_problems(config, size, accelerator.num_processes)
     if problems:

@@ -114,6 +114,17 @@ def training_record(
         processes=processes,
         hardware=hardware_name(accelerator),
         versions=library_versions(library),
+        earlier=[_describe_layout(layout, "robust") for layout in progress.earlier]
+        + [_describe_layout(layout, "standard") for layout in clean.earlier],
+    )
+
+
+def _describe_layout(layout: dict[str, int], phase: str) -> str:
+    """How the batches of a phase's first steps were dealt out, for who reads the record."""
+    processes = layout["processes"]
+    return (
+        f"until step {layout['until']} of the {phase} phase: {processes} process{'es' * (processes != 1)} with "
+        f"--batch-size {layout['batch_size']} --grad-accum-steps {layout['grad_accum_steps']}"
     )
 
 

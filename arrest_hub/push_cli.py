@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from arrest_hub.cli import Parser, add_fields, follows_unknown, run_cli
+from arrest_hub.cli import Parser, add_fields, follows_unknown
+from arrest_hub.command import run_cli
 from arrest_hub.errors import ConfigError
 from arrest_hub.push_config import CARD_FIELDS, GROUPS, PUSH_FIELDS, CardConfig, PushConfig, unknown_push_flag
 

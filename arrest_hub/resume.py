@@ -17,6 +17,7 @@ from arrest_hub.errors import ConfigError
 from arrest_hub.images import encoded_bytes
 from arrest_hub.model_source import ModelSource, find_weights
 from arrest_hub.run_folder import RunPaths
+from arrest_hub.sharding import is_sharded
 
 SAMPLE = 32
 
@@ -58,6 +59,13 @@ def resume_point(
             notes.append("no checkpoint is whole: starting this phase from the beginning")
         return None, None, notes
     progress = read_progress(checkpoint)
+    if progress.sharded != is_sharded(accelerator):
+        launch = "recipes/accelerate/fsdp2.yaml" if progress.sharded else "another configuration of the launcher"
+        raise ConfigError(
+            f"cannot resume: {checkpoint} was written {'with' if progress.sharded else 'without'} FSDP, and this is a "
+            f"run {'without' if progress.sharded else 'with'} it. Launch it as it began, with {launch}, or start anew "
+            "with another --output-dir."
+        )
     before = progress.layout.get("workers", workers)
     if config.streaming and before != workers:
         notes.append(

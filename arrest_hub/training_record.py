@@ -66,7 +66,8 @@ class TrainingRecord:
 
     ``base`` is None where training began from a random initialisation. ``command`` repeats the run, for who has its
     inputs. ``exported_step`` is the step whose weights were chosen. ``seconds`` is the wall-clock time of training,
-    validation and checkpoints, all processes side by side, over every resumption.
+    validation and checkpoints, all processes side by side, over every resumption. ``earlier``: how the batches were
+    dealt out before the run went on otherwise, which ``command`` and ``processes`` do not tell.
     """
 
     base: BaseModel | None
@@ -79,6 +80,7 @@ class TrainingRecord:
     processes: int
     hardware: str
     versions: dict[str, str]
+    earlier: list[str] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Write the record, whole or not at all."""

@@ -5,7 +5,8 @@ import sys
 from two_processes import steady_attack, steady_noise
 
 from arrest_hub import train
-from arrest_hub.cli import finetune_command, leave, run_cli
+from arrest_hub.cli import finetune_command
+from arrest_hub.command import leave, run_cli
 
 
 def steady_pgd(logits_fn, pixels, labels, *, generator=None, **numbers):

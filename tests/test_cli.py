@@ -5,9 +5,11 @@ import sys
 import time
 
 import pytest
+from torch.distributed import DistStoreError
 
-from arrest_hub import __version__, cli
-from arrest_hub.cli import eval_parser, finetune_command, finetune_parser, leave, parse_eval, parse_finetune, run_cli
+from arrest_hub import __version__, command
+from arrest_hub.cli import eval_parser, finetune_command, finetune_parser, parse_eval, parse_finetune
+from arrest_hub.command import leave, run_cli
 from arrest_hub.config import FIELDS
 from arrest_hub.config_sources import recipe_config
 from arrest_hub.errors import ConfigError, Terminated
@@ -175,13 +177,40 @@ def test_exit_codes_of_what_ends_a_run(capsys):
         ends(FileNotFoundError(errno.ENOENT, "No such file"))
 
 
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:47\n GLHF!"), True),
+        (DistStoreError("wait timeout after 20000ms"), True),
+        (RuntimeError("shapes"), False),
+    ],
+)
+def test_a_process_whose_peer_is_gone_says_so_in_a_line(error, lost, monkeypatch, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(RuntimeError):  # of one process it would mean something else
+        run_cli(main, [])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    if not lost:
+        with pytest.raises(RuntimeError, match="shapes"):
+            run_cli(main, [])
+        return
+    assert run_cli(main, []) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: process 1: another process of the run ended, or did not answer in time (")
+    assert message.count("\n") == 1
+    assert "--resume" in message
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_of_several_processes_ends_without_taking_the_interpreter_down(processes):
     """What is registered for the end still happens, and so does what other threads have in hand."""
     code = """
 import atexit, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from arrest_hub.cli import leave
+from arrest_hub.command import leave
 
 class AtTheVeryEnd:
     def __del__(self):
@@ -206,15 +235,15 @@ def test_the_process_that_says_what_is_wrong_ends_first(rank, code, waits, monke
     waited, ended = [], []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
-    monkeypatch.setattr(cli.threading, "_shutdown", lambda: None)
-    monkeypatch.setattr(cli.atexit, "_run_exitfuncs", lambda: None)
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+    monkeypatch.setattr(command.threading, "_shutdown", lambda: None)
+    monkeypatch.setattr(command.atexit, "_run_exitfuncs", lambda: None)
 
     def end(code):
         ended.append(code)
         raise SystemExit(code)
 
-    monkeypatch.setattr(cli.os, "_exit", end)
+    monkeypatch.setattr(command.os, "_exit", end)
     with pytest.raises(SystemExit):
         leave(code)
     assert (ended, bool(waited)) == ([code], waits)
@@ -225,7 +254,7 @@ def test_a_run_outlives_the_reader_of_its_output(stream, tmp_path):
     """As of `| head`."""
     code = f"""
 import sys
-from arrest_hub.cli import run_cli
+from arrest_hub.command import run_cli
 def main(argv):
     for _ in range(3):
         print("x" * 100_000, file=sys.{stream})
@@ -244,7 +273,7 @@ sys.exit(run_cli(main, []))
 def test_a_run_without_streams(tmp_path):
     """As after `>&- 2>&-`."""
     code = (
-        "import sys\nfrom arrest_hub.cli import run_cli\nsys.stdout = sys.stderr = None\n"
+        "import sys\nfrom arrest_hub.command import run_cli\nsys.stdout = sys.stderr = None\n"
         "def main(argv):\n    print('x', file=sys.stderr)\n"
         "sys.exit(run_cli(main, []) or 7 * (sys.stdout is None))"
     )

@@ -9,7 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from test_resume import outcome
 from tiny import killed_after, tiny_config
 
-from arrest_hub.corrupt import CorruptImages, read_image
+from arrest_hub.corrupt import CorruptImages, read_entries, read_image
 from arrest_hub.errors import ArrestError
 from arrest_hub.images import UnreachableImage
 from arrest_hub.train import dry_run, finetune
@@ -51,6 +51,17 @@ def test_a_run_skips_lists_and_resumes(config, streaming, tmp_path, capsys):
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
     listed = (tmp_path / "cut" / "corrupt.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["key"] for line in listed) == sorted(entry["key"] for entry in entries)
+
+
+def test_a_list_that_was_cut_short_is_gone_on_with(config, tmp_path):
+    """By a full disk, or where the power failed."""
+    with killed_after(1):
+        finetune(config("cut", skip_corrupt=2))
+    path = tmp_path / "cut" / "corrupt.jsonl"
+    path.write_bytes(b'{"key": "f6fc42')
+    for _ in range(2):
+        finetune(config("cut", skip_corrupt=2, resume=True))
+    assert len(read_entries(path)) == 2
 
 
 def test_a_dry_run_skips_what_the_run_would(config, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import steady_main
 import torch
 from safetensors.torch import load_file
+from test_corrupt_run import damage
 from tiny import NAMES, tiny_config
 
 from arrest_hub import train
@@ -189,6 +190,22 @@ def test_one_clear_error_on_two_processes(two, tmp_path):
     assert "nowhere" in result.stderr
     assert "[rank" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_is_said_once_and_before_what_the_other_says(two, tmp_path):
+    folder, arguments, _ = two
+    shutil.copytree(folder / "data", tmp_path / "data")
+    damage(tmp_path, [7])
+    arguments = list(arguments)
+    arguments[arguments.index("--output-dir") + 1] = str(tmp_path / "run")
+    arguments[arguments.index("--dataset") + 1] = str(tmp_path / "data")
+    result = launch(*arguments, "--validation-size", "0")
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "image 7" in said[0]
+    assert all("another process of the run ended" in line for line in said[1:])
+    assert "[rank" not in result.stderr
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from test_train import files, log_lines, same_weights, vit_folder
 from tiny import NAMES, tiny_backbone, tiny_config
 
 from arrest_hub import estimate, plan, train
-from arrest_hub.cli import finetune_command, parse_finetune, run_cli
+from arrest_hub.cli import finetune_command, parse_finetune
+from arrest_hub.command import run_cli
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.config_sources import load_config, resume_config
 from arrest_hub.errors import ConfigError

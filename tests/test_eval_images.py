@@ -11,7 +11,8 @@ from PIL import Image as PILImage
 from tiny import NAMES, pretrained_state, tiny_backbone, tiny_config, write_images, write_model
 
 import arrest_hub
-from arrest_hub.cli import eval_command, run_cli
+from arrest_hub.cli import eval_command
+from arrest_hub.command import run_cli
 from arrest_hub.errors import BackboneError, ConfigError
 from arrest_hub.export import write_model_folder
 from arrest_hub.images import ImageError, decode_image

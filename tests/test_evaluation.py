@@ -34,7 +34,8 @@ import arrest_hub
 from arrest_hub import run_folder
 from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import load_backbone
-from arrest_hub.cli import eval_command, parse_eval, run_cli
+from arrest_hub.cli import eval_command, parse_eval
+from arrest_hub.command import run_cli
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ArrestError, BackboneError, ConfigError
 from arrest_hub.eval_config import EvalConfig

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_backbones import TIMM, timm_backbone, transformers_folder
 
@@ -182,6 +183,17 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert backbone(torch.rand(1, 3, 32, 32)).logits.shape == (1, 5)
     write_model_folder(backbone, folder)  # results of other weights go with them
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_names_the_folder(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_model_folder(load_backbone("test_resnet"), tmp_path / "model")
+    assert caught.value.filename == str(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_classes_of_what_is_trained_exclude_each_other(tmp_path):

@@ -1,10 +1,14 @@
 """Files are written whole or not at all, whoever else writes them."""
 
+import errno
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from arrest_hub.files import is_draft, write_whole
+from arrest_hub.files import as_os_error, end_last_line, is_draft, write_whole
 
 
 def test_many_may_write_one_file_at_once(tmp_path):
@@ -41,3 +45,25 @@ def test_a_draft_is_known_and_nobody_elses_file_is(tmp_path, monkeypatch):
     for name in ("config.yaml.tmp", "thesis.tmp", "a.1234567.tmp", "a.12345678.txt"):
         (tmp_path / name).write_text("mine")
         assert not is_draft(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]),
+    ],
+)
+def test_a_full_disk_is_told_from_what_libraries_say(error):
+    found = as_os_error(error, Path("runs/x"))
+    assert (type(found), found.errno, found.filename) == (OSError, errno.ENOSPC, "runs/x")
+    other = SafetensorError("header too large")
+    assert as_os_error(other, Path("x")) is other
+
+
+def test_a_line_cut_short_is_ended(tmp_path):
+    path = tmp_path / "lines"
+    for before, after in ((b"", b""), (b"a", b"a\n"), (b"a\n", b"a\n"), (b"a\nb", b"a\nb\n")):
+        path.write_bytes(before)
+        end_last_line(path)
+        assert path.read_bytes() == after

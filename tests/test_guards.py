@@ -55,6 +55,25 @@ def test_the_cause_depends_on_how_it_began():
     assert "--label-match" not in collapse_warning(0.1, 0.1, 10, standard=True)
 
 
+def test_weights_that_are_nan_are_neither_validated_nor_kept(tmp_path, monkeypatch):
+    train, count = loop.train_step, 0
+
+    def bad_update(accelerator, model, *rest):
+        nonlocal count
+        count += 1
+        parts = train(accelerator, model, *rest)
+        if count == 2:
+            with torch.no_grad():
+                model.head.classifiers[0].bias[0] = math.nan
+        return parts
+
+    monkeypatch.setattr(loop, "train_step", bad_update)
+    with pytest.raises(ArrestError, match="training diverged"):
+        finetune(tiny_config(tmp_path, log_every=100, checkpoint_every=1000))
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert not (tmp_path / "run" / "log.jsonl").exists(), "no validation was made"
+
+
 @pytest.mark.parametrize("what", ["an image", "a distance", "the weights"])
 def test_a_run_stops_at_the_first_nan_and_keeps_its_checkpoints(what, tmp_path, monkeypatch):
     """Also where nothing is logged at the step, and a checkpoint is due right after it."""

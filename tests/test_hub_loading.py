@@ -440,7 +440,8 @@ def child_another_copy(commits: dict[str, str]) -> None:
 
 def command(*words: str) -> tuple[int, str, str]:
     """arrest-finetune in this process -> exit code, standard output, standard error."""
-    from arrest_hub.cli import finetune_command, run_cli
+    from arrest_hub.cli import finetune_command
+    from arrest_hub.command import run_cli
 
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):

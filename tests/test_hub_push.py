@@ -989,10 +989,11 @@ def test_offline_and_by_revision(hub, published, tmp_path):
 
 def main(program: str, *words: str) -> int:
     """The command as its entry point runs it, without waiting between tries."""
+    from arrest_hub.command import run_cli
+
     stay_on_loopback()
     if program in ("arrest-push", "arrest-card"):
         from arrest_hub import push_cli
-        from arrest_hub.cli import run_cli
 
         command = push_cli.push_command if program == "arrest-push" else push_cli.card_command
         code = run_cli(command, words, resumes=False)
@@ -1000,7 +1001,7 @@ def main(program: str, *words: str) -> int:
         return code
     from arrest_hub import cli
 
-    return cli.run_cli(cli.finetune_command if program == "arrest-finetune" else cli.eval_command, words)
+    return run_cli(cli.finetune_command if program == "arrest-finetune" else cli.eval_command, words)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "arrest_hub"
 LEVELS = [
-    {"errors", "files", "fields", "licenses", "attack_schedule", "config", "config_sources", "eval_config",
+    {"errors", "files", "command", "fields", "licenses", "attack_schedule", "config", "config_sources", "eval_config",
      "push_config", "recipe_files", "training_record", "model_arguments"},
     {"transforms", "images", "columns", "subsets", "seeding", "caller", "corrupt", "streams", "data_speed", "on_demand",
      "image_folder", "folder_checks", "labelled_source",
@@ -39,9 +39,9 @@ MATHS = (
     "attack_stages",
     "masking",
 )
-NO_TORCH = ("errors", "files", "fields", "attack_schedule", "config", "config_sources", "eval_config", "recipe_files",
-            "results", "verdicts", "figures", "training_figure", "comparison", "robustbench", "licenses",
-            "training_record", "push_config", "model_arguments", "card_facts", "hub_access", "hub_search",
+NO_TORCH = ("errors", "files", "command", "fields", "attack_schedule", "config", "config_sources", "eval_config",
+            "recipe_files", "results", "verdicts", "figures", "training_figure", "comparison", "robustbench",
+            "licenses", "training_record", "push_config", "model_arguments", "card_facts", "hub_access", "hub_search",
             "pushed_files", "hub_repository", "hub", "cli", "push_cli", "model_card", "__main__")  # fmt: skip
 
 

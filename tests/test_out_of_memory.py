@@ -2,7 +2,8 @@ import pytest
 import torch
 from tiny import tiny_backbone, tiny_config
 
-from arrest_hub import estimate, finish
+from arrest_hub import estimate, finish, loop
+from arrest_hub.errors import ArrestError
 from arrest_hub.out_of_memory import fitting_batch, is_out_of_memory
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.train import finetune
@@ -57,6 +58,15 @@ def test_other_errors_are_not_taken_for_a_full_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "measure_steps", fail)
     with pytest.raises(RuntimeError, match="shapes"):
         estimate.choose_batch_size(tiny_config(tmp_path).validate(), new_accelerator(), tiny_backbone(), None, 1000)
+
+
+def test_a_full_memory_in_training_is_one_clear_error(tmp_path, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    with pytest.raises(ArrestError, match=r"too little memory .*2 GiB\): a step of 8 images is too large"):
+        finetune(tiny_config(tmp_path))
 
 
 def test_what_is_tried_is_a_step_of_the_evaluation():

@@ -19,7 +19,8 @@ from tiny import NAMES, tiny_config, write_images
 from torch.nn import functional
 
 from arrest_hub import from_pretrained
-from arrest_hub.cli import parse_eval, parse_finetune, run_cli
+from arrest_hub.cli import parse_eval, parse_finetune
+from arrest_hub.command import run_cli
 from arrest_hub.recipe_files import read_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -18,12 +18,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import killed_after, tiny_config, write_images
+from torch.distributed.checkpoint import CheckpointException
 
-from arrest_hub import checkpoint, epoch_validation, loop, run_folder
+from arrest_hub import checkpoint, epoch_validation, loop, resume, run_folder
 from arrest_hub.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
 from arrest_hub.cli import parse_finetune
 from arrest_hub.config_sources import load_config
@@ -269,10 +271,35 @@ def test_another_batch_size_goes_on_at_the_end_of_an_epoch(tmp_path, capsys):
     assert (progress.step, progress.epoch, progress.offset, progress.place) == (22, 3, 5, 27)
     record = read_record(tmp_path / "run" / "export" / "training_record.json")
     assert record.epochs == round((4 * 8 + 18 * 4) / record.data.num_examples, 2)
+    earlier = "until step 4 of the robust phase: 1 process with --batch-size 8 --grad-accum-steps 1"
+    assert record.earlier == [earlier]
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert f"This command does not repeat the run, which went on with other batches: {earlier}." in card
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     rates = {line["step"]: line["lr"] for line in lines if "lr" in line}
     assert list(rates) == [1, 2, 3, 4, *range(5, 23)]
     assert rates[4] > rates[5] > 50 * rates[22] > 0, "the schedule stays with the epochs"
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_checkpoint_in_parts_goes_on_in_parts_alone(before, tmp_path, monkeypatch):
+    dead_run(tmp_path, "run", at=3)
+    monkeypatch.setattr(resume, "is_sharded", lambda accelerator: not before)
+    monkeypatch.setattr(resume, "read_progress", lambda path: dataclasses.replace(read_progress(path), sharded=before))
+    words = ("with", "without", "fsdp2.yaml") if before else ("without", "with", "another configuration")
+    with pytest.raises(ConfigError, match=r"written {} FSDP, and this is a run {} it.*{}".format(*words)):
+        finetune(run_config(tmp_path, "run", resume=True))
+
+
+def test_a_full_disk_of_parts_is_one_clear_error(tmp_path, monkeypatch):
+    error = CheckpointException("x", {0: (OSError(28, "No space left on device"), None)})
+
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(ArrestError, match=r"cannot be written: OSError: \[Errno 28\] No space left on device \("):
+        finetune(run_config(tmp_path, "run"))
 
 
 def test_an_epoch_in_which_a_checkpoint_falls_ends_with_one(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ from unittest.mock import patch
 from accelerate.utils import gather_object
 from torch.distributed import destroy_process_group
 
-from arrest_hub.cli import leave, parse_eval
+from arrest_hub.cli import parse_eval
+from arrest_hub.command import leave
 from arrest_hub.errors import ArrestError
 from arrest_hub.evaluation import evaluate_all
 from arrest_hub.journal import Journal

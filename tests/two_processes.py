@@ -21,7 +21,7 @@ from arrest_hub import eval_subjects
 from arrest_hub.arrest import ArrestObjective
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.backbones import load_backbone
-from arrest_hub.cli import leave
+from arrest_hub.command import leave
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import to_pixels
 from arrest_hub.errors import ArrestError, DataError
