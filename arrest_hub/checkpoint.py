@@ -43,9 +43,9 @@ class Progress:
     ``step`` for the place in the learning rate schedule: not zero once a run went on with other global batches, and so
     with other steps per epoch. ``epoch_steps``: the steps of an epoch that warm-up and averaging go by. ``images``: how
     many were trained on so far, over all phases. ``skipped``: steps that changed nothing, since their fp16 gradients
-    were not finite. ``clean_counts``: of this epoch's clean images, how many were right and how many were looked at,
-    in all processes. ``sharded``: the checkpoint is in parts, by FSDP. ``earlier``: the layouts that the phase had
-    before this one, each with the number of its last step."""
+    were not finite. ``clean_counts``: of this epoch's clean images, how many were right, were looked at, and were
+    replayed, in all processes. ``sharded``: the checkpoint is in parts, by FSDP. ``earlier``: the layouts that the
+    phase had before this one, each with the number of its last step."""
 
     phase: str
     step: int = 0
@@ -63,7 +63,7 @@ class Progress:
     epoch_steps: int | None = None
     images: int = 0
     skipped: int = 0
-    clean_counts: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+    clean_counts: list[int] = dataclasses.field(default_factory=lambda: [0, 0, 0])
     sharded: bool = False
     earlier: list[dict[str, int]] = dataclasses.field(default_factory=list)
 

@@ -18,6 +18,8 @@ TERMS = {
     "loss": "loss",
 }
 SHOWN = 8
+REPLAYED = 0.9
+"""Share of an epoch's images above which replay leaves too few to be attacked."""
 
 
 def first_not_finite(
@@ -78,4 +80,13 @@ def collapse_warning(accuracy: float, first: float | None, num_classes: int, sta
     return (
         f"warning: the network {what}: {100 * accuracy:.1f} % clean accuracy over the last epoch is what "
         f"guessing among {num_classes} classes gives. {cause}"
+    )
+
+
+def replay_warning(share: float, threshold: float | None) -> str:
+    """What to say of an epoch in which this share of the images, beyond `REPLAYED`, was replayed and not attacked."""
+    return (
+        f"warning: {100 * share:.0f} % of the images of the last epoch were replayed with noise, so that hardly any "
+        f"was attacked: their drift is above --replay-threshold {threshold:g}. If it stays so, the network will not be "
+        "robust: start again with a higher threshold, a smaller --lr or a larger --rgkd-weight."
     )

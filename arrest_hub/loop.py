@@ -22,7 +22,7 @@ from arrest_hub.epoch_batches import (
 )
 from arrest_hub.epoch_validation import validate
 from arrest_hub.errors import ArrestError, Terminated
-from arrest_hub.guards import at_chance, collapse_warning
+from arrest_hub.guards import REPLAYED, at_chance, collapse_warning, replay_warning
 from arrest_hub.loop_guards import report_corrupt, stop_if_all_skipped, stop_unless_finite, warn
 from arrest_hub.objective import Objective
 from arrest_hub.out_of_memory import full_memory_told
@@ -142,9 +142,11 @@ class TrainingPhase:
         self.meter, self.pace = Meter(), Pace(accelerator.device, utilisation)
         objective.clock = self.pace.stopwatch
         self.written: tuple[Progress, Path] | None = None
-        self.clean = torch.zeros(2, device=accelerator.device)  # correct, seen in this epoch, by this process
+        # of this epoch's images, in this process: correct when clean, looked at, replayed
+        self.clean = torch.zeros(3, device=accelerator.device)
         if accelerator.is_main_process:
-            self.clean += torch.tensor(progress.clean_counts, device=accelerator.device)
+            kept = [*progress.clean_counts, 0][:3]  # of an earlier version the first two
+            self.clean += torch.tensor(kept, device=accelerator.device)
 
     @property
     def finished(self) -> bool:
@@ -233,7 +235,8 @@ class TrainingPhase:
         average_statistics(accelerator, self.student)
         self.meter.add(parts, progress.place + 1, batch["index"])
         if (hits := parts.get("clean_correct")) is not None:
-            self.clean += torch.stack([hits.sum(), torch.ones_like(hits).sum()])
+            replayed = parts.get("replayed", torch.zeros_like(hits))
+            self.clean += torch.stack([hits.sum(), torch.ones_like(hits).sum(), replayed.sum()])
         progress.batch += 1
         images = config.batch_size * accelerator.num_processes
         self.pace.add(images)
@@ -267,7 +270,9 @@ class TrainingPhase:
         """At the end of an epoch: its validation if one is due, and a warning if the network has collapsed."""
         run, progress, classes = self.run, self.progress, self.student.num_classes
         stop_unless_finite(run, self.meter, progress, self.student)
-        correct, seen = self._clean_counts()
+        correct, seen, replayed = self._clean_counts()
+        if replayed > REPLAYED * seen:
+            warn(run, self.phase, progress, replay_warning(replayed / seen, run.config.replay_threshold))
         if progress.to_validate:
             weights = self.student if self.ema is None else self.ema.module
             with self.pace.paused():
@@ -282,7 +287,7 @@ class TrainingPhase:
         self.clean.zero_()
 
     def _clean_counts(self) -> list[int]:
-        """Of this epoch's clean images in all processes: how many were right, how many were looked at."""
+        """Of this epoch's clean images in all processes: how many were right, were looked at, were replayed."""
         return [int(count) for count in self.run.accelerator.reduce(self.clean, "sum").tolist()]
 
     def _save(self) -> Path:

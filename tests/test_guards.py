@@ -123,6 +123,19 @@ def test_a_run_stops_at_the_first_nan_and_keeps_its_checkpoints(what, tmp_path, 
     assert [path.name for path in kept] == [f"step-{number:06d}" for number in range(1, 6)]
 
 
+@pytest.mark.parametrize("threshold", [1e-6, 0.999])
+def test_an_epoch_in_which_hardly_anything_is_attacked_is_told(threshold, tmp_path, capsys):
+    finetune(tiny_config(tmp_path, replay_threshold=threshold, epochs=2, eval_every=0))
+    said = [line for line in capsys.readouterr().out.splitlines() if "were replayed with noise" in line]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    kept = [line["warning"] for line in lines if "warning" in line]
+    if threshold < 0.5:  # in the very first step the student is the teacher
+        assert f"--replay-threshold {threshold:g}" in said[0]
+        assert [text for text in kept if "were replayed with noise" in text] == said
+    else:
+        assert not said
+
+
 def test_a_collapse_is_told_and_written_down(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "at_chance", lambda correct, n, classes: (n, classes) == (32, 3))
     finetune(tiny_config(tmp_path, epochs=1, figures=True))
