@@ -64,7 +64,7 @@ class Progress:
     images: int = 0
     skipped: int = 0
     clean_counts: list[int] = dataclasses.field(default_factory=lambda: [0, 0, 0])
-    sharded: bool = False
+    sharded: bool | None = None
     earlier: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
     @property

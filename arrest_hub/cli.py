@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -150,8 +151,7 @@ def parse_eval(argv: Sequence[str]) -> list[EvalConfig]:
 
 def follows_unknown(argv: Sequence[str], word: str, unknown: Sequence[str]) -> bool:
     """Whether ``word`` stands right behind a flag that does not exist, and so may be its value."""
-    index = list(argv).index(word)
-    return index > 0 and argv[index - 1] in unknown and "=" not in argv[index - 1]
+    return any(other == word and before in unknown and "=" not in before for before, other in itertools.pairwise(argv))
 
 
 def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:

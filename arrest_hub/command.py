@@ -90,7 +90,7 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resum
         again = "go on with the same command and --resume" if resumes else "give the same command again"
         print(
             f"error: process {os.environ.get('RANK')}: another process of the run ended, or did not answer in time "
-            f"({str(error).strip().splitlines()[-1][:100]}). What it printed says why; then {again}.", file=sys.stderr,
+            f"({' '.join(str(error).split())}). What it printed says why; then {again}.", file=sys.stderr,
         )  # fmt: skip
         return 1
     except KeyboardInterrupt:
@@ -105,14 +105,9 @@ def lost_another_process(error: RuntimeError) -> bool:
         return False
     from torch import distributed
 
-    texts = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Timed out waiting",
-        "NCCL timeout",
-    )
-    return isinstance(error, distributed.DistError) or any(text in str(error) for text in texts)
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "imed out", "timeout", "has exited")
+    library = isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
+    return library and any(text in str(error) for text in gone)
 
 
 LAST_SECONDS = 2.0

@@ -40,20 +40,20 @@ def check_metadata(builder: DatasetBuilder, files: list[str], typed: str) -> Non
             )
 
 
-def check_classes(builder: DatasetBuilder, typed: str) -> None:
-    """Raises DataError if two Parquet files number their classes otherwise: `datasets` reads all by the first one's."""
-    if builder.name != "parquet":
-        return
-    seen: dict[str, tuple[str, list[str]]] = {}
-    for parts in (builder.config.data_files or {}).values():
-        for part in parts:
-            for column, feature in Features.from_arrow_schema(pq.read_schema(part)).items():
-                if not isinstance(feature, ClassLabel):
-                    continue
-                other, names = seen.setdefault(column, (part, feature.names))
-                if names != feature.names:
-                    raise DataError(
-                        f"dataset folder {typed!r}: column {column!r} numbers its classes otherwise in "
-                        f"{os.path.basename(other)} ({first_of(names)}) than in {os.path.basename(part)} "
-                        f"({first_of(feature.names)}). Write both with the same ClassLabel (Dataset.cast_column)."
-                    )
+def class_names_in(files: Sequence[str], column: str) -> list[str] | None:
+    """The class names that Parquet files themselves give to a column; None if they give none. `datasets` reads the
+    files of all splits by the names of the first.
+
+    Raises DataError if two of them number the classes otherwise.
+    """
+    names: list[str] | None = None
+    for file in files:
+        feature = Features.from_arrow_schema(pq.read_schema(file)).get(column)
+        found = list(feature.names) if isinstance(feature, ClassLabel) else None
+        if names is not None and found is not None and names != found:
+            raise DataError(
+                f"column {column!r} numbers its classes otherwise in {file} ({first_of(found)}) than in {files[0]} "
+                f"({first_of(names)}). Write both with the same ClassLabel (Dataset.cast_column)."
+            )
+        names = names or found
+    return names

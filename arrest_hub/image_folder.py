@@ -139,6 +139,8 @@ def _split_folders(path: Path, typed: str) -> dict[str, Path]:
     """The folder of each split; all of ``path`` is the train split where its subfolders are classes."""
     parts = _subfolders(path)
     splits = {part.name.lower(): part for part in parts if part.name.lower() in KNOWN_SPLITS and _subfolders(part)}
+    if not any(name in SPLIT_NAMES["train"] for name in splits):  # a class may be called eval
+        splits = {name: part for name, part in splits.items() if not name.startswith("eval")}
     if not splits:
         _check_unknown_splits(parts, typed)
     if not splits or any(name in SPLIT_NAMES["train"] for name in splits):
@@ -155,13 +157,15 @@ def _split_folders(path: Path, typed: str) -> dict[str, Path]:
 
 
 def _check_unknown_splits(parts: list[Path], typed: str) -> None:
-    """Raises DataError where the subfolders are splits by other names, such as training_set/ and test_set/."""
-    words = {part.name: set(re.findall("[a-z]+", part.name.lower())) for part in parts if _subfolders(part)}
-    named = [name for name, found in words.items() if found & KNOWN_SPLITS]
-    if len(named) > 1 and any(words[name] & set(SPLIT_NAMES["train"]) for name in named):
+    """Raises DataError where the subfolders, all of them, are splits by other names, such as training_set/ and
+    test_set/, with subfolders alike."""
+    inside = {part: {sub.name for sub in _subfolders(part)} for part in parts if _subfolders(part)}
+    words = [set(re.findall("[a-z]+", part.name.lower())) & KNOWN_SPLITS for part in inside]
+    trains = [bool(found & set(SPLIT_NAMES["train"])) for found in words]
+    if len(words) > 1 and all(words) and any(trains) and not all(trains) and set.intersection(*inside.values()):
         raise DataError(
-            f"dataset folder {typed!r}: {first_of(named)} would be classes, and look like splits. Call them train/, "
-            "validation/ and test/."
+            f"dataset folder {typed!r}: {first_of([part.name for part in inside])} would be classes, and look like "
+            "splits. Call them train/, validation/ and test/."
         )
 
 

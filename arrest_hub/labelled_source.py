@@ -11,10 +11,18 @@ from datasets import ClassLabel, Dataset, Image, IterableDataset
 
 from arrest_hub.columns import Columns, find_columns
 from arrest_hub.errors import DataError
-from arrest_hub.folder_checks import first_of
+from arrest_hub.folder_checks import class_names_in, first_of
 from arrest_hub.image_folder import KNOWN_SPLITS
 from arrest_hub.sources import RawSplit, Source
 from arrest_hub.subsets import ImageSplit, read_column
+
+
+class OtherClasses(DataError):
+    """The labels of a split mean other things than the dataset's; ``some``: but not all of them."""
+
+    def __init__(self, message: str, some: bool = False) -> None:
+        super().__init__(message)
+        self.some = some
 
 
 @dataclass
@@ -31,7 +39,7 @@ class LabelledSource:
     def split(self, name: str) -> ImageSplit:
         """One split, without the other columns.
 
-        Raises DataError when it is empty, lacks one of the two, or has other classes.
+        Raises DataError when it is empty or lacks one of the two, OtherClasses when it has other classes.
         """
         dataset, columns = self.source.splits[name], self.columns
         if isinstance(dataset, Dataset) and len(dataset) == 0:
@@ -52,34 +60,41 @@ class LabelledSource:
     def _codes(self, name: str) -> Mapping[Any, int] | None:
         """What is in the label column of a split -> the dataset's label; None where it is the label already.
 
-        Every split says itself which class its numbers mean, and not all do it alike. Raises DataError where a split
+        Every split says itself which class its numbers mean, and not all do it alike. Raises OtherClasses where a split
         has classes that the dataset does not know.
         """
         dataset, column, names = self.source.splits[name], self.columns.label, self.class_names
         feature = (dataset.features or {}).get(column)
         if feature is None:  # a stream that does not say
             return None
-        own, others = label_kind(feature), label_kind((self.source.splits[self.origin].features or {}).get(column))
-        if own != others and not ({own, others} <= {"classes", "strings"} or {own, others} <= {"classes", "numbers"}):
-            raise DataError(
-                f"dataset {self.dataset_id!r}: column {column!r} holds {others} in split {self.origin!r} and {own} in "
-                f"{name!r}. Choose another split, or give the column the same type in both."
+        own_kind, kind = label_kind(feature), label_kind((self.source.splits[self.origin].features or {}).get(column))
+        kinds = {own_kind, kind}
+        if not (kinds <= {"classes", "strings"} or kinds <= {"classes", "numbers"}):
+            raise OtherClasses(
+                f"dataset {self.dataset_id!r}: column {column!r} of split {name!r} holds {own_kind}, and not {kind} as "
+                f"that of {self.origin!r}. Choose another split, or give the column the same type in both."
             )
-        if own == "strings":
+        if own_kind == "strings":
             return {value: label for label, value in enumerate(names or [])}
-        if names is None or not isinstance(feature, ClassLabel) or feature.names == names:
+        if names is None or kinds != {"classes"}:
             return None
-        codes = {number: names.index(value) for number, value in enumerate(feature.names) if value in names}
-        unknown = set(range(feature.num_classes)) - codes.keys()
+        own = class_names_in(self.source.parquet.get(name, ()), column) or feature.names
+        index = {value.casefold(): label for label, value in enumerate(names)}
+        known = {number: index.get(value.casefold()) for number, value in enumerate(own)}
+        if len(index) < len(names):  # names that differ in their case alone
+            known = {number: names.index(value) if value in names else None for number, value in enumerate(own)}
+        unknown = {number for number, label in known.items() if label is None}
         if unknown and isinstance(dataset, Dataset):
             unknown &= set(read_column(dataset, column).unique().to_pylist())
         if unknown:
-            raise DataError(
+            raise OtherClasses(
                 f"dataset {self.dataset_id!r}: split {name!r} has classes that {self.origin!r} lacks: "
-                f"{first_of([repr(feature.names[number]) for number in sorted(unknown)])}; {self.origin!r} has "
-                f"{first_of(list(map(repr, names)))}. Name the classes alike in both."
+                f"{first_of([repr(own[number]) for number in sorted(unknown)])}; {self.origin!r} has "
+                f"{first_of(list(map(repr, names)))}. Name the classes alike in both, or choose another split.",
+                some=len(unknown) < len(own),
             )
-        return codes
+        codes = {number: label for number, label in known.items() if label is not None}
+        return None if all(number == label for number, label in codes.items()) else codes
 
     def shortcoming(self, name: str) -> str | None:
         """Why a split cannot be used, if it has no labels; of a stream only the first few are read."""
@@ -114,12 +129,13 @@ def settle_columns(
 
 
 def label_kind(feature: Any) -> str:
-    """What a label column holds: "classes" (feature ClassLabel), "strings", "booleans", "numbers", or its feature."""
+    """What a label column holds: "classes" (feature ClassLabel with names), "strings", "numbers", or its feature."""
     if isinstance(feature, ClassLabel):
-        return "classes"
+        return "numbers" if feature.names == [str(number) for number in range(feature.num_classes)] else "classes"
     dtype = str(getattr(feature, "dtype", ""))
-    known = {"string": "strings", "large_string": "strings", "bool": "booleans"}
-    return known.get(dtype, "numbers" if dtype.startswith(("int", "uint")) else str(feature))
+    if dtype in ("string", "large_string"):
+        return "strings"
+    return "numbers" if dtype == "bool" or dtype.startswith(("int", "uint")) else str(feature)
 
 
 def _classes(raw: RawSplit, column: str, dataset_id: str) -> tuple[list[str] | None, int]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 from datasets import Dataset
 
@@ -14,12 +13,10 @@ from arrest_hub.checkpoint import Progress, newest_whole, read_progress, readabl
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import Splits
 from arrest_hub.errors import ConfigError
-from arrest_hub.images import encoded_bytes
 from arrest_hub.model_source import ModelSource, find_weights
 from arrest_hub.run_folder import RunPaths
 from arrest_hub.sharding import is_sharded
-
-SAMPLE = 32
+from arrest_hub.subsets import split_digest
 
 NAMES = {
     "processes": "number of processes",
@@ -59,7 +56,7 @@ def resume_point(
             notes.append("no checkpoint is whole: starting this phase from the beginning")
         return None, None, notes
     progress = read_progress(checkpoint)
-    if progress.sharded != is_sharded(accelerator):
+    if progress.sharded is not None and progress.sharded != is_sharded(accelerator):
         launch = "recipes/accelerate/fsdp2.yaml" if progress.sharded else "another configuration of the launcher"
         raise ConfigError(
             f"cannot resume: {checkpoint} was written {'with' if progress.sharded else 'without'} FSDP, and this is a "
@@ -117,21 +114,12 @@ def model_origin(source: ModelSource) -> str | None:
 
 
 def dataset_origin(splits: Splits) -> str | None:
-    """What tells the training images: their commit on the Hub, of a folder a digest of class names, labels and of the
-    files of `SAMPLE` images, so that not all are read; None for a stream, or if one of these images cannot be read,
-    since it may be repaired."""
+    """What tells the training images: their commit on the Hub, of a folder its `split_digest` with the class names;
+    None for a stream."""
     split = splits.train
     if splits.revision is not None or not isinstance(split.dataset, Dataset):
         return splits.revision
-    digest = hashlib.sha256(str(splits.class_names).encode())
-    digest.update(np.asarray(split.label_array()).tobytes() + split.row_array().tobytes())
-    some = np.linspace(0, len(split) - 1, min(SAMPLE, len(split)), dtype=int).tolist()
-    for value in split.dataset.select_columns([split.image_column])[some][split.image_column]:
-        content = encoded_bytes(value)
-        if content is None:
-            return None
-        digest.update(content)
-    return f"sha256:{digest.hexdigest()[:16]}"
+    return split_digest(split, str(splits.class_names).encode())
 
 
 def check_origins(checkpoints: Path, model: str | None, dataset: str | None) -> None:

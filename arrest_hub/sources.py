@@ -28,7 +28,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
 from arrest_hub.errors import ArrestError, DataError, HubError, did_you_mean, hub_failure
-from arrest_hub.folder_checks import METADATA, check_classes, check_metadata, is_metadata
+from arrest_hub.folder_checks import METADATA, check_metadata, is_metadata
 from arrest_hub.image_folder import open_image_folder, walk
 from arrest_hub.on_demand import SplitsOnDemand, is_prepared, keep_names, open_apart, opens_apart, prepared, read_names
 
@@ -64,7 +64,7 @@ class Source:
 
     ``sizes`` counts the images of streams where that is known; ``notes`` are sentences for the user.
     ``on_demand``: a split is only downloaded and converted when it is first taken out of ``splits``, which may
-    then raise what `open_source` raises.
+    then raise what `open_source` raises. ``parquet``: the local Parquet files of each split.
     """
 
     splits: Mapping[str, RawSplit]
@@ -73,6 +73,7 @@ class Source:
     sizes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     on_demand: bool = False
+    parquet: dict[str, list[str]] = field(default_factory=dict)
 
 
 def find_alias(dataset_id: str) -> Alias | None:
@@ -333,14 +334,15 @@ def _open_data_files(
         if builder.name == "imagefolder" and not any(is_metadata(file) for file in files):
             return None
         check_metadata(builder, files, typed)
-        check_classes(builder, typed)
+        parquet = dict(builder.config.data_files or {}) if builder.name == "parquet" else {}
+        parquet = {str(name): [str(part) for part in parts] for name, parts in parquet.items()}
         if on_demand and opens_apart(builder) and not is_prepared(builder):
 
             def open_split(name: str) -> Dataset:
                 with _folder_errors(typed):
                     return open_apart(root, name, lambda: builder)
 
-            return Source(SplitsOnDemand(builder.config.data_files, open_split), on_demand=True)
+            return Source(SplitsOnDemand(builder.config.data_files, open_split), on_demand=True, parquet=parquet)
         if streaming:
             splits = builder.as_streaming_dataset()
         else:
@@ -351,7 +353,7 @@ def _open_data_files(
         for name, parts in (builder.config.data_files or {}).items():
             if all(part.endswith(".parquet") for part in parts):
                 sizes[str(name)] = sum(pq.read_metadata(part).num_rows for part in parts)
-    return Source({str(name): split for name, split in splits.items()}, sizes=sizes)
+    return Source({str(name): split for name, split in splits.items()}, sizes=sizes, parquet=parquet)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ The test split is only ever used for the final numbers; the best weights are cho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from datasets import ClassLabel
 from arrest_hub.columns import find_columns
 from arrest_hub.errors import DataError, did_you_mean
 from arrest_hub.image_folder import SPLIT_NAMES
-from arrest_hub.labelled_source import LabelledSource, check_labels, settle_columns
+from arrest_hub.labelled_source import LabelledSource, OtherClasses, check_labels, settle_columns
 from arrest_hub.sources import RawSplit, Source, find_alias, open_source
 from arrest_hub.subsets import ImageSplit, hold_out, limit
 
@@ -234,7 +234,7 @@ def _with_alias(
 
 def _test_names(source: Source, eval_split: str | None, train_name: str | None, dataset_id: str) -> list[str]:
     """The splits that may be the test split, the best first: what was typed, else test and validation."""
-    typed = _named_split(source.splits, eval_split, None, "--eval-split", dataset_id)
+    typed = _named_split(source.splits, eval_split, None, "--eval-split", dataset_id, notes=source.notes)
     if typed is not None:
         return [typed]
     usual = [_named_split(source.splits, None, u, "", dataset_id, required=False) for u in ("test", "validation")]
@@ -247,7 +247,7 @@ def _find_test(
     """The test split that was typed, else the first labelled one; None: hold one out of train."""
     for name in _test_names(opened.source, eval_split, train_name, opened.dataset_id):
         if eval_split is None:
-            test = _usable_split(opened, name, notes)
+            test = _usable_split(opened, name, notes, raised=True)
         else:
             test = opened.split(name)
             check_labels(test)
@@ -260,14 +260,21 @@ def _find_test(
     return None
 
 
-def _usable_split(opened: LabelledSource, name: str, notes: list[str]) -> ImageSplit | None:
-    """A split that nobody named; None, and a note, where it has no labels."""
-    why = opened.shortcoming(name)
-    if why is not None:
+def _usable_split(opened: LabelledSource, name: str, notes: list[str], raised: bool = False) -> ImageSplit | None:
+    """A split that nobody named; None, and a note, where it has no labels or others than the dataset's. With ``raised``
+    some other labels, but not all, are an error."""
+    split, why = None, opened.shortcoming(name)
+    if why is None:
+        try:
+            split = opened.split(name)
+        except OtherClasses as error:
+            if raised and error.some:
+                raise
+            why = str(error)
+    if split is None:
         note = f"split {name!r} is not used: {why}"
         notes += [] if note in notes else [note]
         return None
-    split = opened.split(name)
     check_labels(split)
     return split
 
@@ -308,6 +315,7 @@ def _named_split(
     flag: str,
     dataset_id: str,
     required: bool = True,
+    notes: Sequence[str] = (),
 ) -> str | None:
     """The split that was typed, else the one under a usual name, else the only one (for train)."""
     if typed is not None:
@@ -315,14 +323,17 @@ def _named_split(
             raise DataError(
                 f"dataset {dataset_id!r} has no split {typed!r}; {flag} can be {', '.join(splits)}."
                 + did_you_mean(typed, splits)
+                + "".join(f" {note}." for note in notes if note.startswith(f"{typed}/"))
             )
         return typed
     if usual is None:
         return None
     for name in SPLIT_NAMES[usual]:
-        for own in splits:
-            if own.lower() == name:
-                return own
+        if name in splits:
+            return name
+    for own in splits:
+        if own.lower() in SPLIT_NAMES[usual]:
+            return own
     if not required:
         return None
     if len(splits) == 1:

@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from arrest_hub.errors import DataError
-from arrest_hub.images import ImageError
+from arrest_hub.images import ImageError, encoded_bytes
 
+SAMPLE = 32
 LOOK_AHEAD = 256
 """Labels at the start of a stream that tell whether it is sorted by class."""
 SHUFFLE_BUFFER = 1000
@@ -32,7 +33,7 @@ class ImageSplit:
     ``num_examples`` is None for a stream of unknown length. ``skip`` and ``by_shard`` concern streams: the
     split is ``dataset`` without its first ``skip`` examples, all of them in its first shard, and its shards
     may be read separately when ``by_shard``.
-    ``drawn_from`` tells the split that these images were held out of: a digest of its labels, in order.
+    ``drawn_from`` tells the split that these images were held out of, see `split_digest`.
     ``rows`` (int64 [N], None: 0..N - 1) says where each image was in the split as it is kept, before some were
     chosen or held out; see `row_array`.
     """
@@ -102,6 +103,21 @@ class ImageSplit:
         return label if self.label_map is None else self.label_map[label]
 
 
+def split_digest(split: ImageSplit, begin: bytes = b"") -> str | None:
+    """What tells a map-style split: a digest of ``begin``, labels, rows, and of the files of `SAMPLE` images, so that
+    not all are read; None if one of these cannot be read, since it may be repaired."""
+    digest = hashlib.sha256(begin)
+    digest.update(np.asarray(split.label_array()).tobytes() + split.row_array().tobytes())
+    some = np.linspace(0, len(split) - 1, min(SAMPLE, len(split)), dtype=int).tolist()
+    assert isinstance(split.dataset, Dataset)
+    for value in split.dataset.select_columns([split.image_column])[some][split.image_column]:
+        content = encoded_bytes(value)
+        if content is None:
+            return None
+        digest.update(content)
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
 def hold_out(
     train: ImageSplit, test_size: int, validation_size: int, seed: int, notes: list[str]
 ) -> tuple[ImageSplit, ImageSplit | None, ImageSplit | None]:
@@ -111,8 +127,7 @@ def hold_out(
     origin = train.name
     _check_stream(train, sum(sizes.values()))
     if isinstance(train.dataset, Dataset):
-        digest = hashlib.sha256(train.label_array().tobytes() + train.row_array().tobytes()).hexdigest()
-        drawn_from = f"sha256:{digest[:16]}"
+        drawn_from = split_digest(train)
     for role, size in sizes.items():
         if size and isinstance(train.dataset, Dataset):
             labels = train.label_array()

@@ -28,3 +28,10 @@ def no_sleep_of_datasets(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of `datasets` of its own for the test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"

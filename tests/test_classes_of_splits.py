@@ -64,10 +64,9 @@ def test_a_split_that_numbers_its_classes_otherwise_is_read_by_their_names(tmp_p
             (["bird", "cat", "cow"], [0, 2, 1]),
             "'test' has classes that 'train' lacks: 'cow'; 'train'",
         ),
-        (TRAIN, ("float32", [0.0, 1.0, 2.0]), "holds classes in split 'train' and Value"),
-        (TRAIN, ("bool", [True, False, True]), "holds classes in split 'train' and booleans in 'test'"),
-        (("int64", [0, 1, 2] * 10), ("string", ["0", "1"]), "holds numbers in split 'train' and strings in 'test'"),
-        (("string", NAMES * 10), ("int64", [0, 1]), "holds strings in split 'train' and numbers in 'test'"),
+        (TRAIN, ("float32", [0.0, 1.0, 2.0]), r"of split 'test' holds Value\(.*, and not classes as that of 'train'"),
+        (("int64", [0, 1, 2] * 10), ("string", ["0", "1"]), "'test' holds strings, and not numbers as that of 'train'"),
+        (("string", NAMES * 10), ("int64", [0, 1]), "'test' holds numbers, and not strings as that of 'train'"),
     ],
 )
 def test_a_split_of_other_classes_is_one_clear_error(tmp_path, train, test, words):
@@ -78,17 +77,54 @@ def test_a_split_of_other_classes_is_one_clear_error(tmp_path, train, test, word
         load_eval_split(folder, eval_split="test")
 
 
-def test_parquet_files_of_different_classes_are_refused(cache, tmp_path):
+def test_parquet_files_are_read_by_their_own_classes(cache, tmp_path):
+    """`datasets` reads the files of all splits by the names in the first."""
     folder = parquet(tmp_path / "d", labelled(["cat", "dog"]), train=rows(20))
     parquet(tmp_path / "d", labelled(["dog", "cat"]), test=rows(4))
-    for load in (load_splits, load_eval_split):
-        with pytest.raises(DataError, match=r"'y' numbers its classes otherwise in .*\(cat, dog\).* Write both"):
-            load(folder)
-    parquet(tmp_path / "d", labelled(["cat", "dog", "cow"]), test=rows(4))
-    with pytest.raises(DataError, match=r"\(cat, dog, cow\)"):
-        load_splits(folder, streaming=True)
-    parquet(tmp_path / "d", labelled(["cat", "dog"]), test=rows(4))
-    assert len(load_splits(folder).test) == 4
+    for streaming in (False, True):
+        splits = load_splits(folder, validation_size=0, streaming=streaming)
+        stream = [item["label"] for item in StreamingImages(splits.test, EVAL, shuffle=False)] if streaming else None
+        names = [splits.class_names[label] for label in stream or splits.test.labels()]
+        assert names == ["dog", "cat", "dog", "cat"]
+    found = load_eval_split(folder)
+    assert [found.class_names[label] for label in found.split.labels()] == ["dog", "cat", "dog", "cat"]
+    (tmp_path / "d" / "train.parquet").rename(tmp_path / "d" / "train-0.parquet")
+    parquet(tmp_path / "d", labelled(["dog", "cat"]), **{"train-1": rows(20)})
+    with pytest.raises(DataError, match=r"'y' numbers its classes otherwise in .*train-1.parquet \(dog, cat\) than in"):
+        load_splits(folder)
+
+
+def test_a_column_that_is_not_used_may_differ(cache, tmp_path):
+    for name, other in (("train", ["camera1", "x"]), ("test", ["camera2", "x"])):
+        features = Features(dict(labelled()) | {"z": ClassLabel(names=other)})
+        parquet(tmp_path / "d", features, **{name: rows(20) | {"z": [0] * 20}})
+    assert load_splits(str(tmp_path / "d"), label_column="y").test.labels() == [0, 1] * 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [(["0", "1", "2"], [2, 0, 1]), ("int32", [2, 0, 1]), (["Bird", "CAT", "dog"], [2, 0, 1])],
+)
+def test_labels_that_mean_the_same(tmp_path, kind, labels):
+    for number, splits in enumerate(
+        ({"train": TRAIN, "test": (kind, labels)}, {"train": (kind, labels * 10), "test": TRAIN})
+    ):
+        assert (
+            load_splits(saved(tmp_path / str(number), **splits), validation_size=0).test.labels() == splits["test"][1]
+        )
+
+
+def test_booleans_are_numbers(tmp_path):
+    folder = saved(tmp_path / "d", train=("int64", [0, 1] * 10), test=("bool", [True, False]))
+    assert load_splits(folder, validation_size=0).test.labels() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", [["cow", "goat"], ["bird", "cow"], "float32"])
+def test_a_validation_split_of_other_classes_is_passed_over(tmp_path, kind):
+    validation = (kind, [0, 1] if isinstance(kind, list) else [0.5, 1.5])
+    splits = load_splits(saved(tmp_path / "d", train=TRAIN, validation=validation, test=(NAMES, [0, 1, 2])))
+    assert splits.validation.name == "train[held-out validation]"
+    assert any(note.startswith("split 'validation' is not used: ") for note in splits.notes)
 
 
 def test_strings_that_hide_the_labels_are_no_test(tmp_path):
@@ -153,8 +189,19 @@ def test_splits_by_other_names_are_no_classes(tmp_path, names):
 
 
 def test_classes_with_subfolders_of_their_own_are_classes(tmp_path):
-    images(tmp_path, "cat/2020", "cat/2021", "dog/2020", "dog/2021", "train driver/a", "train driver/b")
-    assert load_eval_split(str(tmp_path), eval_split="train").class_names == ["cat", "dog", "train driver"]
+    for number, names in enumerate(
+        (
+            ["cat", "dog", "train driver"],
+            ["dev board", "train station"],
+            ["freight_train", "passenger_train"],
+            ["eval", "prod"],
+        )
+    ):
+        images(tmp_path / str(number), *(f"{name}/{year}" for name in names for year in (2020, 2021)[number % 2 :]))
+        if number == 1:
+            images(tmp_path / "1", "bridge/2021")
+            names = ["bridge", *names]
+        assert load_eval_split(str(tmp_path / str(number)), eval_split="train").class_names == names
 
 
 def test_a_split_without_any_class_of_train_is_not_used(tmp_path):
@@ -162,6 +209,8 @@ def test_a_split_without_any_class_of_train_is_not_used(tmp_path):
     splits = load_splits(str(tmp_path))
     assert splits.test.name == "val"
     assert "test/ is not used: unknown in it is no class of train/" in splits.notes
+    with pytest.raises(DataError, match=r"no split 'test'; .* test/ is not used: unknown in it is no class of train/"):
+        load_splits(str(tmp_path), eval_split="test")
     images(tmp_path, "test/cat")
     with pytest.raises(DataError, match="test/ has classes that train/ lacks: unknown"):
         load_splits(str(tmp_path))
@@ -171,6 +220,8 @@ def test_what_splits_are_called(tmp_path):
     test = (NAMES, [0, 1, 2])
     assert load_splits(saved(tmp_path / "a", Train=TRAIN, Test=test), validation_size=0).test.name == "Test"
     assert load_splits(saved(tmp_path / "b", train=TRAIN, eval=test), validation_size=0).test.name == "eval"
+    both = load_splits(saved(tmp_path / "e", Train=TRAIN, train=TRAIN, test=test), validation_size=0)
+    assert both.train.name == "train"
     third = load_splits(saved(tmp_path / "c", train=TRAIN, holdout=test), validation_size=0)
     assert third.test.name == "train[held-out test]"
     assert "splits that are not used: holdout (--train-split and --eval-split choose others)" in third.notes

@@ -64,13 +64,6 @@ def parquet(folder: Path, features: Features | None = None, **splits: dict) -> s
     return str(folder)
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache of `datasets` of its own for the test."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
-
-
 @pytest.fixture(scope="module")
 def digits():
     return load_splits("digits")

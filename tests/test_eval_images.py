@@ -66,7 +66,21 @@ def test_test_images_held_out_of_the_training_images_are_the_runs(held_out, caps
     assert {row.attack for row in read_results(export / "results.json").results} >= {None, "noise"}
 
 
-def test_a_renamed_dataset_is_known_by_its_labels(held_out, tmp_path):
+def test_another_dataset_of_as_many_images_was_not_trained_on(held_out, tmp_path):
+    _, export = held_out
+    write_images(tmp_path / "other", count=120, size=9, splits=("train",))
+    output = tmp_path / "eval"
+    arrest_hub.evaluate(
+        str(export), str(tmp_path / "other"), attacks="clean", teacher=None, checks=False, output_dir=str(output)
+    )
+    drawn = load_splits(str(tmp_path / "other"), seed=0).test.row_array()
+    assert read_verdicts(output / "verdicts.parquet").index.tolist() == drawn.tolist()
+    write_images(tmp_path / "data", count=120, size=9, splits=("train",))
+    with pytest.raises(ConfigError, match="when it held other images or labels"):
+        arrest_hub.evaluate(str(export), str(tmp_path / "data"), attacks="clean", teacher=None)
+
+
+def test_a_renamed_dataset_is_known_by_its_contents(held_out, tmp_path):
     folder, export = held_out
     shutil.copytree(folder / "data", tmp_path / "other")
     output = tmp_path / "eval"

@@ -16,6 +16,7 @@ from tiny import tiny_config
 from torch import nn
 
 from arrest_hub.backbones import load_backbone
+from arrest_hub.checkpoint import read_progress
 from arrest_hub.errors import ConfigError
 from arrest_hub.prepare import environment_problems
 from arrest_hub.results import read_results
@@ -90,6 +91,7 @@ def test_a_sharded_run_resumes_bit_for_bit(runs):
     checkpoints = runs / "sharded" / "checkpoints"
     before = weights(runs / "sharded")
     assert (checkpoints / "step-000003" / "pytorch_model_fsdp_0").is_dir()
+    assert read_progress(checkpoints / "step-000003").sharded is True
     for step in range(4, 9):
         file = checkpoints / f"step-{step:06d}" / "progress.json"
         file.write_text(file.read_text() + " ")

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny import tiny_backbone, tiny_config
 
+import arrest_hub
 from arrest_hub import estimate, finish, loop
 from arrest_hub.errors import ArrestError
 from arrest_hub.out_of_memory import fitting_batch, is_out_of_memory
@@ -67,6 +68,18 @@ def test_a_full_memory_in_training_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train_step", fail)
     with pytest.raises(ArrestError, match=r"too little memory .*2 GiB\): a step of 8 images is too large"):
         finetune(tiny_config(tmp_path))
+
+
+def test_a_full_memory_in_an_evaluation_is_one_clear_error():
+    class Full(torch.nn.Module):
+        def forward(self, pixels):
+            if len(pixels) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return pixels.mean(dim=(2, 3))
+
+    pair = (torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(ArrestError, match=r"too little memory .*2 GiB\): 4 images at once are too many, and a smaller"):
+        arrest_hub.evaluate(Full(), pair, eps="8/255", attacks="clean", checks=False, batch_size=4, teacher=None)
 
 
 def test_what_is_tried_is_a_step_of_the_evaluation():
