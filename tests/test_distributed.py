@@ -122,7 +122,7 @@ def test_two_processes_train_as_one_does(two, tmp_path, monkeypatch):
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     )
-    assert len(one) == len(both) == 11, "two epochs of three steps, validations, and warnings (random; all replayed once)"
+    assert len(one) == len(both) == 11, "two epochs of three steps, a validation, warnings (at chance, replayed)"
     for mine, theirs in zip(one, both, strict=True):
         for key, value in mine.items():
             if key not in TIMED:
