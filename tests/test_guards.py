@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -55,19 +56,22 @@ def test_the_cause_depends_on_how_it_began():
     assert "--label-match" not in collapse_warning(0.1, 0.1, 10, standard=True)
 
 
-def test_weights_that_are_nan_are_neither_validated_nor_kept(tmp_path, monkeypatch):
-    train, count = loop.train_step, 0
+def bad_update_at(step):
+    """A training step of which the ``step``-th leaves a weight that is NaN."""
+    train, counted = loop.train_step, itertools.count(1)
 
     def bad_update(accelerator, model, *rest):
-        nonlocal count
-        count += 1
         parts = train(accelerator, model, *rest)
-        if count == 2:
+        if next(counted) == step:
             with torch.no_grad():
                 model.head.classifiers[0].bias[0] = math.nan
         return parts
 
-    monkeypatch.setattr(loop, "train_step", bad_update)
+    return bad_update
+
+
+def test_weights_that_are_nan_are_neither_validated_nor_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train_step", bad_update_at(2))
     with pytest.raises(ArrestError, match="training diverged"):
         finetune(tiny_config(tmp_path, log_every=100, checkpoint_every=1000))
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
@@ -78,7 +82,6 @@ def test_weights_that_are_nan_are_neither_validated_nor_kept(tmp_path, monkeypat
 def test_a_run_stops_at_the_first_nan_and_keeps_its_checkpoints(what, tmp_path, monkeypatch):
     """Also where nothing is logged at the step, and a checkpoint is due right after it."""
     plain, count = step.to_pixels, 0
-    train = loop.train_step
 
     def one_bad_image(batch):
         nonlocal count
@@ -88,15 +91,6 @@ def test_a_run_stops_at_the_first_nan_and_keeps_its_checkpoints(what, tmp_path, 
             pixels[3] = math.nan
         return pixels
 
-    def bad_update(accelerator, model, *rest):
-        nonlocal count
-        count += 1
-        parts = train(accelerator, model, *rest)
-        if count == 6:
-            with torch.no_grad():
-                model.head.classifiers[0].bias[0] = math.nan
-        return parts
-
     real = arrest.angular_distance
 
     def bad_distance(u, v):
@@ -105,7 +99,7 @@ def test_a_run_stops_at_the_first_nan_and_keeps_its_checkpoints(what, tmp_path, 
         return torch.where(torch.arange(len(u)) == 3, math.nan, real(u, v)) if count == 6 else real(u, v)
 
     if what == "the weights":
-        monkeypatch.setattr(loop, "train_step", bad_update)
+        monkeypatch.setattr(loop, "train_step", bad_update_at(6))
     elif what == "a distance":
         monkeypatch.setattr(arrest, "angular_distance", bad_distance)
     else:
