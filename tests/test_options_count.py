@@ -62,9 +62,10 @@ def test_the_schedule_rises_from_nothing_and_ends_at_the_least(tmp_path):
     assert rates[5:] == pytest.approx(cosine, abs=1e-6)
 
 
-def test_the_teacher_stays_as_it_is(tmp_path):
+@pytest.mark.parametrize("fold", [True, False])
+def test_the_teacher_stays_as_it_is(tmp_path, fold):
     network = tiny_backbone().train()
-    teacher = make_teacher(tiny_config(tmp_path).validate(), network, torch.device("cpu"))
+    teacher = make_teacher(tiny_config(tmp_path, fold_batchnorm=fold).validate(), network, torch.device("cpu"))
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     with torch.no_grad():
