@@ -143,3 +143,30 @@ def test_flags_of_the_model_itself():
 def test_square_flag_is_the_packages():
     assert not square_flag({"clean": 90, "apgd-ce": 50, "square": 50}, 100)
     assert square_flag({"clean": 90, "apgd-ce": 50, "square": 49}, 100)
+
+
+@pytest.mark.parametrize("part", ["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"])
+def test_a_part_gives_the_packages_own_examples(part, few_queries):
+    """Under its seed, not under another; whichever part ran before."""
+    net, (pixels, labels) = robust_net(4), patterns(8, 4, seed=7)
+    norm, eps = ("linf", 0.3) if part == "square" else ("l2", 2.0)
+    options = {"norm": norm, "eps": eps, "num_classes": 4, "device": "cpu"}
+    parts = AutoAttackParts(net, seed=3, **options)
+    suite = AutoAttack(net, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=3, version="standard")
+    suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = 3
+    suite.apgd.loss = "dlr" if part == "apgd-dlr" else "ce"
+    suite.fab.targeted = part == "fab-t"
+    named = {"apgd-ce": suite.apgd, "apgd-dlr": suite.apgd, "apgd-t": suite.apgd_targeted, "fab": suite.fab,
+             "fab-t": suite.fab, "square": suite.square}  # fmt: skip
+    with frozen_eval(net), torch.random.fork_rng():
+        for other in set(named) - {part}:
+            parts.parameters(other)
+        found = parts.perturb(part, pixels, labels)
+        named[part].seed = 3
+        with torch.no_grad():
+            expected = named[part].perturb(pixels, labels)
+        assert torch.equal(found, expected)
+        assert (found - pixels).abs().max() > 0.05
+        if part in ("apgd-ce", "square"):  # what draws
+            again = AutoAttackParts(net, seed=4, **options).perturb(part, pixels, labels)
+            assert not torch.equal(found, again)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 
-from arrest_hub import backbones, model_source
+from arrest_hub import backbones, model_source, networks
 from arrest_hub.attacks import frozen_eval
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.errors import BackboneError, HubError
@@ -202,6 +202,68 @@ def test_a_timm_folder(tmp_path):
     with backbone.native() as network:
         assert set(weights) == set(network.state_dict())
         assert all(torch.equal(weights[k], v) for k, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize("image_size", [None, 40])
+def test_images_are_prepared_as_a_timm_model_says_and_so_are_its_exports(tmp_path, image_size):
+    folder = timm_folder(tmp_path)
+    wanted = {"crop_pct": 0.75, "crop_mode": "border", "interpolation": "lanczos", "mean": [0.1, 0.2, 0.3],
+              "std": [0.4, 0.5, 0.6], "input_size": [3, 48, 48]}  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= wanted
+    (folder / "config.json").write_text(json.dumps(config))
+    backbone = load_backbone(folder, image_size=image_size)
+    size = image_size or 48
+    expected = Preprocessing(
+        (size, size), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), crop_pct=0.75, crop_mode="border", interpolation="lanczos"
+    )
+    assert backbone.preprocessing == expected
+    write_model_folder(backbone, tmp_path / "export")
+    assert load_backbone(tmp_path / "export").preprocessing == expected
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True)
+    assert {name: list(v) if isinstance(v, tuple) else v for name, v in theirs.pretrained_cfg.items()
+            if name in wanted} == wanted | {"input_size": [3, size, size]}  # fmt: skip
+
+
+def test_label_names_are_in_the_order_of_their_numbers():
+    complete = networks._complete_names
+    assert complete({"2": "c", "0": "a", "1": "b"}, 3) == ["a", "b", "c"]
+    assert complete({10: "k", **{i: str(i) for i in range(10)}}, 11) == [*map(str, range(10)), "k"]
+    assert complete({"0": "a", "2": "c"}, 3) is None
+    assert complete(["a", "b"], 3) is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_new_head_is_in_the_networks_mode_and_drawn_from_the_global_generator(tmp_path, library, training):
+    folder = timm_folder(tmp_path) if library == "timm" else transformers_folder("vit", tmp_path / "vit")
+    backbone = load_backbone(folder).train(training)
+    heads = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        backbone.reset_head(4)
+        assert {module.training for module in backbone.head.modules()} == {training}
+        heads.append(backbone.head.classifiers[0].weight.detach().clone())
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert backbone.head.classifiers[0].weight.requires_grad
+    assert backbone.new_head
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_half_precision_weights_become_single(tmp_path, library):
+    folder = timm_folder(tmp_path) if library == "timm" else transformers_folder("vit", tmp_path / "vit")
+    single = load_backbone(folder)
+    weights = {name: value.half() if value.is_floating_point() else value
+               for name, value in load_file(folder / "model.safetensors").items()}  # fmt: skip
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if library == "transformers":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    backbone = load_backbone(folder)
+    assert {value.dtype for value in backbone.state_dict().values()} <= {torch.float32, torch.int64}
+    pixels = torch.rand(2, 3, *backbone.preprocessing.size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(backbone(pixels).logits, single(pixels).logits, rtol=0.02, atol=0.02)
 
 
 def test_fixed_size_models_are_resized(tmp_path):

@@ -254,3 +254,74 @@ def test_folded_weights_are_kept_in_the_precision_of_the_passes(tmp_path):
         config = tiny_config(tmp_path, mixed_precision=precision).validate()
         folded = step.for_eval_passes(config, tiny_backbone())
         assert {conv.weight.dtype for conv in folded._own} == {dtype}
+
+
+class TwoProcesses:
+    """What `average_statistics` needs of an Accelerator: another process has ``other`` more in every place."""
+
+    num_processes = 2
+
+    def __init__(self, other):
+        self.other, self.calls = other, 0
+
+    def reduce(self, tensor, reduction):
+        assert reduction == "mean"
+        self.calls += 1
+        return tensor + self.other / 2
+
+
+def test_running_statistics_are_averaged_over_the_processes():
+    network = tiny_backbone()
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    accelerator = TwoProcesses(3.0)
+    step.average_statistics(accelerator, network)
+    assert accelerator.calls == 1
+    for name, buffer in network.named_buffers():
+        running = name.endswith(("running_mean", "running_var"))
+        torch.testing.assert_close(buffer, before[name] + 1.5 if running else before[name])
+    step.average_statistics(accelerator, torch.nn.Linear(2, 2))
+    assert accelerator.calls == 1, "nothing to average, nothing to wait for"
+
+
+def test_running_statistics_are_averaged_after_every_step(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "average_statistics", lambda accelerator, network: seen.append(network))
+    finetune(tiny_config(tmp_path, limit_eval=6, epochs=1))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(("precision", "scale"), [("no", 1.0), ("bf16", 1.0), ("fp16", 128.0)])
+def test_what_is_attacked_in_half_precision_is_scaled(tmp_path, precision, scale):
+    """What fp16 would round to nothing on its way to the pixels or the weights."""
+    config = tiny_config(tmp_path, mixed_precision=precision, eps_spread=0.5, awp_gamma=0.01)
+    objective = build_objective(config, tiny_backbone())
+    assert objective.attack.keywords["gradient_scale"] == objective.radii.keywords["gradient_scale"] == scale
+    assert step.make_perturbation(config, None, tiny_backbone()).gradient_scale == scale
+    assert step.validation_attack(config, None).gradient_scale == scale
+    trades = build_objective(tiny_config(tmp_path, mixed_precision=precision, method="trades"), None)
+    assert trades.gradient_scale == scale
+
+
+def test_sample_wise_eps_is_by_the_configured_norm_and_spread(tmp_path):
+    for changes, norm in (({"norm": "linf"}, "linf"), ({"norm": "l2", "eps": "0.5"}, "l2")):
+        objective = build_objective(tiny_config(tmp_path, eps_spread=0.3, **changes), tiny_backbone())
+        assert objective.radii.keywords["norm"] == norm
+        assert objective.radii.keywords["spread"] == 0.3
+    assert build_objective(tiny_config(tmp_path), tiny_backbone()).radii is None
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_weights_are_perturbed_in_the_robust_phase_in_its_precision(tmp_path, monkeypatch, precision):
+    perturbed, plain = [], loop.train_step
+
+    def train_step(*args):
+        perturbed.append(args[8] is not None)
+        return plain(*args)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    autocast = seen_in_training(monkeypatch, lambda model, batch: torch.is_autocast_enabled("cpu"))
+    finetune(
+        tiny_config(tmp_path, awp_gamma=0.01, standard_epochs=1, epochs=1, limit_eval=6, mixed_precision=precision)
+    )
+    assert perturbed == [False] * 4 + [True] * 4
+    assert autocast == [precision == "bf16"] * 8, "the pass that perturbs, and the trained one"

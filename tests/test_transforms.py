@@ -47,6 +47,48 @@ def test_small_training_crops_are_shifts_with_black_borders():
     assert seen == crops  # every shift, none other; at 81 shifts 600 draws miss one with probability 5 %, seed fixed
 
 
+def test_each_side_is_padded_by_an_eighth_of_its_own():
+    source = image(64, 32)
+    padded = F.pad(F.pil_to_tensor(source), [8, 4])
+    crops = {padded[:, top : top + 32, left : left + 64].numpy().tobytes() for top in range(9) for left in range(17)}
+    transform = train_transform(preprocessing((32, 64)), hflip=0)
+    torch.manual_seed(0)
+    assert {transform(source).numpy().tobytes() for _ in range(1500)} == crops
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+def test_small_training_images_of_another_size_are_fitted_whole(interpolation):
+    """Whatever share of an image the evaluation keeps, training draws its crops from all of it."""
+    options = {"interpolation": interpolation, "crop_pct": 0.5}
+    fitted = eval_transform(preprocessing((32, 32), **(options | {"crop_pct": 1.0})))(image(70, 50))
+    transform = train_transform(preprocessing((32, 32), **options), hflip=0)
+    torch.manual_seed(0)
+    crops = [transform(image(70, 50)) for _ in range(300)]
+    assert any(torch.equal(crop, fitted) for crop in crops), "the shift by nothing"
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("size", [(96, 96), (72, 96)])
+def test_large_training_crops_are_torchvisions(size, interpolation):
+    transform = train_transform(preprocessing(size, interpolation=interpolation), hflip=0.3, crop_min_scale=0.4)
+    crop = v2.RandomResizedCrop(list(size), scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3), interpolation=interpolation)
+    wanted = v2.Compose([crop, v2.RandomHorizontalFlip(0.3)])
+    for seed in range(10):
+        torch.manual_seed(seed)
+        found = transform(image(150, 120))
+        torch.manual_seed(seed)
+        assert torch.equal(found, F.pil_to_tensor(wanted(image(150, 120))))
+
+
+def test_from_which_size_on_training_zooms():
+    """64 pixels a side are still padded, and one more is not."""
+    for side, padded in ((64, True), (65, False)):
+        transform = train_transform(preprocessing((side, side)), hflip=0)
+        white = Image.fromarray(np.full((side, side, 3), 255, np.uint8))
+        torch.manual_seed(0)
+        assert (min(int(transform(white).min()) for _ in range(20)) == 0) == padded
+
+
 def test_flip_probability():
     torch.manual_seed(0)
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, 32, dtype=np.uint8)[None, :, None], (32, 1, 3)))
