@@ -1,0 +1,264 @@
+"""A GPU that is not there. Within `simulated_gpu` a tensor moved to cuda:0 says that it is there, is computed on the
+CPU to the same bits, and like a real one refuses to be mixed with tensors, or drawn by generators, that are elsewhere.
+
+What it cannot show: kernels, memory, speed, several GPUs, anything in threads of their own (workers that load images).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+NAME = "NVIDIA H200"
+aten = torch.ops.aten
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor}
+COPIES = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor}
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default,
+         aten.is_nonzero.default}  # fmt: skip
+RealGenerator = torch.Generator
+
+
+class Mixed(RuntimeError):
+    """What a real GPU refuses."""
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on the GPU; ``held``, on the CPU, has its numbers. To C++ it is on the CPU."""
+
+    device = property(lambda self: GPU)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            layout=held.layout, device=CPU,
+        )  # fmt: skip
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return computed(func, args, kwargs or {})
+
+    def __tensor_flatten__(self):
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return OnGpu(inner["held"])
+
+    def tolist(self):
+        return self.held.tolist()
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+
+    __array__ = numpy
+
+    def data_ptr(self):
+        return self.held.data_ptr()
+
+    def untyped_storage(self):
+        return self.held.untyped_storage()
+
+    def __repr__(self):
+        return f"OnGpu({self.held!r})"
+
+    def __format__(self, spec):
+        return format(self.held, spec)
+
+    def __reduce_ex__(self, protocol):
+        return self.held.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            copy = OnGpu(self.held.detach().clone())
+            parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if parameter else copy
+        return memo[id(self)]
+
+
+waited: list[str] = []
+"""What the CPU waited for the GPU for, since somebody cleared it."""
+_moving: list[bool] = []
+
+
+def computed(func, args, kwargs):
+    """An operation of ATen, where its tensors are or are to be."""
+    if func is aten.index_put.default and not isinstance(args[0], OnGpu) and isinstance(args[2], OnGpu):
+        args = (OnGpu(args[0]), *args[1:])  # zeros that the backward pass of an indexing made, in C++
+    leaves = tree_leaves((args, kwargs))
+    there = [x for x in leaves if isinstance(x, OnGpu)]
+    device = kwargs.get("device")
+    on_gpu = bool(there) if device is None else torch.device(device).type == "cuda"
+    if func is aten._to_copy.default and there and not _moving:
+        on_gpu = True  # from C++, which wants it where it takes it to be
+    if func is aten.copy_.default:
+        on_gpu = isinstance(args[0], OnGpu)
+    _check(func, args, leaves, there)
+    if (there and (func in WAITS or (func is aten._to_copy.default and not on_gpu))) or _boolean_index(func, args):
+        waited.append(str(func))
+    inner_args, inner_kwargs = tree_map_only(OnGpu, lambda x: x.held, (args, kwargs))
+    inner_kwargs = inner_kwargs | ({} if device is None else {"device": CPU})
+    inner_kwargs.pop("pin_memory", None)
+    found = func(*inner_args, **inner_kwargs)
+    if not on_gpu:
+        return found
+    found = tree_map_only(torch.Tensor, lambda x: x if isinstance(x, OnGpu) else OnGpu(x), found)
+    return return_and_correct_aliasing(func, args, kwargs, found) if there else found
+
+
+def _check(func, args, leaves, there):
+    if not there or func in COPIES:
+        return
+    elsewhere = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, OnGpu)]
+    if func in INDEXING:  # by indices that are on the CPU a GPU's tensor may be indexed, not the other way round
+        value = args[2:3] if func is not aten.index.Tensor else ()
+        elsewhere = [x for x in (args[0], *value) if isinstance(x, torch.Tensor) and not isinstance(x, OnGpu)]
+    if any(x.dim() > 0 for x in elsewhere):
+        raise Mixed(f"Expected all tensors to be on the same device, cuda:0 and cpu: {func}")
+
+
+def _boolean_index(func, args):
+    if func not in INDEXING or not isinstance(args[0], OnGpu):
+        return False
+    return any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args[1])
+
+
+def moved(tensor, *args, copy=False, **kwargs):
+    """Tensor.to"""
+    other = kwargs.pop("other", args[0] if args and isinstance(args[0], torch.Tensor) else None)
+    if other is not None:
+        return moved(tensor, other.device, other.dtype, *args[1:], copy=copy, **kwargs)
+    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device = tensor.device if device is None else device
+    dtype = tensor.dtype if dtype is None else dtype
+    same = device.type == tensor.device.type and dtype == tensor.dtype
+    if same and not copy and (memory_format is None or tensor.is_contiguous(memory_format=memory_format)):
+        return tensor
+    options = {} if memory_format is None else {"memory_format": memory_format}
+    _moving.append(True)
+    try:
+        return aten._to_copy(tensor, device=GPU if device.type == "cuda" else device, dtype=dtype, **options)
+    finally:
+        _moving.pop()
+
+
+class Dispatched(TorchDispatchMode):
+    """What makes new tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return computed(func, args, kwargs or {})
+
+
+class Called(TorchFunctionMode):
+    """What C++ decides by the device before it dispatches."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if func is torch.Tensor.cpu:
+            return moved(first, "cpu")
+        if func is torch.Tensor.to:
+            return moved(*args, **kwargs)
+        if func is torch.Tensor.pin_memory:
+            return first
+        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or CPU).type == "cuda":
+            return moved(func(*args, **(kwargs | {"device": CPU})), GPU)
+        if isinstance(first, OnGpu) and func in (torch.quantile, torch.Tensor.new_tensor):
+            return moved(func(first.held, *args[1:], **kwargs), GPU)
+        if (generator := kwargs.get("generator")) is not None:
+            tensors = (x.device for x in args if isinstance(x, torch.Tensor))
+            device = torch.device(kwargs.get("device") or next(tensors, CPU))
+            if isinstance(generator, GpuGenerator) != (device.type == "cuda"):
+                raise Mixed(f"Expected a generator of {device}: {func}")
+        return func(*args, **kwargs)
+
+
+class GpuGenerator(RealGenerator):
+    """A generator of the GPU's, which draws as the CPU's does."""
+
+    device = property(lambda self: GPU)
+
+
+class _AnyGenerator(type):
+    def __instancecheck__(cls, instance):
+        return isinstance(instance, RealGenerator)
+
+
+class Generator(metaclass=_AnyGenerator):
+    """In place of torch.Generator."""
+
+    def __new__(cls, device="cpu"):
+        return GpuGenerator() if torch.device(device).type == "cuda" else RealGenerator(device)
+
+
+class Event:
+    """In place of torch.cuda.Event."""
+
+    def __init__(self, enable_timing=False):
+        self.at = 0.0
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+def nothing(*args, **kwargs):
+    """In place of what has no meaning without a GPU."""
+
+
+def _autocast(self, device_type, *args, _plain=torch.autocast.__init__, **kwargs):
+    _plain(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def simulated_gpu() -> Iterator[None]:
+    """Within this context there is a GPU, an Accelerator takes it, and autocast rounds what it is given."""
+    answers = {
+        "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "get_device_name": NAME,
+        "mem_get_info": (10**10, 10**10), "memory_reserved": 0, "max_memory_allocated": 10**9,
+        "is_bf16_supported": True, "get_device_capability": (9, 0),
+    }  # fmt: skip
+    silent = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "_lazy_init", "_lazy_call",
+              "manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all")  # fmt: skip
+    states = (PartialState, AcceleratorState, GradientState)
+    before = [dict(state._shared_state) for state in states]
+    for state in states:
+        state._shared_state.clear()
+    try:
+        with contextlib.ExitStack() as stack:
+            patches = [patch.object(torch.cuda, name, lambda *_, value=value, **__: value)
+                       for name, value in answers.items()]  # fmt: skip
+            patches += [patch.object(torch.cuda, name, nothing) for name in silent]
+            patches += [
+                patch.object(torch.cuda, "Event", Event),
+                patch.object(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state()),
+                patch.object(torch.cuda, "get_rng_state_all", lambda: [torch.get_rng_state()]),
+                patch.object(torch.cuda.random, "_lazy_call", nothing),
+                patch.object(torch, "Generator", Generator),
+                patch.object(torch.autocast, "__init__", _autocast),
+                patch.object(torch.__future__, "_swap_module_params_on_conversion", True),
+                patch.object(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", nothing),
+            ]
+            for entered in (*patches, Dispatched(), Called()):
+                stack.enter_context(entered)
+            yield
+    finally:
+        for state, was in zip(states, before, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(was)

@@ -1,0 +1,175 @@
+"""What runs on a GPU, on one that is simulated: every tensor and generator is where it belongs, the figures are those
+of a CPU, and a step hardly ever waits."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from simulated_gpu import GPU, NAME, Mixed, OnGpu, simulated_gpu, waited
+from tiny import LogitsOnly, killed_after, patterns, robust_net, tiny_backbone, tiny_config
+
+import arrest_hub
+from arrest_hub import loop, masking
+from arrest_hub.train import finetune
+
+ALL = {"mixed_precision": "fp16", "standard_epochs": 1, "ema_decay": 0.9, "awp_gamma": 0.01, "eps_spread": 0.5,
+       "clip_grad": 1.0, "checkpoint_every": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the tiny data and model are, written on the CPU."""
+    path = tmp_path_factory.mktemp("gpu")
+    tiny_config(path)
+    return path
+
+
+def train(folder, name, **changes):
+    """The exported weights of a run, and its log."""
+    options = {"limit_eval": 6, "output_dir": str(folder / name), "images_at_once": 8, **changes}
+    run = finetune(tiny_config(folder, **options))
+    lines = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    return load_file(run.export / "model.safetensors"), [line for line in lines if "loss" in line], run
+
+
+def test_the_simulation_refuses_what_a_gpu_refuses():
+    with simulated_gpu():
+        here = torch.ones(3)
+        there = here.to(GPU)
+        assert isinstance(there, OnGpu)
+        assert (there.device, (2 * there).device, there.cpu().device) == (GPU, GPU, torch.device("cpu"))
+        assert isinstance(torch.zeros(2, device=GPU), OnGpu)
+        for mix in (
+            lambda: there + here,
+            lambda: torch.nn.functional.linear(there, here[None]),
+            lambda: here[there.long()],
+            lambda: torch.cat([there, here]),
+            lambda: there.uniform_(generator=torch.Generator()),
+            lambda: torch.rand(2, generator=torch.Generator(device=GPU)),
+        ):
+            with pytest.raises(Mixed):
+                mix()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+        assert torch.equal((there + torch.tensor(1.0)).cpu(), here + 1)
+    assert not torch.cuda.is_available()
+
+
+def test_a_run_is_that_on_a_cpu(folder):
+    expected, _, _ = train(folder, "cpu", ema_decay=0.9)
+    with simulated_gpu():
+        found, log, run = train(folder, "gpu", ema_decay=0.9)
+    assert run.report.hardware == f"1 x {NAME}"
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(line["peak_memory_gb"] == 1.0 for line in log)
+
+
+def test_a_run_of_every_ingredient_in_fp16_goes_on_where_it_was_killed(folder):
+    with simulated_gpu():
+        expected, log, _ = train(folder, "whole", **ALL)
+        assert all("mfu" in line for line in log), "of a GPU whose speed is known"
+        with killed_after(11):  # the seventh step of the robust phase
+            train(folder, "part", **ALL)
+        found, _, _ = train(folder, "part", resume=True, **ALL)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert log[-1]["skipped_steps"] == 0
+    assert log[-1]["loss"] < log[0]["loss"] + 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "trades", "mixed_precision": "bf16"},
+        {"method": "at", "norm": "l2", "eps": "0.5", "eps_spread": 0.5, "grad_accum_steps": 2},
+        {"rgkd_input": "clean", "replay_with": "clean", "attack_stop_after": 1, "optimizer": "adamw", "init": "random"},
+        {"streaming": True, "limit_train": 24, "validation_size": 0, "eval_every": 0, "export_weights": "last",
+         "freeze_head": True, "replay_by": "batch"},
+        {"batch_size": "auto", "fold_batchnorm": False, "augment": "randaugment", "figures": True},
+    ],
+    ids=lambda changes: "-".join(map(str, changes)),
+)  # fmt: skip
+def test_every_way_of_training_runs(folder, changes, request):
+    with simulated_gpu():
+        _, log, run = train(folder, request.node.callspec.id[:40], epochs=1, **changes)
+    assert run.report.hardware == f"1 x {NAME}"
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in log)
+
+
+WAITING = [
+    ({}, 1),  # which images are replayed
+    ({"replay_threshold": None}, 0),
+    ({"method": "trades"}, 0),
+    ({"ema_decay": 0.9, "awp_gamma": 0.01, "eps_spread": 0.5, "mixed_precision": "bf16"}, 1),
+    ({"mixed_precision": "fp16"}, 2),  # and whether the gradients were finite, which the scaler asks
+]
+
+
+@pytest.mark.parametrize(("changes", "most"), WAITING)
+def test_a_step_waits_for_the_gpu_only_for_what_it_must_know(folder, monkeypatch, changes, most):
+    steps = []
+
+    def counted(plain):
+        def call(*args):
+            waited.clear()
+            found = plain(*args)
+            steps.append(list(waited))
+            return found
+
+        return call
+
+    for name in ("_train_batch", "_count_step"):
+        monkeypatch.setattr(loop.TrainingPhase, name, counted(getattr(loop.TrainingPhase, name)))
+    name = f"waits-{WAITING.index((changes, most))}"
+    with simulated_gpu():
+        train(folder, name, epochs=1, log_every=1000, **changes)
+    assert len(steps) == 8
+    assert [len(step) for step in steps[:-1]] == [most, 0] * 3 + [most], "the last line of the log waits, too"
+
+
+def test_an_evaluation_gives_the_figures_of_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(masking, "SQUARE_QUERIES", 10)
+    options = {"eps": "26/255", "attacks": "noise,pgd-3,apgd-ce", "check_images": 4}
+    pair, reports = patterns(12, 4, seed=3), []
+    for device in (simulated_gpu, torch.enable_grad):
+        with device():
+            options |= {"teacher": robust_net(), "output_dir": tmp_path / device.__name__}
+            reports.append(arrest_hub.evaluate(robust_net(), pair, **options))
+    gpu, cpu = reports
+    assert gpu.hardware == f"1 x {NAME}"
+    assert [row.correct for row in gpu.results] == [row.correct for row in cpu.results]
+    assert [(check.name, check.status, check.value) for check in gpu.checks] == [
+        (check.name, check.status, check.value) for check in cpu.checks
+    ]
+    assert len({row.correct for row in gpu.results}) > 1
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_an_evaluation_is_in_the_arithmetic_that_it_names(precision, tf32):
+    seen = set()
+
+    def look(logits):
+        if len(logits) == 8:  # not the two images by which classes are counted
+            seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return logits
+
+    options = {"attacks": "pgd-2", "checks": False, "teacher": tiny_backbone(4), "channels_last": True}
+    with simulated_gpu():
+        report = arrest_hub.evaluate(LogitsOnly(tiny_backbone(4), look), patterns(8, 4), precision=precision, **options)
+    assert seen == {(tf32, tf32)}
+    assert report.precision.startswith(precision)
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_loaded_model_classifies_where_it_is(folder):
+    plain = arrest_hub.from_pretrained(str(folder / "model"))
+    picture, pixels = Image.new("RGB", (8, 8), (200, 10, 10)), patterns(2, 3)[0]
+    with torch.no_grad():
+        expected = plain(pixels), plain.classify(picture)
+    with simulated_gpu(), torch.no_grad():
+        model = arrest_hub.from_pretrained(str(folder / "model")).to(GPU)
+        found = model(pixels.to(GPU))
+        assert found.device == GPU
+        assert torch.equal(found.cpu(), expected[0])
+        assert model.classify(picture) == expected[1]
