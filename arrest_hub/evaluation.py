@@ -47,6 +47,7 @@ from arrest_hub.eval_subjects import (
 )
 from arrest_hub.files import write_whole
 from arrest_hub.journal import Journal
+from arrest_hub.machine import bf16_warning
 from arrest_hub.network_options import compile_problem
 from arrest_hub.prepare import launcher_warning, new_accelerator
 from arrest_hub.pretrained import PretrainedClassifier
@@ -162,8 +163,9 @@ def run_evaluation(
 
     main_only(accelerator, check)  # on another node the folder may be another one
     say = accelerator.print
-    warning = launcher_warning(accelerator, "eval")
-    for note in (*notes, *([warning] if warning else [])):
+    warnings = [launcher_warning(accelerator, "eval")]
+    warnings += [bf16_warning(accelerator, "--precision fp32")] if config.precision == "bf16" else []
+    for note in (*notes, *filter(None, warnings)):
         say(note)
     subject, images = _open(config, accelerator, module, pair)
     num_classes = _check_classes(config, subject, images, accelerator)

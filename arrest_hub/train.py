@@ -28,6 +28,7 @@ from arrest_hub.export import write_model_folder
 from arrest_hub.finish import RunDir, finish_run
 from arrest_hub.hub import check_push, run_push
 from arrest_hub.loop import TrainingPhase
+from arrest_hub.machine import bf16_warning
 from arrest_hub.model_arguments import DROPPED
 from arrest_hub.network_options import (
     checkpoint_gradients,
@@ -185,8 +186,9 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
         raise ConfigError(problems)
     config = anchored(config)
     accelerator = make_accelerator(config, paths)
-    warning = launcher_warning(accelerator, "finetune")
-    for note in (*notes, warning) if warning else notes:
+    warnings = [launcher_warning(accelerator, "finetune")]
+    warnings += [bf16_warning(accelerator, "--mixed-precision no")] if config.mixed_precision == "bf16" else []
+    for note in (*notes, *filter(None, warnings)):
         accelerator.print(note)
     if (asked := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", config.mixed_precision):
         accelerator.print(
