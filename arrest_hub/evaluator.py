@@ -141,10 +141,6 @@ def logits_function(
         if not pixels.requires_grad:
             pixels = pixels.clone()  # a network may normalise in place; where a gradient is wanted, autograd refuses it
         if channels_last:
-            if pixels.requires_grad:
-                # the gradient comes back in the layout that attacks flatten
-                pixels = pixels.view_as(pixels)
-                pixels.register_hook(lambda gradient: gradient.contiguous())
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             return as_logits(model(pixels)).float()

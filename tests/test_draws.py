@@ -8,7 +8,9 @@ import arrest_hub
 from arrest_hub import attack_stages, epoch_batches, loop
 from arrest_hub.attack_stages import AutoAttackParts, ThreatModel, noise_attack, pgd_attack
 from arrest_hub.attacks import AttackResult, random_in_ball
+from arrest_hub.data import load_splits, train_loader
 from arrest_hub.train import finetune
+from arrest_hub.transforms import Preprocessing, train_transform
 
 LINF = ThreatModel("linf", 0.1)
 PIXELS = torch.full((4, 3, 8, 8), 0.5)
@@ -164,3 +166,21 @@ def test_batches_are_augmented_as_the_phase_asks(tmp_path, monkeypatch, streamin
         )
     )  # fmt: skip
     assert seen == [(0.25, 0.75), (5, 8), (0.25, 0.75, "randaugment", 0.125), (5, 8)]
+
+
+def test_the_order_and_the_augmentation_of_a_loader_are_of_its_seed(tmp_path):
+    config = tiny_config(tmp_path)
+    split = load_splits(config.dataset, validation_size=0).train
+    size = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3)
+
+    def batches(seed, hflip=0.5):
+        loader = train_loader(split, train_transform(size, hflip=hflip), batch_size=48, seed=seed, num_workers=0)
+        (batch,) = loader
+        place = batch["index"].argsort()
+        return batch["index"].tolist(), batch["pixels"][place]
+
+    (order, pixels), (again, same), (other, changed) = batches(3), batches(3), batches(4)
+    assert order == again != other
+    assert torch.equal(pixels, same)
+    differing = (pixels != changed).flatten(1).any(dim=1)
+    assert differing.float().mean() > 0.5, "other crops and flips of the same images"
