@@ -1,7 +1,8 @@
 """A GPU that is not there. Within `simulated_gpu` a tensor moved to cuda:0 says that it is there, is computed on the
 CPU to the same bits, and like a real one refuses to be mixed with tensors, or drawn by generators, that are elsewhere.
 
-What it cannot show: kernels, memory, speed, several GPUs, anything in threads of their own (workers that load images).
+Its memory is what its tensors take, and may be full. What it cannot show: kernels and their workspaces, speed, several
+GPUs, anything in threads of their own (workers that load images).
 """
 
 from __future__ import annotations
@@ -31,6 +32,49 @@ class Mixed(RuntimeError):
     """What a real GPU refuses."""
 
 
+class Memory:
+    """Bytes of the storages that are held, and how many there were at most; ``limit``: how many there may be."""
+
+    def __init__(self):
+        self.held: dict[int, list[int]] = {}
+        self.used = self.peak = 0
+        self.limit = 10**10
+
+    def take(self, address, size):
+        count = self.held.setdefault(address, [0, size])
+        if not count[0]:
+            if self.used + size > self.limit:
+                del self.held[address]
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+            self.used += size
+            self.peak = max(self.peak, self.used)
+        count[0] += 1
+
+    def give_back(self, address):
+        count = self.held.get(address)
+        if count is not None:
+            count[0] -= 1
+            if not count[0]:
+                self.used -= self.held.pop(address)[1]
+
+    def forget_peak(self, *_):
+        self.peak = self.used
+
+
+memory = Memory()
+
+
+class Lease:
+    """Of a storage, for as long as a tensor lives: a reference in the tensor, which may be swapped with another."""
+
+    def __init__(self, storage):
+        self.address = storage.data_ptr()
+        memory.take(self.address, storage.nbytes())
+
+    def __del__(self):
+        memory.give_back(self.address)
+
+
 class OnGpu(torch.Tensor):
     """A tensor that says it is on the GPU; ``held``, on the CPU, has its numbers. To C++ it is on the CPU."""
 
@@ -47,6 +91,7 @@ class OnGpu(torch.Tensor):
 
     def __init__(self, held):
         self.held = held
+        self.lease = Lease(held.untyped_storage())
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -226,15 +271,23 @@ def _autocast(self, device_type, *args, _plain=torch.autocast.__init__, **kwargs
     _plain(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
 
+def _apply(self, fn, recurse=True, _plain=torch.nn.Module._apply):
+    """Leaves a module alone whose tensors are all as they are to be: swapping wants that nothing else looks at them."""
+    with torch.no_grad():
+        same = all(fn(tensor) is tensor for tensor in (*self.parameters(), *self.buffers()))
+    return self if same else _plain(self, fn, recurse)
+
+
 @contextlib.contextmanager
-def simulated_gpu() -> Iterator[None]:
-    """Within this context there is a GPU, an Accelerator takes it, and autocast rounds what it is given."""
+def simulated_gpu(limit: int = 10**10) -> Iterator[None]:
+    """Within this context there is a GPU of ``limit`` bytes, an Accelerator takes it, and autocast rounds what it is
+    given."""
     answers = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "get_device_name": NAME,
-        "mem_get_info": (10**10, 10**10), "memory_reserved": 0, "max_memory_allocated": 10**9,
+        "memory_reserved": 0,
         "is_bf16_supported": True, "get_device_capability": (9, 0),
     }  # fmt: skip
-    silent = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "_lazy_init", "_lazy_call",
+    silent = ("set_device", "synchronize", "empty_cache", "_lazy_init", "_lazy_call",
               "manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all")  # fmt: skip
     states = (PartialState, AcceleratorState, GradientState)
     before = [dict(state._shared_state) for state in states]
@@ -247,12 +300,17 @@ def simulated_gpu() -> Iterator[None]:
             patches += [patch.object(torch.cuda, name, nothing) for name in silent]
             patches += [
                 patch.object(torch.cuda, "Event", Event),
+                patch.object(torch.cuda, "mem_get_info", lambda *_: (memory.limit - memory.used, memory.limit)),
+                patch.object(torch.cuda, "max_memory_allocated", lambda *_: memory.peak),
+                patch.object(torch.cuda, "reset_peak_memory_stats", memory.forget_peak),
+                patch.object(memory, "limit", limit),
                 patch.object(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state()),
                 patch.object(torch.cuda, "get_rng_state_all", lambda: [torch.get_rng_state()]),
                 patch.object(torch.cuda.random, "_lazy_call", nothing),
                 patch.object(torch, "Generator", Generator),
                 patch.object(torch.autocast, "__init__", _autocast),
                 patch.object(torch.__future__, "_swap_module_params_on_conversion", True),
+                patch.object(torch.nn.Module, "_apply", _apply),
                 patch.object(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", nothing),
             ]
             for entered in (*patches, Dispatched(), Called()):

@@ -1,17 +1,20 @@
 """What runs on a GPU, on one that is simulated: every tensor and generator is where it belongs, the figures are those
 of a CPU, and a step hardly ever waits."""
 
+import gc
 import json
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from simulated_gpu import GPU, NAME, Mixed, OnGpu, simulated_gpu, waited
+from simulated_gpu import GPU, NAME, Mixed, OnGpu, memory, simulated_gpu, waited
 from tiny import LogitsOnly, killed_after, patterns, robust_net, tiny_backbone, tiny_config
 
 import arrest_hub
 from arrest_hub import loop, masking
+from arrest_hub.config_sources import load_config
+from arrest_hub.errors import ArrestError
 from arrest_hub.train import finetune
 
 ALL = {"mixed_precision": "fp16", "standard_epochs": 1, "ema_decay": 0.9, "awp_gamma": 0.01, "eps_spread": 0.5,
@@ -63,7 +66,7 @@ def test_a_run_is_that_on_a_cpu(folder):
         found, log, run = train(folder, "gpu", ema_decay=0.9)
     assert run.report.hardware == f"1 x {NAME}"
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert all(line["peak_memory_gb"] == 1.0 for line in log)
+    assert all(0 < line["peak_memory_gb"] < 0.1 for line in log)
 
 
 def test_a_run_of_every_ingredient_in_fp16_goes_on_where_it_was_killed(folder):
@@ -173,3 +176,47 @@ def test_a_loaded_model_classifies_where_it_is(folder):
         assert found.device == GPU
         assert torch.equal(found.cpu(), expected[0])
         assert model.classify(picture) == expected[1]
+
+
+def test_the_memory_is_what_is_held():
+    gc.collect()
+    before = memory.used
+    with simulated_gpu(limit=before + 10_000):
+        first = torch.zeros(1000, device=GPU)
+        view = first[10:]
+        assert memory.used == before + 4000
+        del first
+        assert memory.used == before + 4000
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.zeros(2000, device=GPU)
+        assert torch.cuda.mem_get_info() == (6000, before + 10_000)
+        del view
+    assert memory.used == before
+
+
+def test_a_batch_that_is_chosen_fits_and_one_that_does_not_is_one_clear_error(folder):
+    options = {"epochs": 1, "mixed_precision": "bf16", "images_at_once": None}
+    gc.collect()
+    limit = memory.used + 1_600_000
+    with simulated_gpu(limit):
+        _, _, run = train(folder, "auto", batch_size="auto", **options)
+    assert run.report.hardware == f"1 x {NAME}"
+    assert 4 <= load_config(folder / "auto" / "config.yaml").batch_size < 32
+    gc.collect()
+    with simulated_gpu(limit), pytest.raises(ArrestError, match=r"too little memory.*32 images is too large"):
+        train(folder, "full", batch_size=32, **options)
+
+
+def test_a_run_is_evaluated_in_smaller_batches_where_those_of_its_training_are_too_large(folder):
+    """In fp32, which takes more than the bf16 of the training; an evaluation by itself says so instead."""
+    gc.collect()
+    limit = memory.used + 2_500_000
+    with simulated_gpu(limit):
+        _, _, run = train(
+            folder, "large", epochs=1, mixed_precision="bf16", images_at_once=None, batch_size=32, limit_eval=None
+        )
+    assert run.report.results[0].n == 48
+    gc.collect()
+    options = {"attacks": "pgd-2", "checks": False, "teacher": None, "num_workers": 0}
+    with simulated_gpu(memory.used + 1_500_000), pytest.raises(ArrestError, match="smaller --batch-size"):
+        arrest_hub.evaluate(run.export, folder / "data", batch_size=32, **options)
