@@ -8,7 +8,7 @@ from tiny import patterns, robust_net, smooth_net
 
 import arrest_hub
 from arrest_hub import attack_stages, eval_session, masking
-from arrest_hub.attack_stages import pgd_attack
+from arrest_hub.attack_stages import part_attack, pgd_attack
 from arrest_hub.evaluator import Attacked, Evaluator, TensorImages, _seconds, logits_function, perturbation_size
 from arrest_hub.journal import Journal
 
@@ -107,6 +107,13 @@ def attacks_of_the_checks(monkeypatch, **options):
 
     monkeypatch.setattr(masking, "pgd_attack", remembered)
     monkeypatch.setattr(eval_session, "masking_checks", checks)
+
+    def part(suite, name):
+        if name == "square":
+            assert suite.suite.square.n_queries == 5
+        return part_attack(suite, name)
+
+    monkeypatch.setattr(masking, "part_attack", part)
     monkeypatch.setattr(masking, "SQUARE_QUERIES", 5)
     arrest_hub.evaluate(robust_net(), patterns(40, 4, seed=7), eps="28/255", check_images=8, **options)
     return found, drawn
@@ -148,3 +155,19 @@ def test_the_gallery_is_of_fifty_steps_of_the_evaluations_pgd(monkeypatch, tmp_p
         teacher=None, checks=False, output_dir=tmp_path / "out",
     )  # fmt: skip
     assert found == [("pgd-4", 4, pytest.approx(5 / 255), 6), ("gallery", 50, pytest.approx(5 / 255), 6)]
+
+
+def test_the_curve_is_drawn_by_the_evaluations_seed_and_norm(monkeypatch):
+    found, plain = [], eval_session.measure_curve
+
+    def measured(evaluator, positions, radii, *, norm, seed, name):
+        found.append((name, norm, seed, len(positions)))
+        return plain(evaluator, positions, radii, norm=norm, seed=seed, name=name)
+
+    monkeypatch.setattr(eval_session, "measure_curve", measured)
+    report = arrest_hub.evaluate(
+        robust_net(), patterns(12, 4, seed=7), eps="0.5", norm="l2", attacks="pgd-1", teacher=smooth_net(4),
+        checks=False, eps_curve="0:0.5:2", curve_images=6, seed=9,
+    )  # fmt: skip
+    assert found == [("student", "l2", 9, 6), ("teacher", "l2", 9, 6)]
+    assert list(report.eps_curve) == ["student", "teacher"]

@@ -6,6 +6,7 @@ from tiny import LogitsOnly, patterns, robust_net
 
 import arrest_hub
 from arrest_hub.attack_stages import AttackOutcome
+from arrest_hub.eval_session import _strongest
 from arrest_hub.masking import _loose_check, autoattack_checks, ball_check, chance_check, share_check, unbounded_eps
 
 
@@ -83,6 +84,33 @@ def test_a_gradient_that_misleads_is_flagged():
     assert {"white-box beats transfer from the teacher", "robust accuracy falls to 0 as eps grows"} <= {
         check.name for check in found.warnings
     }
+
+
+class Calm(torch.nn.Module):
+    """Class 0 for images without noise; its gradient leads to them, whatever is wanted."""
+
+    def forward(self, x):
+        excess = x.flatten(1).std(dim=1) - 0.03
+        return Backwards.apply(torch.stack([-excess, excess], dim=1))
+
+
+@pytest.mark.parametrize(("steps", "misleading"), [(1, True), (3, False)])
+def test_attacks_that_lead_away_are_flagged(steps, misleading):
+    """The noise of the start breaks all images; three steps take it away again, one does not."""
+    pair = torch.full((8, 3, 8, 8), 0.5), torch.zeros(8, dtype=torch.long)
+    options = {"eps": "16/255", "pgd_step_size": "2/255", "teacher": None}
+    report = arrest_hub.evaluate(Calm(), pair, attacks=f"pgd-{steps}", **options)
+    found = {check.name: check.status for check in report.checks}
+    assert found["noise does not hurt more than PGD"] == "warn"
+    assert found["more steps are never weaker"] == ("warn" if misleading else "pass")
+
+
+def test_a_network_that_looks_at_some_pixels_has_a_gradient():
+    mask = torch.zeros(3, 8, 8)
+    mask[:, :4] = 1
+    model = torch.nn.Sequential(LogitsOnly(robust_net()))
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0] * mask,))
+    assert checks(model)["share of zero gradients"].value == 0.0
 
 
 class SeededByTheImage(torch.nn.Module):
@@ -168,6 +196,12 @@ def test_autoattack_against_pgd_and_square():
     square = autoattack_checks({"autoattack": outcome(range(40), [("apgd-ce", 38), ("square", 2)])}, 100, 90)
     assert next(check for check in square if "Square" in check.name).status == "warn"
     assert autoattack_checks({"pgd-20": auto}, 100, 90) == []
+
+
+def test_the_strongest_attack_is_that_which_broke_most_and_noise_is_none():
+    found = {"noise": outcome(range(9)), "pgd-5": outcome([1, 2]), "apgd-ce": outcome([1, 2, 3])}
+    assert _strongest(found) == ("apgd-ce", {1, 2, 3})
+    assert _strongest({"noise": outcome([1])}) is None
 
 
 def test_everything_can_be_made_grey_within_the_large_radius():
