@@ -136,6 +136,21 @@ def test_the_checks_attack_as_the_evaluation_does_and_harder(monkeypatch):
     assert others != drawn
 
 
+@pytest.mark.parametrize(("classes", "parts"), [(4, ["apgd-dlr", "square"]), (2, ["apgd-ce", "square"])])
+def test_square_is_compared_with_the_strongest_gradients_that_the_classes_allow(monkeypatch, classes, parts):
+    found = []
+
+    def part(suite, name):
+        found.append(name)
+        return part_attack(suite, name)
+
+    monkeypatch.setattr(masking, "part_attack", part)
+    monkeypatch.setattr(masking, "SQUARE_QUERIES", 5)
+    pair = patterns(8, classes, seed=7)
+    arrest_hub.evaluate(robust_net(classes), pair, attacks="pgd-2", eps="4/255", teacher=None)
+    assert found == parts
+
+
 def test_the_checks_without_pgd_take_twenty_steps(monkeypatch):
     found, _ = attacks_of_the_checks(monkeypatch, attacks="apgd-ce", teacher=None)
     assert [steps for steps, *_ in found] == [20, 60, 60]
