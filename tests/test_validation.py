@@ -6,15 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import TinyClassifier
+from tiny import TinyClassifier, tiny_config
 from torch.utils.data import DataLoader
 
+from arrest_hub import epoch_validation, validation
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.backbones import BackboneOutput
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.machine import hardware_name, processor_name
 from arrest_hub.seeding import derive_seed
 from arrest_hub.step import GRADIENT_SCALE, validation_attack
+from arrest_hub.train import finetune
 from arrest_hub.validation import PgdSettings, arithmetic, count_correct, to_results
 
 
@@ -56,6 +58,40 @@ def test_counts_equal_a_plain_loop(images):
                 robust += int((model(adversarial).logits.argmax(1) == labels[right]).sum())
     assert (counts.n, counts.clean, counts.robust) == (21, clean, robust)
     assert 0 < clean < 21
+
+
+def test_every_batch_is_attacked_from_a_start_of_its_own_and_of_the_seed(images, monkeypatch):
+    seeds = []
+
+    def remembered(*args, generator, **options):
+        seeds.append(generator.initial_seed())
+        return pgd(*args, generator=generator, **options)
+
+    monkeypatch.setattr(validation, "pgd", remembered)
+    for seed in (0, 1, 0):
+        count(TinyClassifier(), images, SETTINGS, seed=seed)
+    assert len(seeds) == 9
+    assert len(set(seeds)) == 6
+    assert seeds[:3] == seeds[6:]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_clean_passes_and_attack_are_in_the_precision_of_the_training(tmp_path, monkeypatch, precision):
+    seen, plain = [], validation.count_correct
+
+    def counted(model, *args, **options):
+        def look(module, inputs):
+            seen.append((torch.is_autocast_enabled("cpu"), inputs[0].requires_grad))
+
+        hook = model.register_forward_pre_hook(look)
+        try:
+            return plain(model, *args, **options)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(epoch_validation, "count_correct", counted)
+    finetune(tiny_config(tmp_path, epochs=1, mixed_precision=precision, limit_eval=6))
+    assert set(seen) == {(precision == "bf16", True), (precision == "bf16", False)}
 
 
 def test_a_stronger_attack_is_not_survived_more_often(images):
