@@ -123,36 +123,39 @@ def test_arithmetic_switches_tf32_off_and_back():
 
 
 CHOSEN_IN_THE_NEW_WAY = """
-import sys, torch
+import os, sys, torch
 from arrest_hub.tf32 import tf32_allowed
 from arrest_hub.validation import arithmetic
-where, value = sys.argv[1:]
-module = torch.backends
-for name in where.split(".") if where else ():
-    module = getattr(module, name)
-module.fp32_precision = value
-matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-before = matmul.fp32_precision, conv.fp32_precision
-print(*tf32_allowed())
-with arithmetic("fp32"):
-    print(*tf32_allowed())
-with arithmetic("tf32"):
-    print(*tf32_allowed())
-assert before == (matmul.fp32_precision, conv.fp32_precision)
+for case in sys.argv[1:]:
+    if os.fork():  # each in a process where nothing was chosen before
+        assert os.wait()[1] == 0
+        continue
+    where, value = case.split("=")
+    module = torch.backends
+    for name in where.split(".") if where else ():
+        module = getattr(module, name)
+    module.fp32_precision = value
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    found = [tf32_allowed()]
+    for precision in ("fp32", "tf32"):
+        with arithmetic(precision):
+            found.append(tf32_allowed())
+    assert before == (matmul.fp32_precision, conv.fp32_precision)
+    print(case, *found, flush=True)
+    os._exit(0)
 """
 
 
-@pytest.mark.parametrize(
-    ("where", "value", "allowed"),
-    [("", "ieee", "False False"), ("", "tf32", "True True"), ("cuda.matmul", "tf32", "True True"),
-     ("cudnn", "ieee", "False False"), ("cudnn.conv", "ieee", "False False")],
-)  # fmt: skip
-def test_arithmetic_where_tf32_was_chosen_in_torchs_newer_way(where, value, allowed):
+def test_arithmetic_where_tf32_was_chosen_in_torchs_newer_way():
     """Reading the older switches then raises, in torch as it is."""
-    command = [sys.executable, "-c", CHOSEN_IN_THE_NEW_WAY, where, value]
+    cases = {"=ieee": False, "=tf32": True, "cuda.matmul=tf32": True, "cudnn=ieee": False, "cudnn.conv=ieee": False}
+    command = [sys.executable, "-c", CHOSEN_IN_THE_NEW_WAY, *cases]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [allowed, "False False", "True True"]
+    assert done.stdout.splitlines() == [
+        f"{case} {(allowed, allowed)} {(False, False)} {(True, True)}" for case, allowed in cases.items()
+    ]
 
 
 def test_results_name_the_attack(images):
