@@ -73,7 +73,7 @@ def epoch_batches(
     for number, batch in enumerate(batches, progress.batch):
         if number == batches_per_epoch:  # the rest is not enough for a step
             break
-        yield send_to_device(batch, accelerator.device)
+        yield send_to_device(batch, accelerator.device, non_blocking=accelerator.non_blocking)
 
 
 @contextmanager

@@ -206,8 +206,10 @@ class Evaluator:
             generator=torch.Generator(),
         )
         for number, batch in zip(mine, _same_size(loader), strict=True):
-            pixels = batch["pixels"].to(self.accelerator.device)
-            labels = batch["label"].to(self.accelerator.device)
+            pixels, labels = (
+                batch[name].to(self.accelerator.device, non_blocking=self.accelerator.non_blocking)
+                for name in ("pixels", "label")
+            )
             yield number, to_pixels(pixels), labels, batch["index"]
 
     def _share(self, stage: str, count: int) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
+    DataLoaderConfiguration,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     gather_object,
@@ -139,6 +140,8 @@ def new_accelerator(timeout: int = 1800, **options: Any) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
+        # from pinned memory; a copy that blocks would wait for the whole step before it
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
         **options,
     )
     set_up_sharding(accelerator)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 
 def tf32_allowed() -> tuple[bool, bool]:
-    """Of convolutions and of matrix products."""
-    cudnn: Any = torch.backends.cudnn
-    matmul: Any = torch.backends.cuda.matmul
-    try:
-        return cudnn.allow_tf32, matmul.allow_tf32
-    except RuntimeError:  # torch refuses to read them where `fp32_precision` was set
-        everything: Any = torch.backends
-        overall = everything.fp32_precision
-        convolutions = _first_said(cudnn.conv.fp32_precision, cudnn.fp32_precision, overall)
-        return convolutions == "tf32", _first_said(matmul.fp32_precision, overall) == "tf32"
+    """Of convolutions and of matrix products.
+
+    By torch's newer switches, which hold whichever were used: the older ones (``allow_tf32``) may not be read where
+    these were set, and do not say what a "none" of theirs inherits.
+    """
+    everything: Any = torch.backends
+    overall, cudnn = everything.fp32_precision, everything.cudnn
+    convolutions = _first_said(cudnn.conv.fp32_precision, cudnn.fp32_precision, overall)
+    return convolutions == "tf32", _first_said(everything.cuda.matmul.fp32_precision, overall) == "tf32"
 
 
 def _first_said(*values: str) -> str:
@@ -29,24 +28,29 @@ def _first_said(*values: str) -> str:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """TF32 or none, until the end of the block."""
-    cudnn: Any = torch.backends.cudnn
-    matmul: Any = torch.backends.cuda.matmul
-    try:
-        before = cudnn.allow_tf32, matmul.allow_tf32
-    except RuntimeError:
-        modules: tuple[Any, ...] = matmul, cudnn.conv, cudnn.rnn
-        chosen = [module.fp32_precision for module in modules]
-        for module in modules:
-            module.fp32_precision = "tf32" if allowed else "ieee"
-        try:
-            yield
-        finally:
-            for module, value in zip(modules, chosen, strict=True):
-                module.fp32_precision = value
-        return
-    cudnn.allow_tf32 = matmul.allow_tf32 = allowed
+    """TF32 or none, until the end of the block; on a CPU nothing less than float32 either (oneDNN's TF32 and bf16).
+
+    By both of torch's kinds of switches, where the older can be read: whoever reads those within gets an answer too.
+    """
+    backends: Any = torch.backends
+    gpu = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+    cpu = backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn
+    before = [module.fp32_precision for module in (*gpu, *cpu)]
+    older: tuple[bool, str] | None = None
+    with suppress(RuntimeError):  # torch refuses where only the newer ones were set
+        older = backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    if older is not None:
+        backends.cudnn.allow_tf32 = allowed
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+    for module in gpu:
+        module.fp32_precision = "tf32" if allowed else "ieee"
+    for module in cpu:
+        module.fp32_precision = "ieee"
     try:
         yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
+        if older is not None:
+            backends.cudnn.allow_tf32 = older[0]
+            torch.set_float32_matmul_precision(older[1])
+        for module, value in zip((*gpu, *cpu), before, strict=True):
+            module.fp32_precision = value

@@ -187,12 +187,14 @@ def moved(tensor, *args, copy=False, **kwargs):
     other = kwargs.pop("other", args[0] if args and isinstance(args[0], torch.Tensor) else None)
     if other is not None:
         return moved(tensor, other.device, other.dtype, *args[1:], copy=copy, **kwargs)
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
     device = tensor.device if device is None else device
     dtype = tensor.dtype if dtype is None else dtype
     same = device.type == tensor.device.type and dtype == tensor.dtype
     if same and not copy and (memory_format is None or tensor.is_contiguous(memory_format=memory_format)):
         return tensor
+    if device.type == "cuda" != tensor.device.type and not non_blocking:
+        waited.append("copy to the GPU")
     options = {} if memory_format is None else {"memory_format": memory_format}
     _moving.append(True)
     try:
@@ -221,7 +223,7 @@ class Called(TorchFunctionMode):
         if func is torch.Tensor.pin_memory:
             return first
         if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or CPU).type == "cuda":
-            return moved(func(*args, **(kwargs | {"device": CPU})), GPU)
+            return moved(func(*args, **(kwargs | {"device": CPU})), GPU, non_blocking=True)
         if isinstance(first, OnGpu) and func in (torch.quantile, torch.Tensor.new_tensor):
             return moved(func(first.held, *args[1:], **kwargs), GPU)
         if (generator := kwargs.get("generator")) is not None:

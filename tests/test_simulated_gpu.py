@@ -12,9 +12,12 @@ from simulated_gpu import GPU, NAME, Mixed, OnGpu, memory, simulated_gpu, waited
 from tiny import LogitsOnly, killed_after, patterns, robust_net, tiny_backbone, tiny_config
 
 import arrest_hub
-from arrest_hub import loop, masking
+from arrest_hub import epoch_batches, loop, masking
 from arrest_hub.config_sources import load_config
 from arrest_hub.errors import ArrestError
+from arrest_hub.evaluator import Evaluator, TensorImages
+from arrest_hub.journal import Journal
+from arrest_hub.prepare import new_accelerator
 from arrest_hub.train import finetune
 
 ALL = {"mixed_precision": "fp16", "standard_epochs": 1, "ema_decay": 0.9, "awp_gamma": 0.01, "eps_spread": 0.5,
@@ -111,24 +114,46 @@ WAITING = [
 
 @pytest.mark.parametrize(("changes", "most"), WAITING)
 def test_a_step_waits_for_the_gpu_only_for_what_it_must_know(folder, monkeypatch, changes, most):
-    steps = []
+    """From the end of a step to the end of the next, the loading of its images included."""
+    steps, plain = [], loop.TrainingPhase._count_step
 
-    def counted(plain):
-        def call(*args):
-            waited.clear()
-            found = plain(*args)
-            steps.append(list(waited))
-            return found
+    def counted(self):
+        plain(self)
+        steps.append(list(waited))
+        waited.clear()
 
-        return call
-
-    for name in ("_train_batch", "_count_step"):
-        monkeypatch.setattr(loop.TrainingPhase, name, counted(getattr(loop.TrainingPhase, name)))
+    monkeypatch.setattr(loop.TrainingPhase, "_count_step", counted)
     name = f"waits-{WAITING.index((changes, most))}"
     with simulated_gpu():
         train(folder, name, epochs=1, log_every=1000, **changes)
-    assert len(steps) == 8
-    assert [len(step) for step in steps[:-1]] == [most, 0] * 3 + [most], "the last line of the log waits, too"
+    assert len(steps) == 4
+    assert [len(step) for step in steps[1:-1]] == [most, most], "the first has what is before, the last writes a line"
+
+
+def test_images_are_copied_to_the_gpu_without_waiting_for_it(folder, monkeypatch):
+    """Those of a stream and of an evaluation too."""
+    waited.clear()
+    sizes = {"limit_train": 24, "validation_size": 0, "eval_every": 0, "export_weights": "last", "limit_eval": 6}
+    seen, plain = [], epoch_batches.epoch_batches
+
+    def batches(*args):
+        for batch in plain(*args):
+            seen.append("copy to the GPU" in waited)
+            yield batch
+            waited.clear()
+
+    monkeypatch.setattr(loop, "epoch_batches", batches)
+    with simulated_gpu():
+        waited.clear()
+        train(folder, "stream", epochs=1, streaming=True, **sizes)
+        assert seen[1:] == [False] * 2
+        accelerator = new_accelerator()
+        images, journal = TensorImages(*patterns(12, 4)), Journal(None, {}, accelerator)
+        evaluator = Evaluator(robust_net(), images, accelerator, journal, batch_size=4)
+        waited.clear()
+        for _, pixels, labels, _ in evaluator.batches(range(12), range(3)):
+            assert (pixels.device, labels.device) == (GPU, GPU)
+        assert not waited
 
 
 def test_an_evaluation_gives_the_figures_of_a_cpu(tmp_path, monkeypatch):

@@ -122,40 +122,53 @@ def test_arithmetic_switches_tf32_off_and_back():
     torch.backends.cudnn.allow_tf32 = before
 
 
-CHOSEN_IN_THE_NEW_WAY = """
+AS_THE_CALLER_CHOSE = """
 import os, sys, torch
 from arrest_hub.tf32 import tf32_allowed
 from arrest_hub.validation import arithmetic
+B = torch.backends
+def switches():
+    modules = B, B.cuda.matmul, B.cudnn, B.cudnn.conv, B.cudnn.rnn, B.mkldnn.matmul, B.mkldnn.conv, B.mkldnn.rnn
+    return [module.fp32_precision for module in modules]
 for case in sys.argv[1:]:
     if os.fork():  # each in a process where nothing was chosen before
         assert os.wait()[1] == 0
         continue
-    where, value = case.split("=")
-    module = torch.backends
-    for name in where.split(".") if where else ():
-        module = getattr(module, name)
-    module.fp32_precision = value
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = matmul.fp32_precision, conv.fp32_precision
-    found = [tf32_allowed()]
+    for line in case.split("; "):
+        if line == "once":
+            with arithmetic("fp32"):
+                pass
+        else:
+            exec(line)
+    before, found = switches(), [tf32_allowed()]
     for precision in ("fp32", "tf32"):
         with arithmetic(precision):
             found.append(tf32_allowed())
-    assert before == (matmul.fp32_precision, conv.fp32_precision)
+            assert switches()[-3:] == ["ieee"] * 3, "nothing less on a CPU"
+    assert switches() == before
     print(case, *found, flush=True)
     os._exit(0)
 """
 
 
-def test_arithmetic_where_tf32_was_chosen_in_torchs_newer_way():
-    """Reading the older switches then raises, in torch as it is."""
-    cases = {"=ieee": False, "=tf32": True, "cuda.matmul=tf32": True, "cudnn=ieee": False, "cudnn.conv=ieee": False}
-    command = [sys.executable, "-c", CHOSEN_IN_THE_NEW_WAY, *cases]
+def test_arithmetic_whatever_the_caller_chose_and_how():
+    """By torch's older switches, its newer ones, or both; (convolutions, products) may be in TF32 before."""
+    cases = {
+        "B.fp32_precision = 'ieee'": (False, False), "B.fp32_precision = 'tf32'": (True, True),
+        "B.cuda.matmul.fp32_precision = 'tf32'": (True, True), "B.cudnn.fp32_precision = 'ieee'": (False, False),
+        "B.cudnn.conv.fp32_precision = 'ieee'": (False, False),
+        "B.mkldnn.matmul.fp32_precision = 'bf16'": (True, False),
+        "B.cudnn.allow_tf32 = False": (False, False), "B.cuda.matmul.allow_tf32 = True": (True, True),
+        "torch.set_float32_matmul_precision('medium')": (True, True),
+        "torch.set_float32_matmul_precision('highest'); B.fp32_precision = 'tf32'": (True, False),
+        "B.fp32_precision = 'tf32'; B.cuda.matmul.fp32_precision = 'ieee'": (True, False),
+        "once; B.fp32_precision = 'tf32'": (True, True), "once; B.cudnn.fp32_precision = 'tf32'": (True, True),
+    }  # fmt: skip
+    command = [sys.executable, "-c", AS_THE_CALLER_CHOSE, *cases]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        f"{case} {(allowed, allowed)} {(False, False)} {(True, True)}" for case, allowed in cases.items()
-    ]
+    expected = [f"{case} {allowed} {(False, False)} {(True, True)}" for case, allowed in cases.items()]
+    assert done.stdout.splitlines() == expected
 
 
 def test_results_name_the_attack(images):
