@@ -61,6 +61,7 @@ class FoldedNetwork(nn.Module):
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
         shared |= {id(buffer): buffer for buffer in network.buffers()}
         self.network = copy.deepcopy(network, shared)
+        self._remembers = any(type(module).train is not nn.Module.train for module in network.modules())
         self._convs: list[Any] = [network.get_submodule(name) for name in pairs]
         self._norms: list[Any] = [network.get_submodule(name) for name in pairs.values()]
         self._own: list[Any] = []
@@ -98,7 +99,8 @@ class FoldedNetwork(nn.Module):
             if conv.bias is not None:
                 offset.add_(conv.bias * factor)
         self._biases.copy_(shift)
-        _forget(self.network)
+        if self._remembers:  # in every step: half a millisecond
+            _forget(self.network)
 
     def forward(self, images: Tensor) -> Any:
         """What the network gives in eval mode."""

@@ -49,9 +49,13 @@ def first_not_finite(
 
 def not_finite_tensor(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor that holds a NaN or an infinite number; None when there is none."""
-    named = [(name, local(tensor.detach())) for name, tensor in tensors if tensor.is_floating_point()]
-    flags = torch.stack([tensor.isfinite().all() for _, tensor in named])
-    return None if bool(flags.all()) else named[int((~flags).nonzero()[0])][0]
+    named = [
+        (name, local(tensor.detach())) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()
+    ]
+    # one number for the device to be waited for, in few operations: NaN is the largest
+    if bool(torch.nn.utils.get_total_norm([tensor for _, tensor in named], math.inf).isfinite()):
+        return None
+    return next(name for name, tensor in named if not tensor.isfinite().all())
 
 
 def at_chance(correct: int, n: int, num_classes: int) -> bool:

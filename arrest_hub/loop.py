@@ -26,7 +26,7 @@ from arrest_hub.guards import REPLAYED, at_chance, collapse_warning, replay_warn
 from arrest_hub.loop_guards import report_corrupt, stop_if_all_skipped, stop_unless_finite, warn
 from arrest_hub.objective import Objective
 from arrest_hub.out_of_memory import full_memory_told
-from arrest_hub.processes import any_process, main_only
+from arrest_hub.processes import AnyProcessBefore, main_only
 from arrest_hub.progress import Meter, progress_bar
 from arrest_hub.resume import batch_layout, resume_point
 from arrest_hub.run import Run
@@ -142,6 +142,7 @@ class TrainingPhase:
         self.meter, self.pace = Meter(), Pace(accelerator.device, utilisation)
         objective.clock = self.pace.stopwatch
         self.written: tuple[Progress, Path] | None = None
+        self.told = AnyProcessBefore(accelerator)
         # of this epoch's images, in this process: correct when clean, looked at, replayed
         self.clean = torch.zeros(3, device=accelerator.device)
         if accelerator.is_main_process:
@@ -306,8 +307,9 @@ class TrainingPhase:
         return self.written[1]
 
     def _stop_if_asked(self) -> None:
-        """Raises Terminated, with a checkpoint written, once any process was told to stop."""
-        if any_process(self.run.accelerator, self.termination.asked):
+        """Raises Terminated, with a checkpoint written, once any process was told to stop; of several processes a call
+        later."""
+        if self.told(self.termination.asked):
             by = "Ctrl-C" if self.termination.exit_code == 130 else "SIGTERM"
             raise Terminated(
                 f"stopped by {by} at step {self.progress.place} of {self.total_steps}; {self._save()} is written. Go "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from arrest_hub.epoch_batches import training_batches
 from arrest_hub.errors import ConfigError
 from arrest_hub.estimate import Cost, choose_batch_size, measure_evaluation, measure_steps, memory_limit
 from arrest_hub.objective import Objective
+from arrest_hub.out_of_memory import fitting_batch
 from arrest_hub.prepare import planned_steps, plural
 from arrest_hub.run import Run
 from arrest_hub.sharding import is_sharded
@@ -22,7 +24,7 @@ from arrest_hub.step import validation_attack
 STEPS = 3
 DATA_SECONDS = 2.0
 EVALUATED = 16
-"""Images of the batch by which an evaluation is timed."""
+"""Images of the batch by which an evaluation is timed on a CPU. A GPU would take as long for a whole one."""
 
 
 def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Module | None], Objective]) -> list[str]:
@@ -52,8 +54,12 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
         )  # fmt: skip
         of_clean = config.standard_epochs * (splits.train.num_examples // images) * standard.median
         parts["clean phase"] = (of_clean, plural(config.standard_epochs, "epoch"))
-    evaluated = min(EVALUATED, config.batch_size)
     settings = validation_attack(config, run.images_at_once)
+    final = settings._replace(steps=config.eval_attack_steps, images_at_once=None, gradient_scale=1.0)
+    evaluated = min(EVALUATED, config.batch_size)
+    if device.type == "cuda" and not is_sharded(accelerator):
+        attempt = partial(measure_evaluation, accelerator, network, settings=final)
+        evaluated = fitting_batch(attempt, config.batch_size, accelerator)
     if not is_sharded(accelerator):  # the network evaluated would have to be gathered first
         if splits.validation is not None and config.eval_every:
             each = measure_evaluation(accelerator, network, evaluated, settings, config)
@@ -63,7 +69,6 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
             count = splits.validation.num_examples or 0
             parts["validation"] = (times * count * each / processes, f"{times} x {plural(count, 'image')}")
         if splits.test.num_examples:
-            final = settings._replace(steps=config.eval_attack_steps, images_at_once=None, gradient_scale=1.0)
             each = measure_evaluation(accelerator, network, evaluated, final)
             networks = 2 if network.source.pretrained or config.standard_epochs else 1
             count = splits.test.num_examples

@@ -92,7 +92,28 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether the flag is set in any process. Every process must call it; costs nothing where there is one."""
     if accelerator.num_processes == 1:
         return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
+    return bool(_how_many(accelerator, flag).item())
+
+
+def _how_many(accelerator: Accelerator, flag: bool) -> torch.Tensor:
+    # full: torch.tensor would wait for what the device is doing
+    return accelerator.reduce(torch.full((), float(flag), device=accelerator.device), "sum")
+
+
+class AnyProcessBefore:
+    """As `any_process`, of several processes with the answer to the call before: what is asked in every step must not
+    wait for the step."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._asked: torch.Tensor | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        """Every process must call it."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        before, self._asked = self._asked, _how_many(self.accelerator, flag)
+        return before is not None and bool(before.item())
 
 
 def raise_together(accelerator: Accelerator, problem: str | None) -> None:

@@ -223,7 +223,7 @@ class Called(TorchFunctionMode):
         if func is torch.Tensor.pin_memory:
             return first
         if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or CPU).type == "cuda":
-            return moved(func(*args, **(kwargs | {"device": CPU})), GPU, non_blocking=True)
+            return moved(func(*args, **(kwargs | {"device": CPU})), GPU)
         if isinstance(first, OnGpu) and func in (torch.quantile, torch.Tensor.new_tensor):
             return moved(func(first.held, *args[1:], **kwargs), GPU)
         if (generator := kwargs.get("generator")) is not None:

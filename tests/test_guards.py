@@ -36,6 +36,11 @@ def test_the_first_of_several_is_named():
 def test_tensors():
     good = ("a", torch.ones(3)), ("count", torch.tensor(2))
     assert not_finite_tensor(good) is None
+    assert not_finite_tensor((("empty", torch.zeros(0)), ("largest", torch.full((3,), 3e38)))) is None
+    for bad in (math.nan, math.inf, -math.inf):
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            named = (*good, ("counts", torch.ones(2, dtype=torch.long)), ("c", torch.tensor([1.0, bad], dtype=dtype)))
+            assert not_finite_tensor(named) == "c"
     assert not_finite_tensor((*good, ("b", torch.tensor([1.0, math.inf])), ("c", torch.tensor(math.nan)))) == "b"
 
 

@@ -12,7 +12,7 @@ from simulated_gpu import GPU, NAME, Mixed, OnGpu, memory, simulated_gpu, waited
 from tiny import LogitsOnly, killed_after, patterns, robust_net, tiny_backbone, tiny_config
 
 import arrest_hub
-from arrest_hub import epoch_batches, loop, masking
+from arrest_hub import epoch_batches, loop, masking, plan
 from arrest_hub.config_sources import load_config
 from arrest_hub.errors import ArrestError
 from arrest_hub.evaluator import Evaluator, TensorImages
@@ -245,3 +245,21 @@ def test_a_run_is_evaluated_in_smaller_batches_where_those_of_its_training_are_t
     options = {"attacks": "pgd-2", "checks": False, "teacher": None, "num_workers": 0}
     with simulated_gpu(memory.used + 1_500_000), pytest.raises(ArrestError, match="smaller --batch-size"):
         arrest_hub.evaluate(run.export, folder / "data", batch_size=32, **options)
+
+
+def test_an_evaluation_is_estimated_by_whole_batches_on_a_gpu(folder, monkeypatch):
+    """Of a few images a GPU takes as long as of many."""
+    sizes, plain = [], plan.measure_evaluation
+
+    def measured(accelerator, network, batch_size, *args, **options):
+        sizes.append(batch_size)
+        return plain(accelerator, network, batch_size, *args, **options)
+
+    monkeypatch.setattr(plan, "measure_evaluation", measured)
+    config = tiny_config(folder, batch_size=24, output_dir=str(folder / "planned"))
+    arrest_hub.dry_run(config)
+    assert set(sizes) == {16}
+    sizes.clear()
+    with simulated_gpu():
+        arrest_hub.dry_run(config)
+    assert set(sizes) == {24}
