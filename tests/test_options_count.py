@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from tiny import LogitsOnly, patterns, robust_net, tiny_backbone, tiny_config, write_model
 
 import arrest_hub
-from arrest_hub import arrest, attack_stages, loop, step
+from arrest_hub import arrest, attack_stages, epoch_validation, loop, step
 from arrest_hub.attack_stages import pgd_attack
 from arrest_hub.attacks import AttackResult, margin, pgd, random_in_ball
 from arrest_hub.baselines import Trades
@@ -325,3 +325,26 @@ def test_weights_are_perturbed_in_the_robust_phase_in_its_precision(tmp_path, mo
     )
     assert perturbed == [False] * 4 + [True] * 4
     assert autocast == [precision == "bf16"] * 8, "the pass that perturbs, and the trained one"
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_validation_is_of_the_weights_as_they_are_and_attacks_in_the_robust_phase(tmp_path, monkeypatch, ema_decay):
+    """What is validated has its BatchNorm folded, and follows the weights only when it is told to."""
+    differences, attacked, plain, count = [], [], loop.validate, epoch_validation.count_validation
+    pixels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def validate(run, phase, model, validated, *rest):
+        found = plain(run, phase, model, validated, *rest)
+        with torch.no_grad():
+            differences.append(float((model.eval()(pixels).logits - validated(pixels).logits).abs().max()))
+        return found
+
+    def count_validation(run, split, transform, network, attack, after_batch):
+        attacked.append(attack)
+        return count(run, split, transform, network, attack, after_batch)
+
+    monkeypatch.setattr(loop, "validate", validate)
+    monkeypatch.setattr(epoch_validation, "count_validation", count_validation)
+    finetune(tiny_config(tmp_path, standard_epochs=1, ema_decay=ema_decay, limit_eval=6))
+    assert attacked == [False, True, True]
+    assert max(differences) < 1e-3
