@@ -14,6 +14,7 @@ from arrest_hub.export import weights_digest
 from arrest_hub.schedule import make_scheduler
 from arrest_hub.step import make_optimizer, make_teacher
 from arrest_hub.train import build_objective, finetune
+from arrest_hub.validation import Counts
 
 OPTIONS = [
     {"lr": 0.04}, {"momentum": 0.5}, {"weight_decay": 0.1}, {"clip_grad": 0.01}, {"min_lr": 0.04},
@@ -348,3 +349,15 @@ def test_a_validation_is_of_the_weights_as_they_are_and_attacks_in_the_robust_ph
     finetune(tiny_config(tmp_path, standard_epochs=1, ema_decay=ema_decay, limit_eval=6))
     assert attacked == [False, True, True]
     assert max(differences) < 1e-3
+
+
+def test_the_best_weights_are_those_of_the_best_harmonic_mean_the_first_among_equals(tmp_path, monkeypatch):
+    """The second epoch has the most robust accuracy and the third as good a mean as the first."""
+    scripted = [(12, 12, 4), (12, 5, 5), (12, 12, 4)]
+
+    def count_validation(*args):
+        return Counts(*scripted.pop(0), 0.0, 0.0)
+
+    monkeypatch.setattr(epoch_validation, "count_validation", count_validation)
+    finetune(tiny_config(tmp_path, epochs=3, limit_eval=6))
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("best-*")] == ["best-000004"]
