@@ -61,15 +61,20 @@ def count_correct(
     clean image is inside the ball; it is not attacked. The random start depends on the seed and on the images of a
     batch alone, so that the figure does not depend on the number of processes (in l2 but for rounding). ``nested``: see
     `progress_bar`. ``after_batch`` may raise to break off. ``static_shapes``: attack all images of a batch, also those
-    that are wrong when clean, so that every process makes the same passes; the figures are the same but for the
-    attack's start.
+    that are wrong when clean, so that every process makes the same passes, and fill a last batch up to the size of the
+    first; the figures are the same but for the attack's start.
     """
     generator = torch.Generator(device=accelerator.device)
-    n = clean = robust = 0
+    n = clean = robust = full = 0
     clean_seconds = robust_seconds = 0.0
     with frozen_eval(model), progress_bar(total, 0, description, accelerator, nested=nested) as bar:
         for batch in loader:
             pixels, labels = to_pixels(batch["pixels"]), batch["label"]
+            count = len(labels)
+            full = max(full, count)
+            if static_shapes and count < full:
+                repeated = torch.arange(full, device=labels.device) % count
+                pixels, labels = pixels[repeated], labels[repeated]
             started = time.perf_counter()
             with torch.no_grad(), accelerator.autocast():
                 clean_correct = model(pixels).logits.argmax(dim=1) == labels
@@ -96,7 +101,8 @@ def count_correct(
                     with torch.no_grad():
                         robust_correct[attacked] = model(adversarial).logits.argmax(dim=1) == labels[attacked]
                 robust_correct &= clean_correct
-            gathered_clean, gathered_robust = accelerator.gather_for_metrics((clean_correct, robust_correct))
+            counted = clean_correct[:count], robust_correct[:count]
+            gathered_clean, gathered_robust = accelerator.gather_for_metrics(counted)
             n += len(gathered_clean)
             clean += int(gathered_clean.sum())
             robust += int(gathered_robust.sum())

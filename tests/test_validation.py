@@ -75,6 +75,22 @@ def test_every_batch_is_attacked_from_a_start_of_its_own_and_of_the_seed(images,
     assert seeds[:3] == seeds[6:]
 
 
+def test_all_passes_may_be_of_one_size(images):
+    """As compiled networks want them: another size would be another graph, or one for all sizes."""
+    settings = PgdSettings("linf", 0.05, 0.0125, 10)
+    sizes, plain = set(), count(TinyClassifier(), images, settings)
+    model = TinyClassifier()
+    model.register_forward_pre_hook(lambda module, inputs: sizes.add(len(inputs[0])))
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(DataLoader(images, 8))  # the last batch has five
+    options = {"seed": 0, "description": "test", "total": 21, "static_shapes": True}
+    found = count_correct(model, loader, accelerator, settings, **options)
+    assert sizes == {8}
+    assert (found.n, found.clean) == (plain.n, plain.clean)
+    assert abs(found.robust - plain.robust) <= 2, "but for the start of the attack"
+    assert 0 < found.robust < found.clean
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_clean_passes_and_attack_are_in_the_precision_of_the_training(tmp_path, monkeypatch, precision):
     seen, plain = [], validation.count_correct
