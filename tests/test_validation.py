@@ -91,6 +91,28 @@ def test_all_passes_may_be_of_one_size(images):
     assert 0 < found.robust < found.clean
 
 
+class Misled(TinyClassifier):
+    """The same logits, with the gradient turned round: what attacks it makes wrong images right."""
+
+    def forward(self, pixels):
+        logits, representation = super().forward(pixels)
+        return BackboneOutput(2 * logits.detach() - logits, representation)
+
+
+def test_what_is_wrong_when_clean_is_wrong_under_attack(images):
+    """Also where such images are attacked, so that shapes stay the same."""
+    accelerator, settings = Accelerator(cpu=True), PgdSettings("linf", 0.3, 0.05, 10)
+    loader = accelerator.prepare(DataLoader(images, 8))
+    options = {"seed": 0, "description": "test", "total": 21, "static_shapes": True}
+    found = count_correct(Misled(), loader, accelerator, settings, **options)
+    assert found.robust == found.clean < 21
+    model, pixels = Misled(), torch.stack([image["pixels"] for image in images]).float() / 255
+    labels = torch.tensor([image["label"] for image in images])
+    with frozen_eval(model):
+        moved = pgd(lambda x: model(x).logits, pixels, labels, eps=0.3, step_size=0.05, steps=10).adversarial
+        assert (model(moved).logits.argmax(1) == labels).sum() > found.clean, "some do become right"
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_clean_passes_and_attack_are_in_the_precision_of_the_training(tmp_path, monkeypatch, precision):
     seen, plain = [], validation.count_correct
