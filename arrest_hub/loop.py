@@ -26,7 +26,7 @@ from arrest_hub.guards import REPLAYED, at_chance, collapse_warning, replay_warn
 from arrest_hub.loop_guards import report_corrupt, stop_if_all_skipped, stop_unless_finite, warn
 from arrest_hub.objective import Objective
 from arrest_hub.out_of_memory import full_memory_told
-from arrest_hub.processes import AnyProcessBefore, main_only
+from arrest_hub.processes import AnyProcessBefore, any_process, main_only
 from arrest_hub.progress import Meter, progress_bar
 from arrest_hub.resume import batch_layout, resume_point
 from arrest_hub.run import Run
@@ -192,7 +192,7 @@ class TrainingPhase:
                 self._look_back()
                 if self.finished or due:
                     self._save()
-                self._stop_if_asked()
+                self._stop_if_asked(now=True)
         return progress
 
     def _train_epoch(self) -> bool:
@@ -306,10 +306,11 @@ class TrainingPhase:
             self.written = dataclasses.replace(progress), path
         return self.written[1]
 
-    def _stop_if_asked(self) -> None:
+    def _stop_if_asked(self, now: bool = False) -> None:
         """Raises Terminated, with a checkpoint written, once any process was told to stop; of several processes a call
-        later."""
-        if self.told(self.termination.asked):
+        later, unless ``now``, which waits for the device."""
+        asked = self.termination.asked
+        if any_process(self.run.accelerator, asked) if now else self.told(asked):
             by = "Ctrl-C" if self.termination.exit_code == 130 else "SIGTERM"
             raise Terminated(
                 f"stopped by {by} at step {self.progress.place} of {self.total_steps}; {self._save()} is written. Go "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from functools import partial
 
 from torch import nn
 
@@ -14,8 +14,8 @@ from arrest_hub.data_speed import loader_images_per_second
 from arrest_hub.epoch_batches import training_batches
 from arrest_hub.errors import ConfigError
 from arrest_hub.estimate import Cost, choose_batch_size, measure_evaluation, measure_steps, memory_limit
+from arrest_hub.finish import evaluation_batch
 from arrest_hub.objective import Objective
-from arrest_hub.out_of_memory import fitting_batch
 from arrest_hub.prepare import planned_steps, plural
 from arrest_hub.run import Run
 from arrest_hub.sharding import is_sharded
@@ -57,9 +57,8 @@ def describe_plan(run: Run, network: Backbone, build_objective: Callable[[nn.Mod
     settings = validation_attack(config, run.images_at_once)
     final = settings._replace(steps=config.eval_attack_steps, images_at_once=None, gradient_scale=1.0)
     evaluated = min(EVALUATED, config.batch_size)
-    if device.type == "cuda" and not is_sharded(accelerator):
-        attempt = partial(measure_evaluation, accelerator, network, settings=final)
-        evaluated = fitting_batch(attempt, config.batch_size, accelerator)
+    if device.type != "cpu" and not is_sharded(accelerator):
+        evaluated = evaluation_batch(copy.deepcopy(network).to(device), config.batch_size, accelerator)
     if not is_sharded(accelerator):  # the network evaluated would have to be gathered first
         if splits.validation is not None and config.eval_every:
             each = measure_evaluation(accelerator, network, evaluated, settings, config)

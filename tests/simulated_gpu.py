@@ -36,9 +36,15 @@ class Memory:
     """Bytes of the storages that are held, and how many there were at most; ``limit``: how many there may be."""
 
     def __init__(self):
+        self.gpu = 0
+        self.renew(10**10)
+
+    def renew(self, limit):
+        """Another GPU, on which nothing is: what is left of the one before is not on it."""
+        self.gpu += 1
         self.held: dict[int, list[int]] = {}
         self.used = self.peak = 0
-        self.limit = 10**10
+        self.limit = limit
 
     def take(self, address, size):
         count = self.held.setdefault(address, [0, size])
@@ -68,11 +74,12 @@ class Lease:
     """Of a storage, for as long as a tensor lives: a reference in the tensor, which may be swapped with another."""
 
     def __init__(self, storage):
-        self.address = storage.data_ptr()
+        self.gpu, self.address = memory.gpu, storage.data_ptr()
         memory.take(self.address, storage.nbytes())
 
     def __del__(self):
-        memory.give_back(self.address)
+        if self.gpu == memory.gpu:
+            memory.give_back(self.address)
 
 
 class OnGpu(torch.Tensor):
@@ -291,6 +298,7 @@ def simulated_gpu(limit: int = 10**10) -> Iterator[None]:
     }  # fmt: skip
     silent = ("set_device", "synchronize", "empty_cache", "_lazy_init", "_lazy_call",
               "manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all")  # fmt: skip
+    memory.renew(limit)
     states = (PartialState, AcceleratorState, GradientState)
     before = [dict(state._shared_state) for state in states]
     for state in states:
@@ -301,11 +309,12 @@ def simulated_gpu(limit: int = 10**10) -> Iterator[None]:
                        for name, value in answers.items()]  # fmt: skip
             patches += [patch.object(torch.cuda, name, nothing) for name in silent]
             patches += [
+                patch.object(torch.accelerator, "is_available", lambda: True),
+                patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda")),
                 patch.object(torch.cuda, "Event", Event),
                 patch.object(torch.cuda, "mem_get_info", lambda *_: (memory.limit - memory.used, memory.limit)),
                 patch.object(torch.cuda, "max_memory_allocated", lambda *_: memory.peak),
                 patch.object(torch.cuda, "reset_peak_memory_stats", memory.forget_peak),
-                patch.object(memory, "limit", limit),
                 patch.object(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state()),
                 patch.object(torch.cuda, "get_rng_state_all", lambda: [torch.get_rng_state()]),
                 patch.object(torch.cuda.random, "_lazy_call", nothing),

@@ -101,6 +101,27 @@ def test_a_run_told_to_stop_goes_on_bit_for_bit(look, step, batch, to_validate, 
     assert outcome(run) == expected
 
 
+class CallLater:
+    """In place of `AnyProcessBefore`, whose answer is late where there are several processes."""
+
+    def __init__(self, accelerator):
+        self.before = False
+
+    def __call__(self, flag):
+        answer, self.before = self.before, flag
+        return answer
+
+
+# looks 6, 12 and 18 are at the end of an epoch, and the last one is the end of the training too
+@pytest.mark.parametrize(("look", "step"), [(2, 3), (3, 4), (5, 4), (6, 4), (17, 12), (18, 12)])
+def test_what_several_processes_are_told_is_never_lost(look, step, whole, monkeypatch):
+    folder, _ = whole
+    monkeypatch.setattr(loop, "AnyProcessBefore", CallLater)
+    stop_at(monkeypatch, look)
+    with pytest.raises(Terminated, match=f"step {step} of 12; .* is written"):
+        finetune(run_config(folder, f"later-{look}"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code", "by"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
 def test_a_signal_to_every_process_of_the_job(number, code, by, whole):

@@ -1,7 +1,6 @@
 """What runs on a GPU, on one that is simulated: every tensor and generator is where it belongs, the figures are those
 of a CPU, and a step hardly ever waits."""
 
-import gc
 import json
 
 import pytest
@@ -20,6 +19,7 @@ from arrest_hub.journal import Journal
 from arrest_hub.prepare import new_accelerator
 from arrest_hub.train import finetune
 
+pytestmark = pytest.mark.skipif(torch.backends.mps.is_built(), reason="Accelerate would take Apple's device instead")
 ALL = {"mixed_precision": "fp16", "standard_epochs": 1, "ema_decay": 0.9, "awp_gamma": 0.01, "eps_spread": 0.5,
        "clip_grad": 1.0, "checkpoint_every": 1}  # fmt: skip
 
@@ -81,7 +81,6 @@ def test_a_run_of_every_ingredient_in_fp16_goes_on_where_it_was_killed(folder):
         found, _, _ = train(folder, "part", resume=True, **ALL)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert log[-1]["skipped_steps"] == 0
-    assert log[-1]["loss"] < log[0]["loss"] + 5
 
 
 @pytest.mark.parametrize(
@@ -204,46 +203,38 @@ def test_a_loaded_model_classifies_where_it_is(folder):
 
 
 def test_the_memory_is_what_is_held():
-    gc.collect()
-    before = memory.used
-    with simulated_gpu(limit=before + 10_000):
+    with simulated_gpu(limit=10_000):
         first = torch.zeros(1000, device=GPU)
         view = first[10:]
-        assert memory.used == before + 4000
+        assert memory.used == 4000
         del first
-        assert memory.used == before + 4000
+        assert memory.used == 4000
         with pytest.raises(torch.OutOfMemoryError):
             torch.zeros(2000, device=GPU)
-        assert torch.cuda.mem_get_info() == (6000, before + 10_000)
+        assert torch.cuda.mem_get_info() == (6000, 10_000)
         del view
-    assert memory.used == before
+        assert (memory.used, torch.cuda.max_memory_allocated()) == (0, 4000)
 
 
 def test_a_batch_that_is_chosen_fits_and_one_that_does_not_is_one_clear_error(folder):
     options = {"epochs": 1, "mixed_precision": "bf16", "images_at_once": None}
-    gc.collect()
-    limit = memory.used + 1_600_000
-    with simulated_gpu(limit):
+    with simulated_gpu(1_600_000):
         _, _, run = train(folder, "auto", batch_size="auto", **options)
     assert run.report.hardware == f"1 x {NAME}"
     assert 4 <= load_config(folder / "auto" / "config.yaml").batch_size < 32
-    gc.collect()
-    with simulated_gpu(limit), pytest.raises(ArrestError, match=r"too little memory.*32 images is too large"):
+    with simulated_gpu(1_600_000), pytest.raises(ArrestError, match=r"too little memory.*32 images is too large"):
         train(folder, "full", batch_size=32, **options)
 
 
-def test_a_run_is_evaluated_in_smaller_batches_where_those_of_its_training_are_too_large(folder):
+def test_a_run_is_evaluated_in_smaller_batches_where_those_of_its_training_are_too_large(folder, capsys):
     """In fp32, which takes more than the bf16 of the training; an evaluation by itself says so instead."""
-    gc.collect()
-    limit = memory.used + 2_500_000
-    with simulated_gpu(limit):
-        _, _, run = train(
-            folder, "large", epochs=1, mixed_precision="bf16", images_at_once=None, batch_size=32, limit_eval=None
-        )
+    options = {"epochs": 1, "mixed_precision": "bf16", "images_at_once": None, "batch_size": 32}
+    with simulated_gpu(2_500_000):
+        _, _, run = train(folder, "large", limit_eval=None, **options)
     assert run.report.results[0].n == 48
-    gc.collect()
+    assert "evaluated 16 images at a time" in capsys.readouterr().out
     options = {"attacks": "pgd-2", "checks": False, "teacher": None, "num_workers": 0}
-    with simulated_gpu(memory.used + 1_500_000), pytest.raises(ArrestError, match="smaller --batch-size"):
+    with simulated_gpu(2_500_000), pytest.raises(ArrestError, match="smaller --batch-size"):
         arrest_hub.evaluate(run.export, folder / "data", batch_size=32, **options)
 
 
