@@ -49,9 +49,8 @@ def first_not_finite(
 
 def not_finite_tensor(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor that holds a NaN or an infinite number; None when there is none."""
-    named = [
-        (name, local(tensor.detach())) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()
-    ]
+    own = ((name, local(tensor.detach())) for name, tensor in tensors if tensor.is_floating_point())
+    named = [(name, tensor) for name, tensor in own if tensor.numel()]  # of a sharded one a process may have nothing
     # one number for the device to be waited for, in few operations: NaN is the largest
     if bool(torch.nn.utils.get_total_norm([tensor for _, tensor in named], math.inf).isfinite()):
         return None
