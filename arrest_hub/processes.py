@@ -106,14 +106,29 @@ class AnyProcessBefore:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self._asked: torch.Tensor | None = None
+        self._asked: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
     def __call__(self, flag: bool) -> bool:
         """Every process must call it."""
         if self.accelerator.num_processes == 1:
             return flag
-        before, self._asked = self._asked, _how_many(self.accelerator, flag)
-        return before is not None and bool(before.item())
+        before, self._asked = self._asked, self._ask(flag)
+        if before is None:
+            return False
+        answer, there = before
+        if there is not None:
+            there.synchronize()
+        return bool(answer.item())
+
+    def _ask(self, flag: bool) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """The answer, and on a GPU when it will have come to the CPU: ``item`` would wait for all given to the GPU
+        since."""
+        answer = _how_many(self.accelerator, flag)
+        if answer.device.type != "cuda":
+            return answer, None
+        copied, there = answer.to("cpu", non_blocking=True), torch.cuda.Event()
+        there.record()
+        return copied, there
 
 
 def raise_together(accelerator: Accelerator, problem: str | None) -> None:

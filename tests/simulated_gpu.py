@@ -145,6 +145,7 @@ class OnGpu(torch.Tensor):
 waited: list[str] = []
 """What the CPU waited for the GPU for, since somebody cleared it."""
 _moving: list[bool] = []
+"""Of each copy under way, whether it is one that nobody waits for."""
 
 
 def computed(func, args, kwargs):
@@ -160,7 +161,8 @@ def computed(func, args, kwargs):
     if func is aten.copy_.default:
         on_gpu = isinstance(args[0], OnGpu)
     _check(func, args, leaves, there)
-    if (there and (func in WAITS or (func is aten._to_copy.default and not on_gpu))) or _boolean_index(func, args):
+    blocking = func is aten._to_copy.default and not on_gpu and not (_moving and _moving[-1])
+    if (there and (func in WAITS or blocking)) or _boolean_index(func, args):
         waited.append(str(func))
     inner_args, inner_kwargs = tree_map_only(OnGpu, lambda x: x.held, (args, kwargs))
     inner_kwargs = inner_kwargs | ({} if device is None else {"device": CPU})
@@ -203,7 +205,7 @@ def moved(tensor, *args, copy=False, **kwargs):
     if device.type == "cuda" != tensor.device.type and not non_blocking:
         waited.append("copy to the GPU")
     options = {} if memory_format is None else {"memory_format": memory_format}
-    _moving.append(True)
+    _moving.append(non_blocking)
     try:
         return aten._to_copy(tensor, device=GPU if device.type == "cuda" else device, dtype=dtype, **options)
     finally:
@@ -267,6 +269,9 @@ class Event:
 
     def record(self):
         self.at = time.perf_counter()
+
+    def synchronize(self):
+        """Waits for what was given to the GPU before, and for nothing since."""
 
     def elapsed_time(self, other):
         return 1e3 * (other.at - self.at)

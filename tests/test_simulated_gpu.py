@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from simulated_gpu import GPU, NAME, Mixed, OnGpu, memory, simulated_gpu, waited
+from test_processes import Imagined
 from tiny import LogitsOnly, killed_after, patterns, robust_net, tiny_backbone, tiny_config
 
 import arrest_hub
@@ -17,6 +18,7 @@ from arrest_hub.errors import ArrestError
 from arrest_hub.evaluator import Evaluator, TensorImages
 from arrest_hub.journal import Journal
 from arrest_hub.prepare import new_accelerator
+from arrest_hub.processes import AnyProcessBefore, any_process
 from arrest_hub.train import finetune
 
 pytestmark = pytest.mark.skipif(torch.backends.mps.is_built(), reason="Accelerate would take Apple's device instead")
@@ -254,3 +256,16 @@ def test_an_evaluation_is_estimated_by_whole_batches_on_a_gpu(folder, monkeypatc
     with simulated_gpu():
         arrest_hub.dry_run(config)
     assert set(sizes) == {24}
+
+
+def test_processes_ask_each_other_without_waiting_for_the_gpu():
+    """What is read is what was copied at the call before."""
+    with simulated_gpu():
+        several = Imagined(2)
+        several.device = GPU
+        told = AnyProcessBefore(several)
+        waited.clear()
+        assert [told(flag) for flag in (False, True, False)] == [False, False, True]
+        assert not waited
+        assert any_process(several, True)
+        assert waited, "what is to be known now is waited for"
