@@ -6,6 +6,7 @@ The header is built with huggingface_hub's card classes, the body from `robust_m
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from importlib import resources
@@ -58,19 +59,25 @@ CITATIONS = {
 }
 
 
-def render_card(facts: CardFacts) -> str:
-    """The card as Markdown with a YAML header; equal facts give equal text."""
+@functools.cache
+def card_template() -> jinja2.Template:
+    """The template of every card, with the filters that it uses."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "md": lambda value: escape_markdown(str(value)), "code": code, "cell": table_code, "literal": literal,
         "duration": duration, "fence": fence,
     }  # fmt: skip
-    template = resources.files("arrest_hub.model_cards").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    text = resources.files("arrest_hub.model_cards").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(text)
+
+
+def render_card(facts: CardFacts) -> str:
+    """The card as Markdown with a YAML header; equal facts give equal text."""
     report, training, record, repo_id = facts.report, facts.training, facts.record, facts.publication.repo_id
     base = record.base if record else None
     attacks = {row.attack for row in report.results}
     cited = [training["method"]] + ["autoattack"] * ("autoattack" in attacks)
-    card = environment.from_string(template).render(
+    card = card_template().render(
         header=card_data(facts).to_yaml().strip(),
         mark=publication_mark(facts.publication),
         facts=facts,

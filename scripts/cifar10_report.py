@@ -163,16 +163,19 @@ def suite_text(name: str, folder: Path) -> list[str]:
         "main": "Methods", "ablation": "Ingredients, each added to ARREST",
         "recipe": "Added to the recipe (λ 100), or changed in it", "choices": "What was chosen",
         "lambda": "λ", "tau": "τ", "lr": "Learning rate, 0.02 where not said",
+        "precision": "Precision of the training, bf16 where not said",
     }  # fmt: skip
     for group, title in titles.items():
         keys = [key for key, variant in VARIANTS.items() if variant.group == group]
         compared = "best" if group == "recipe" else "arrest"
-        if group not in ("main", "lr") and compared in rows:
+        if group not in ("main", "lr", "precision") and compared in rows:
             keys.insert(0, compared)
         if group == "lambda":  # the recipe is the sweep's λ 100
             keys.insert(keys.index("lambda-300"), "best")
         if group == "lr":
             keys = sorted((*SWEPT, *keys), key=by_method_and_rate)
+        if group == "precision":  # each below its own in bf16
+            keys = [name for key in keys for name in (key.removesuffix("-fp32"), key)]
         if any(key in rows and VARIANTS[key].group == group for key in keys):
             lines += [f"**{title}**", "", *table(rows, keys), ""]
     return lines

@@ -34,7 +34,7 @@ class Variant:
     flags: Flags
     seeds: tuple[int, ...] = (0,)
     group: str = "ablation"
-    """"main" (the table of methods), "ablation", "recipe", "choices", "lambda", "tau" or "lr"."""
+    """"main" (the table of methods), "ablation", "recipe", "choices", "lambda", "tau", "lr" or "precision"."""
 
 
 SHORT: Flags = {
@@ -151,6 +151,15 @@ VARIANTS = {
     "aft-lr-0.16": Variant("AFT, lr 0.16", {"method": "at", "lr": 0.16}, group="lr"),
     "at-lr-0.1": Variant("AT, from nothing, lr 0.1", {"method": "at", "init": "random", "lr": 0.1}, group="lr"),
     "trades-lr-0.04": Variant("TRADES, finetuned, lr 0.04", {"method": "trades", "lr": 0.04}, group="lr"),
+    "best-lr-0.04-fp32": Variant(
+        "ARREST, the recipe (λ 100), lr 0.04, fp32",
+        BEST | {"lr": 0.04, "mixed_precision": "no"},
+        THREE,
+        "precision",
+    ),
+    "aft-lr-0.04-fp32": Variant(
+        "AFT, lr 0.04, fp32", {"method": "at", "lr": 0.04, "mixed_precision": "no"}, THREE, "precision"
+    ),
 }  # fmt: skip
 
 PAPERS = {

@@ -1,5 +1,6 @@
 """No test reaches the network: the Hub's clients are told so before they are imported."""
 
+import gc
 import os
 
 import pytest
@@ -21,6 +22,12 @@ def pytest_collection_modifyitems(items):
     """The longest first; the rest stay in their order."""
     names = [f"test_{name}.py" for name in LONGEST]
     items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+
+
+def pytest_collection_finish():
+    """What the imported libraries hold stays as it is: collecting garbage, as every run does, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

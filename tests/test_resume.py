@@ -531,13 +531,11 @@ def test_best_weights_that_are_gone_are_one_clear_error(tmp_path):
         finetune(run_config(tmp_path, "run", epochs=1, resume=True))
 
 
-@pytest.mark.parametrize(
-    "damage", [b"\xff\n", b"123\n", b"{}\n", b'{"phase": 1, "step": 2}\n', b'{"phase": "robust", ']
-)
-def test_damaged_lines_of_the_log_are_left_out(tmp_path, damage):
+def test_damaged_lines_of_the_log_are_left_out(tmp_path):
+    damage = b'\xff\n123\n{}\n{"phase": 1, "step": 2}\n'
     dead_run(tmp_path, "run", at=5)
     log = tmp_path / "run" / "log.jsonl"
-    log.write_bytes(damage * damage.endswith(b"\n") + log.read_bytes() + damage)
+    log.write_bytes(damage + log.read_bytes() + damage + b'{"phase": "robust", ')
     finetune(run_config(tmp_path, "run", resume=True, figures=True))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
