@@ -75,16 +75,16 @@ def run_push(config: PushConfig, say: Callable[[str], None]) -> Pushed:
     return pushed
 
 
-def check_push(config: PushConfig, say: Callable[[str], None]) -> None:
+def check_push(config: PushConfig, say: Callable[[str], None], threat: str | None = None) -> None:
     """What `run_push` checks before it needs the files: that a token is there and may write to the repository, and that
-    no model of others is in it.
+    no model of others is in it, nor one for another threat model than ``threat`` ("linf-8/255").
 
     Raises:
         HubError: it may not, there is one, or the Hub cannot be reached.
     """
     assert config.repo_id is not None  # validated
     full = check_access(config.repo_id, private=config.private, create_pr=config.create_pr, say=say)
-    Repository(full, config, say).check()
+    Repository(full, config, say).check(threat)
 
 
 def write_card(config: CardConfig) -> Path:

@@ -13,7 +13,15 @@ from arrest_hub.card_facts import has_body, is_sealed, read_card, read_publicati
 from arrest_hub.errors import HubError, HubRefusal
 from arrest_hub.hub_access import WAITS, explain, with_retries
 from arrest_hub.push_config import PushConfig
-from arrest_hub.pushed_files import CARD, LocalFile, architecture_name, differing, is_own
+from arrest_hub.pushed_files import (
+    CARD,
+    TRAINING_CONFIG,
+    LocalFile,
+    architecture_name,
+    differing,
+    is_own,
+    threat_model,
+)
 from arrest_hub.training_record import FILE_NAME as RECORD
 
 
@@ -50,17 +58,18 @@ class Repository:
             self._try(f"tag {self.repo_id}", lambda: self._tag(pushed.commit))
         return pushed
 
-    def check(self) -> None:
-        """Raises HubRefusal if the branch holds a model that `arrest-push` did not put there."""
+    def check(self, threat: str | None = None) -> None:
+        """Raises HubRefusal if the branch holds a model that `arrest-push` did not put there, or one that was trained
+        for another threat model than ``threat`` ("linf-8/255")."""
         if not self.config.create_pr:
-            self._try(f"look at {self.repo_id}", self._check_names)
+            self._try(f"look at {self.repo_id}", lambda: self._check_names(threat))
 
-    def _check_names(self) -> None:
+    def _check_names(self, threat: str | None) -> None:
         if self.api.repo_exists(self.repo_id) and self.api.revision_exists(self.repo_id, self.branch):
             head = self.api.model_info(self.repo_id, revision=self.branch).sha
             assert head is not None
             remote = self._remote(head)
-            self._check_ours(remote, head)
+            self._check_ours(remote, head, threat=threat)
             there = self._card(head) if CARD in remote else ""
             stated = read_publication(there).license
             if has_body(there) and not is_sealed(there) and _has_weights(remote):
@@ -112,7 +121,9 @@ class Repository:
         assert head is not None
         remote = self._remote(head)
         if not self.config.create_pr:
-            self._check_ours(remote, head, files["config.json"].content)
+            trained = files.get(TRAINING_CONFIG)
+            threat = None if trained is None else threat_model(trained.content)
+            self._check_ours(remote, head, architecture_name(files["config.json"].content), threat)
         changed = differing(files, remote)
         if CARD in changed and CARD in remote and not self.config.create_pr and self._keeps_card(files[CARD], head):
             if _has_weights(remote) and _has_weights(changed):
@@ -163,10 +174,14 @@ class Repository:
         return f"{self.api.endpoint}/{self.repo_id}/tree/{commit}"
 
     def _check_ours(
-        self, remote: dict[str, tuple[str, str | None]], commit: str, config: Path | bytes | None = None
+        self,
+        remote: dict[str, tuple[str, str | None]],
+        commit: str,
+        network: str | None = None,
+        threat: str | None = None,
     ) -> None:
-        """Another model that happens to have this name is not replaced. ``config``: the config.json to push, if it is
-        known."""
+        """Another model that happens to have this name is not replaced. ``network``, ``threat``: architecture and
+        threat model of the one to push, if they are known."""
         if "config.json" not in remote:
             return
         instead = "give another --repo-id, or propose the change with --create-pr."
@@ -179,11 +194,15 @@ class Repository:
                 raise HubRefusal(
                     f"{self.repo_id} holds a model that was not pushed by arrest-push (it has no {RECORD}): {instead}"
                 )
-            if config is None:
-                return
-            there, here = architecture_name(fetch("config.json")), architecture_name(config)
-        if there != here:
-            raise HubRefusal(f"{self.repo_id} holds another network, {there}, and this is {here}: {instead}")
+            if network is not None and (there := architecture_name(fetch("config.json"))) != network:
+                raise HubRefusal(f"{self.repo_id} holds another network, {there}, and this is {network}: {instead}")
+            if threat is not None and TRAINING_CONFIG in remote:
+                trained_for = threat_model(fetch(TRAINING_CONFIG))
+                if trained_for not in (None, threat):
+                    raise HubRefusal(
+                        f"{self.repo_id} holds a model that was trained for {trained_for}, and this one is for "
+                        f"{threat}: {instead}"
+                    )
 
     def _card(self, commit: str) -> str:
         with TemporaryDirectory() as folder:

@@ -8,11 +8,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from arrest_hub.card_facts import FIGURES
+import yaml
+
+from arrest_hub.card_facts import FIGURES, threat_tags
 from arrest_hub.errors import ConfigError
 from arrest_hub.training_record import FILE_NAME as RECORD
 
 CARD = "README.md"
+TRAINING_CONFIG = "training_config.yaml"
 PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt")
 # what an earlier push may have left in the repository and this one would not overwrite
 OWN_FILES = ("model.safetensors", "model.safetensors.index.json", "preprocessor_config.json", "verdicts.parquet",
@@ -99,7 +102,7 @@ def _is_whole(path: Path) -> bool:
 
 def others(files: dict[str, LocalFile]) -> list[str]:
     """What is pushed of an `export/` that no part of this package, timm or transformers wrote there, by its name."""
-    known = (*OWN_FILES, CARD, "config.json", "results.json", "training_config.yaml", RECORD)
+    known = (*OWN_FILES, CARD, "config.json", "results.json", TRAINING_CONFIG, RECORD)
     return [name for name in files if name not in known and not is_own(name)]
 
 
@@ -134,6 +137,16 @@ def architecture_name(config: Path | bytes) -> str:
         return str(values.get("architecture") or values["architectures"][0])
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return "unknown"
+
+
+def threat_model(config: Path | bytes) -> str | None:
+    """The perturbations that a training_config.yaml trains for, as `threat_tags` writes them ("linf-8/255"); None if
+    it cannot be read."""
+    try:
+        values = yaml.safe_load(config if isinstance(config, bytes) else config.read_bytes())
+        return threat_tags(values["norm"], values["eps"])[-1]
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, yaml.YAMLError):
+        return None
 
 
 def _is_left_out(name: str) -> bool:

@@ -18,6 +18,7 @@ from arrest_hub.attacks import pgd, random_in_ball
 from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades
 from arrest_hub.caller import undisturbed
+from arrest_hub.card_facts import threat_tags
 from arrest_hub.checkpoint import readable_progress
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.config_sources import anchored, load_config, resume_config
@@ -199,7 +200,8 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
         accelerator.print("note        --channels-last is off: FSDP shards no weights whose channels are innermost")
     if config.push_to_hub:  # whoever may not publish learns it before the training, not after
         push_config = push_after(config)
-        main_only(accelerator, lambda: check_push(push_config, accelerator.print))
+        threat = threat_tags(config.norm, config.eps)[-1]
+        main_only(accelerator, lambda: check_push(push_config, accelerator.print, threat))
     splits = prepare_data(config, accelerator)
     backbone, head_note = prepare_student(config, splits, accelerator)
     if config.channels_last and accelerator.device.type == "cpu" and (narrow := miscomputed_on_cpus(backbone)):

@@ -835,6 +835,19 @@ def test_nor_is_another_network_of_ours(hub, run, published):
     assert hub.files("me/transformers-robust") == before
 
 
+def test_nor_is_one_for_another_threat_model(hub, run, published):
+    assert published["timm"][1].code == 0
+    before, config = hub.files("me/timm-robust"), run / "export" / "training_config.yaml"
+    text = config.read_text()
+    assert "eps: 4/255\n" in text
+    config.write_text(text.replace("eps: 4/255\n", "eps: 8/255\n"))
+    outcome = push(hub, run, "--repo-id", "me/timm-robust")
+    assert outcome.code == 2
+    assert "was trained for linf-4/255, and this one is for linf-8/255: give another --repo-id" in outcome.err
+    assert hub.files("me/timm-robust") == before
+    assert push(hub, run, "--repo-id", "me/timm-robust", "--create-pr").code == 0, "it can be proposed"
+
+
 def test_half_a_file_is_not_pushed(hub, run):
     (run / "export" / "results.json.tmp").write_text("{")
     assert push(hub, run, "--repo-id", "me/no-halves").code == 0
@@ -884,6 +897,7 @@ def test_no_licence_is_made_up(hub, run, license, fragment):
         pytest.param("hf_other", (), "not your account", marks=pytest.mark.slow),
         pytest.param("hf_me", ("--private",), "is public", marks=pytest.mark.slow),
         ("hf_me", ("--model", "org/no-licence"), "--license"),
+        pytest.param("hf_me", ("--eps", "8/255"), "trained for linf-4/255", marks=pytest.mark.slow),
     ],
 )
 def test_what_would_fail_at_the_end_fails_before_the_training(hub, folder, published, tmp_path, token, words, fragment):
