@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arrest_hub.errors import BackboneError, first_line
+from arrest_hub.errors import ArrestError, BackboneError, first_line
 from arrest_hub.heads import ClassificationHead, Slot, head_names, reset_transformers_head
 from arrest_hub.model_arguments import DROPPED, model_args_problem
 from arrest_hub.model_source import ModelSource, locate
-from arrest_hub.networks import build_network
+from arrest_hub.networks import build_failure, build_network
 from arrest_hub.transforms import Preprocessing
 
 __all__ = ["Backbone", "BackboneOutput", "ModelSource", "load_backbone"]
@@ -268,9 +268,14 @@ def load_backbone(
     if located.folder is None and num_classes is not None:
         args.setdefault("num_classes", num_classes)
     # what the libraries draw before they load weights leaves no trace
-    with torch.random.fork_rng(devices=[], enabled=located.source.pretrained):
-        built = build_network(located, image_size, args, allow_pickle, count_if_none)
-        backbone = Backbone(built.network, located.source, built.preprocessing, built.label_names, built.processor)
+    try:
+        with torch.random.fork_rng(devices=[], enabled=located.source.pretrained):
+            built = build_network(located, image_size, args, allow_pickle, count_if_none)
+            backbone = Backbone(built.network, located.source, built.preprocessing, built.label_names, built.processor)
+    except ArrestError:
+        raise
+    except Exception as error:
+        raise build_failure(located, args, error) from error
     backbone.new_head = built.new_head
     if num_classes is not None and backbone.num_classes != num_classes:
         backbone.reset_head(num_classes)

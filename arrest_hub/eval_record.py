@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from arrest_hub.card_facts import EVALUATION_FIGURES, CardFacts, read_card, read_publication
 from arrest_hub.eval_config import EvalConfig, resume_problems
 from arrest_hub.files import write_whole
-from arrest_hub.model_card import card_is_generated, render_card
+from arrest_hub.model_card import DAMAGE, card_is_generated, render_card
 from arrest_hub.processes import from_main, raise_together
 from arrest_hub.pushed_files import weight_files
 from arrest_hub.results import (
@@ -276,7 +276,7 @@ def update_export(config: EvalConfig, report: EvalReport, verdicts: Verdicts, fi
     if untouched:
         try:
             text = render_card(CardFacts.from_folder(folder, published))
-        except (ValueError, OSError) as error:
+        except DAMAGE as error:
             return [f"{folder}: results.json, verdicts.parquet and figures are brought up to date; README.md is not, "
                     f"since a file beside it is damaged ({error})"]  # fmt: skip
         write_whole(card, text)

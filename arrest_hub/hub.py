@@ -7,11 +7,10 @@ what differs is sent; nothing on disk changes before the commit is made.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from arrest_hub.card_facts import CardFacts, Publication, read_card, read_publication
 from arrest_hub.errors import ConfigError, HubError, HubRefusal
@@ -19,7 +18,7 @@ from arrest_hub.files import write_whole
 from arrest_hub.hub_access import check_access
 from arrest_hub.hub_repository import Pushed, Repository
 from arrest_hub.licenses import License, choose_license
-from arrest_hub.model_card import card_is_generated, render_card
+from arrest_hub.model_card import DAMAGE, card_is_generated, render_card
 from arrest_hub.push_config import CardConfig, PushConfig
 from arrest_hub.pushed_files import CARD, local_file, local_files, others, weight_problems
 
@@ -98,7 +97,7 @@ def write_card(config: CardConfig) -> Path:
         raise ConfigError(f"{export / CARD} was edited by hand: give --overwrite to replace it.")
     before = read_publication(read_card(export / CARD))
     publication = Publication(config.repo_id or before.repo_id, _given_license(config) or before.license)
-    _write_card(export, render_card(_facts(export, publication)).encode())
+    _write_card(export, _render(export, publication))
     return export / CARD
 
 
@@ -141,7 +140,7 @@ def card_for(export: Path, repo_id: str, given: License | None) -> bytes:
     if problem:
         raise ConfigError(problem)
     if card_is_generated(export):
-        return render_card(_facts(export, Publication(repo_id, license))).encode()
+        return _render(export, Publication(repo_id, license))
     if before.license != license:
         raise ConfigError(
             f"{export / CARD} was edited by hand and states {before.license.id if before.license else 'no licence'}: "
@@ -152,9 +151,22 @@ def card_for(export: Path, repo_id: str, given: License | None) -> bytes:
 
 def _facts(export: Path, publication: Publication) -> CardFacts:
     """`CardFacts.from_folder`. Raises ConfigError: a file is missing or damaged."""
-    try:
+    with _whole(export):
         return CardFacts.from_folder(export, publication)
-    except (ValueError, KeyError, OSError, yaml.YAMLError) as error:
+
+
+def _render(export: Path, publication: Publication) -> bytes:
+    """`render_card` of what is in the folder. Raises ConfigError: a file is missing or damaged."""
+    with _whole(export):
+        return render_card(CardFacts.from_folder(export, publication)).encode()
+
+
+@contextmanager
+def _whole(export: Path) -> Iterator[None]:
+    """Damaged files are one clear error."""
+    try:
+        yield
+    except DAMAGE as error:
         raise ConfigError(
             f"{export} is not whole ({' '.join(str(error).split())}): export the run again with arrest-finetune "
             "--resume."

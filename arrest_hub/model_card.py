@@ -59,6 +59,10 @@ CITATIONS = {
 }
 
 
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError, yaml.YAMLError, jinja2.UndefinedError)
+"""What a card's files raise where they are damaged: when they are read, or when a value of another type is used."""
+
+
 @functools.cache
 def card_template() -> jinja2.Template:
     """The template of every card, with the filters that it uses."""

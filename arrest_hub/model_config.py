@@ -14,7 +14,7 @@ import timm
 from timm.models import is_model, list_models
 
 import arrest_hub.architectures  # noqa: F401  (registers the CIFAR architectures in timm)
-from arrest_hub.errors import BackboneError, did_you_mean
+from arrest_hub.errors import BackboneError, did_you_mean, first_line
 
 
 def read_config(file: Path, model_id: str) -> dict[str, Any]:
@@ -41,6 +41,16 @@ def check_config(config: Mapping[str, Any], model_id: str, *, head_wanted: bool 
     Without ``head_wanted`` a network without a head serves too: of a transformers one, such as a ViTModel, the
     architecture is the classifier that is made of it.
     """
+    try:
+        return _check_config(config, model_id, head_wanted)
+    except (TypeError, KeyError, AttributeError) as error:  # of a value that is of another type than it should be
+        raise BackboneError(
+            f"The config.json of model {model_id!r} is damaged ({type(error).__name__}: {first_line(error)}). Download "
+            "or export the model again."
+        ) from error
+
+
+def _check_config(config: Mapping[str, Any], model_id: str, head_wanted: bool) -> tuple[str, str]:
     if config.get("model_type") == "timm_wrapper":
         raise BackboneError(
             f"Model {model_id!r} is a timm model wrapped by transformers (model_type 'timm_wrapper'). "

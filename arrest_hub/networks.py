@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
 from timm.models import resolve_model_input_args
 from torch import nn
@@ -18,23 +16,8 @@ from torch import nn
 from arrest_hub.errors import BackboneError, causes
 from arrest_hub.heads import head_names
 from arrest_hub.model_config import no_head
-from arrest_hub.model_source import LocatedModel, ModelSource, find_weights
+from arrest_hub.model_source import LocatedModel, find_weights
 from arrest_hub.transforms import Preprocessing
-
-# What the libraries raise when a config and its weights, or a config and its architecture, do not fit.
-_BUILD_ERRORS = (
-    RuntimeError,  # load_state_dict: missing and unexpected keys, shapes; torch.load: unsafe pickles
-    TypeError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-    OSError,
-    ImportError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
 
 
 class BuiltNetwork(NamedTuple):
@@ -58,8 +41,8 @@ def build_network(
 ) -> BuiltNetwork:
     """The network on the CPU, in float32; ``head_if_none`` classes for one that has no head.
 
-    Raises:
-        BackboneError: it cannot be built, or its weights do not fit.
+    Raises BackboneError for what is known of files that do not fit, and else what the libraries raise: anything, see
+    `build_failure`.
     """
     build = _build_timm if located.source.library == "timm" else _build_transformers
     return build(located, image_size, model_args, allow_pickle, head_if_none)
@@ -80,12 +63,9 @@ def _build_timm(
         # timm loads exactly this file, strictly; left to itself it may prefer a pickle to a safetensors file
         overlay["file"] = str(find_weights(folder, source.model_id, "timm", allow_pickle))
     name = source.architecture if folder is None else f"local-dir:{folder}"
-    try:
-        args = resolve_model_input_args(name, request, **model_args)
-        native: Any = timm.create_model(**args, pretrained=source.pretrained, pretrained_cfg_overlay=overlay)
-        data = resolve_input_data_config(native, request)
-    except _BUILD_ERRORS as error:
-        raise _build_failure(source, folder, model_args, error) from error
+    args = resolve_model_input_args(name, request, **model_args)
+    native: Any = timm.create_model(**args, pretrained=source.pretrained, pretrained_cfg_overlay=overlay)
+    data = resolve_input_data_config(native, request)
     if getattr(native, "in_chans", 3) != 3:
         raise BackboneError(
             f"Model {source.model_id!r} takes images of {native.in_chans} channels; only RGB images (3) are "
@@ -126,36 +106,33 @@ def _build_transformers(
     processor, preprocessing = load_processor(folder, source.model_id, image_size)
     saved_as = (located.config or {}).get("architectures") or [source.architecture]
     headless = saved_as[0] != source.architecture  # what `check_config` lets pass only where a head is put on
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # what a config may ask for beside the logits, or in their place
-        config.output_attentions, config.output_hidden_states, config.return_dict = False, False, True
-        config.architectures = [source.architecture]  # of a type with several classifiers (DeiT) it chooses one
-        if headless:
-            config.num_labels = head_if_none
-        if source.pretrained:
-            weights = find_weights(folder, source.model_id, "transformers", allow_pickle)
-            with quiet_transformers():
-                native, info = AutoModelForImageClassification.from_pretrained(
-                    folder,
-                    config=config,
-                    dtype=torch.float32,
-                    use_safetensors=".safetensors" in weights.name,
-                    weights_only=True,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    ignore_mismatched_sizes=True,  # refused below, by name
-                    output_loading_info=True,
-                )
-        else:
-            native = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
-            info = {}
-    except _BUILD_ERRORS as error:
-        raise _build_failure(source, folder, model_args, error) from error
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # what a config may ask for beside the logits, or in their place
+    config.output_attentions, config.output_hidden_states, config.return_dict = False, False, True
+    config.architectures = [source.architecture]  # of a type with several classifiers (DeiT) it chooses one
+    if headless:
+        config.num_labels = head_if_none
+    if source.pretrained:
+        weights = find_weights(folder, source.model_id, "transformers", allow_pickle)
+        with quiet_transformers():
+            native, info = AutoModelForImageClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=".safetensors" in weights.name,
+                weights_only=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
+    else:
+        native = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+        info = {}
     # transformers starts what a file lacks from random numbers; keys it has no use for (a pooler) are harmless
     mismatched = [f"{key} is {tuple(a)}, not {tuple(b)}" for key, a, b in info.get("mismatched_keys", ())]
     if mismatched:
-        raise _build_failure(source, folder, {}, ValueError("; ".join(sorted(mismatched)[:4]) + "."))
+        raise ValueError("; ".join(sorted(mismatched)[:4]) + ".")
     _mend_momentum(native)
     missing = sorted(info.get("missing_keys", ()))
     if headless:
@@ -185,14 +162,14 @@ def _mend_momentum(network: nn.Module) -> None:
             module.momentum = 1 - module.momentum
 
 
-def _build_failure(
-    source: ModelSource, folder: Path | None, model_args: Mapping[str, Any], error: BaseException
-) -> BackboneError:
+def build_failure(located: LocatedModel, model_args: Mapping[str, Any], error: BaseException) -> BackboneError:
+    """What is said where a network cannot be built of its files."""
+    source = located.source
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     why = " ".join(lines[:3])
     why = why if len(why) <= 400 else why[:400] + " ..."
     why += "" if why.endswith((".", "...", "!")) else "."
-    if folder is None:
+    if located.folder is None:
         given = f" with model_args {dict(model_args)}" if model_args else ""
         return BackboneError(
             f"The timm architecture {source.architecture!r} cannot be built{given}: {why} "
@@ -213,7 +190,7 @@ def _build_failure(
         )
     return BackboneError(
         f"Model {source.model_id!r} ({source.architecture}) cannot be loaded: {why} "
-        "Its weights are damaged, or do not belong to its config.json: download or export it again."
+        "Its files are damaged, or do not belong together: download or export it again."
     )
 
 

@@ -67,7 +67,7 @@ SUITES = {
         model={"model": "resnet18_cifar"},
         teacher={"standard_epochs": 100, "standard_lr": 0.1},
         budget={},
-        evaluation={"batch_size": 500},
+        evaluation={"batch_size": 250},  # what is attacked at a time is begun anew in the next slot
     ),
     "resnet18_short": Suite(
         title="ResNet-18, the narrow network's budget, on a CPU",

@@ -150,8 +150,9 @@ _moving: list[bool] = []
 
 def computed(func, args, kwargs):
     """An operation of ATen, where its tensors are or are to be."""
-    if func is aten.index_put.default and not isinstance(args[0], OnGpu) and isinstance(args[2], OnGpu):
-        args = (OnGpu(args[0]), *args[1:])  # zeros that the backward pass of an indexing made, in C++
+    made_in_c = {aten.index_put.default: 2, aten.scatter.src: 3}.get(func)
+    if made_in_c and not isinstance(args[0], OnGpu) and isinstance(args[made_in_c], OnGpu):
+        args = (OnGpu(args[0]), *args[1:])  # zeros that the backward pass of an indexing or a sorting made
     leaves = tree_leaves((args, kwargs))
     there = [x for x in leaves if isinstance(x, OnGpu)]
     device = kwargs.get("device")

@@ -718,6 +718,11 @@ def test_what_never_leaves(hub, run, tmp_path):
     refused("3 problems", "notes.txt is a link that leads out", "more is a link", "optimizer.bin is a pickle")
     for path in (export / "notes.txt", export / "more", torch_file):
         path.unlink()
+    record = export / "training_record.json"
+    text = record.read_text()
+    record.write_text(json.dumps(json.loads(text) | {"seconds": "many"}))
+    refused("is not whole")
+    record.write_text(text)
     (export / "results.json").write_text("{")
     refused("is not whole")
     (export / "results.json").unlink()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from arrest_hub.errors import BackboneError
@@ -71,7 +71,8 @@ def test_small_training_images_of_another_size_are_fitted_whole(interpolation):
 @pytest.mark.parametrize("size", [(96, 96), (72, 96)])
 def test_large_training_crops_are_torchvisions(size, interpolation):
     transform = train_transform(preprocessing(size, interpolation=interpolation), hflip=0.3, crop_min_scale=0.4)
-    crop = v2.RandomResizedCrop(list(size), scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3), interpolation=interpolation)
+    mode = InterpolationMode(interpolation)
+    crop = v2.RandomResizedCrop(list(size), scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3), interpolation=mode)
     wanted = v2.Compose([crop, v2.RandomHorizontalFlip(0.3)])
     for seed in range(10):
         torch.manual_seed(seed)

@@ -191,9 +191,11 @@ for case in sys.argv[1:]:
 
 def test_arithmetic_whatever_the_caller_chose_and_how():
     """By torch's older switches, its newer ones, or both; (convolutions, products) may be in TF32 before."""
+    probe = "import torch; torch.backends.fp32_precision = 'ieee'; print(torch.backends.cudnn.conv.fp32_precision)"
+    kept = subprocess.check_output([sys.executable, "-c", probe], text=True).strip() == "tf32"  # torch 2.11
     cases = {
-        "B.fp32_precision = 'ieee'": (False, False), "B.fp32_precision = 'tf32'": (True, True),
-        "B.cuda.matmul.fp32_precision = 'tf32'": (True, True), "B.cudnn.fp32_precision = 'ieee'": (False, False),
+        "B.fp32_precision = 'ieee'": (kept, False), "B.fp32_precision = 'tf32'": (True, True),
+        "B.cuda.matmul.fp32_precision = 'tf32'": (True, True), "B.cudnn.fp32_precision = 'ieee'": (kept, False),
         "B.cudnn.conv.fp32_precision = 'ieee'": (False, False),
         "B.mkldnn.matmul.fp32_precision = 'bf16'": (True, False),
         "B.cudnn.allow_tf32 = False": (False, False), "B.cuda.matmul.allow_tf32 = True": (True, True),
