@@ -74,6 +74,11 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resum
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            name = str(error.filename)
+            print(f"error: a file or folder cannot have this name of {len(name)} characters: {name[:60]}... Give a "
+                  "shorter one.", file=sys.stderr)  # fmt: skip
+            return 2
         remedies = dict.fromkeys(FULL, "Make room there")
         if error.filename:
             remedies |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Give the permission for that")

@@ -64,6 +64,12 @@ def test_a_misspelt_optimizer_comes_with_the_rest(capsys):
     assert "cosine" in err
 
 
+@pytest.mark.parametrize("name", ["--model", "--dataset"])
+def test_a_name_that_no_file_can_have(name, capsys):
+    argv = ["--model", "resnet18_cifar", "--dataset", "digits", name, "m" * 300]
+    assert "this name of 300 characters: mmm" in errors(argv, capsys)
+
+
 def test_a_value_behind_a_switch_is_refused_and_not_passed_over(capsys):
     assert "'false' is not a flag" in errors(["--dataset", "digits", "--streaming", "false"], capsys)
     assert "is not a flag" not in errors(["--dataset", "digits", "--streeming", "false"], capsys)
