@@ -399,7 +399,7 @@ def test_several_models_are_compared(folder, tmp_path, capsys):
     assert not out.exists(), "said before the first one is evaluated"
     write_model(tmp_path / "reversed", NAMES[::-1])
     (shutil.copytree(tmp_path / "other", tmp_path / "damaged") / "model.safetensors").write_bytes(b"")
-    for wrong, said in (("reversed", "in another order"), ("damaged", "weights are damaged")):
+    for wrong, said in (("reversed", "in another order"), ("damaged", "files are damaged")):
         assert run_cli(eval_command, [argv[0], str(tmp_path / wrong), *argv[1:]]) == 2
         error = capsys.readouterr().err
         assert f"{tmp_path / wrong}: " in error, "which of the models it is"
