@@ -74,7 +74,7 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resum
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+        if error.errno == errno.ENAMETOOLONG and error.filename:
             name = str(error.filename)
             print(f"error: a file or folder cannot have this name of {len(name)} characters: {name[:60]}... Give a "
                   "shorter one.", file=sys.stderr)  # fmt: skip

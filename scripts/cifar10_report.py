@@ -155,6 +155,24 @@ def by_method_and_rate(key: str) -> tuple[int, float]:
     return SWEPT.index(key.partition("-lr-")[0]), float(VARIANTS[key].flags.get("lr", SHORT["lr"]))
 
 
+def in_table(group: str) -> list[str]:
+    """The variants of a group, beside those that they are compared with, in the order of the table."""
+    keys = [key for key, variant in VARIANTS.items() if variant.group == group]
+    match group:
+        case "main":
+            return keys
+        case "recipe":
+            return ["best", *keys]
+        case "lambda":  # the recipe is the sweep's λ 100
+            return ["arrest", *keys[: keys.index("lambda-300")], "best", *keys[keys.index("lambda-300") :]]
+        case "lr":
+            return sorted((*SWEPT, *keys), key=by_method_and_rate)
+        case "precision":  # each below its own in bf16
+            return [name for key in keys for name in (key.removesuffix("-fp32"), key)]
+        case _:
+            return ["arrest", *keys]
+
+
 def suite_text(name: str, folder: Path) -> list[str]:
     """The tables of a suite."""
     rows = read_suite(folder)
@@ -166,16 +184,7 @@ def suite_text(name: str, folder: Path) -> list[str]:
         "precision": "Precision of the training, bf16 where not said",
     }  # fmt: skip
     for group, title in titles.items():
-        keys = [key for key, variant in VARIANTS.items() if variant.group == group]
-        compared = "best" if group == "recipe" else "arrest"
-        if group not in ("main", "lr", "precision") and compared in rows:
-            keys.insert(0, compared)
-        if group == "lambda":  # the recipe is the sweep's λ 100
-            keys.insert(keys.index("lambda-300"), "best")
-        if group == "lr":
-            keys = sorted((*SWEPT, *keys), key=by_method_and_rate)
-        if group == "precision":  # each below its own in bf16
-            keys = [name for key in keys for name in (key.removesuffix("-fp32"), key)]
+        keys = in_table(group)
         if any(key in rows and VARIANTS[key].group == group for key in keys):
             lines += [f"**{title}**", "", *table(rows, keys), ""]
     return lines
