@@ -5,14 +5,13 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from forked import run_python
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
@@ -675,7 +674,7 @@ def test_without_transformers(tmp_path):
         f"try: load_backbone({str(folder)!r})\n"
         "except BackboneError as error: print(error)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = run_python(["-c", code], cwd=tmp_path, env=dict(os.environ), timeout=120)
     assert 'pip install "arrest-hub[transformers]"' in run.stdout
 
 

@@ -1,12 +1,12 @@
 """Exported folders: what plain timm and transformers make of them, and how they are written."""
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_python
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_backbones import TIMM, timm_backbone, transformers_folder
@@ -65,7 +65,7 @@ def test_the_plain_library_gives_the_same_logits(name, code, tmp_path):
     pixels = torch.rand(2, 3, *backbone.preprocessing.size)
     save_file({"x": backbone.normalize(pixels)}, tmp_path / "x.safetensors")
     arguments = [str(tmp_path / file) for file in ("export", "x.safetensors", "logits.safetensors")]
-    subprocess.run([sys.executable, "-c", code + RUN, *arguments], check=True, cwd=tmp_path)
+    run_python(["-c", code + RUN, *arguments], cwd=tmp_path, env=dict(os.environ), timeout=120).check_returncode()
     logits = load_file(tmp_path / "logits.safetensors")["logits"]
     torch.testing.assert_close(logits, backbone(pixels).logits.detach(), rtol=1e-5, atol=1e-5)
 

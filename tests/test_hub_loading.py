@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_python
 from hub_server import HubServer
 
 SIZE = 8
@@ -217,11 +217,8 @@ def environment(url: str, home: Path, **variables: str) -> dict[str, str]:
 
 def run_child(name: str, *arguments: Any, url: str, home: Path, **variables: str) -> str:
     """Run ``child_<name>(*arguments)`` in a process whose client talks to ``url``; its standard output."""
-    command = [sys.executable, __file__, name, *map(str, arguments)]
-    result = subprocess.run(
-        command, env=environment(url, home, **variables), cwd=home.parent, capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
+    words = [__file__, name, *map(str, arguments)]
+    result = run_python(words, env=environment(url, home, **variables), cwd=home.parent, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -579,10 +576,8 @@ def trained(served, tmp_path_factory) -> tuple[Path, str]:
     """A run from beginning to end, by the command that users type -> its folder, what it printed."""
     folder = tmp_path_factory.mktemp("trained")
     words = ("--model", "org/tiny", "--dataset", "org/data", "--output-dir", str(folder / "run"), *RUN)
-    result = subprocess.run(
-        [sys.executable, "-m", "arrest_hub", "finetune", *words], env=environment(served.url, folder / "home"),
-        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    command = ["-m", "arrest_hub", "finetune", *words]
+    result = run_python(command, env=environment(served.url, folder / "home"), cwd=folder, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result.stdout
 
@@ -605,10 +600,8 @@ def test_arrest_eval_from_the_hub(hub, trained, tmp_path):
         ("org/tiny", "imagenet", f"org/tiny @ {commit[:12]} (resnet18_cifar"),
         (str(export), "org/data", f"teacher     org/tiny@{commit}"),
     ):
-        result = subprocess.run(
-            [sys.executable, "-m", "arrest_hub", "eval", model, "--dataset", dataset, *quick],
-            env=environment(hub.url, home), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        command = ["-m", "arrest_hub", "eval", model, "--dataset", dataset, *quick]
+        result = run_python(command, env=environment(hub.url, home), cwd=tmp_path, timeout=120)
         assert result.returncode == 0, result.stdout + result.stderr
         assert expected in result.stdout
     records = {path.name for path in (tmp_path / "evals").iterdir()}
