@@ -1,19 +1,22 @@
-"""Python processes of their own for tests of the Hub, without the seconds in which each would import PyTorch.
+"""Python processes of their own for tests, without the seconds in which each would import PyTorch.
 
-The Hub's client reads its settings when it is imported, so every such test needs a process. These are forked from one
-that has imported the large libraries that know nothing of the Hub, and are otherwise as if they had been started:
-environment, folder, output and exit code are their own.
+The Hub's client reads its settings when it is imported, so what talks to the tests' Hub needs a process, and so do
+runs of several processes. These are forked from one that has imported the large libraries that know nothing of the
+Hub, and are otherwise as if they had been started: environment, folder, output and exit code are their own.
 """
 
 from __future__ import annotations
 
 import atexit
 import multiprocessing
+import multiprocessing.reduction
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -24,25 +27,57 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(LIBRARIES))
 
 
+class _Process:
+    """``python *words`` under way."""
+
+    def __init__(self, words: list[str], env: dict[str, str], cwd: Path) -> None:
+        self.words = words  # its files are closed by end()
+        self.printed = [tempfile.TemporaryFile("w+") for _ in ("stdout", "stderr")]  # noqa: SIM115
+        streams = [multiprocessing.reduction.DupFd(stream.fileno()) for stream in self.printed]
+        self.process = _context.Process(target=_become, args=(words, env, str(cwd), streams))
+        self.process.start()
+
+    def end(self, until: float) -> subprocess.CompletedProcess[str]:
+        """Wait for its end; killed, and ``subprocess.TimeoutExpired``, where the clock is at ``until`` before it."""
+        self.process.join(max(0.0, until - time.monotonic()))
+        late = self.process.exitcode is None
+        if late:
+            self.process.kill()
+            self.process.join()
+        texts = []
+        for stream in self.printed:
+            with stream:
+                stream.seek(0)
+                texts.append(stream.read())
+        if late:
+            raise subprocess.TimeoutExpired(self.words, until, *texts)
+        return subprocess.CompletedProcess(self.words, self.process.exitcode or 0, *texts)
+
+
 def run_python(words: list[str], *, env: dict[str, str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
     """``python *words``, [-W action:message] and a file, -m or -c -> its exit code and what it printed.
 
     Raises ``subprocess.TimeoutExpired`` where it takes more than ``timeout`` seconds.
     """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        streams = [multiprocessing.reduction.DupFd(stream.fileno()) for stream in (out, err)]
-        process = _context.Process(target=_become, args=(words, env, str(cwd), streams))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(words, timeout)
-        printed = []
-        for stream in (out, err):
-            stream.seek(0)
-            printed.append(stream.read())
-        return subprocess.CompletedProcess(words, process.exitcode or 0, *printed)
+    return _Process(words, env, cwd).end(time.monotonic() + timeout)
+
+
+def run_two(words: list[str], *, env: dict[str, str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    """``python *words`` in two processes that find each other by the variables that torchrun sets.
+
+    What they printed, one after the other, and the exit code of the first that failed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    until = time.monotonic() + timeout
+    both = [_Process(words, env | group | {"RANK": rank, "LOCAL_RANK": rank}, cwd) for rank in ("0", "1")]
+    ends = [process.end(until) for process in both]
+    code = next((end.returncode for end in ends if end.returncode), 0)
+    return subprocess.CompletedProcess(words, code, *("".join(texts) for texts in zip(
+        *((end.stdout, end.stderr) for end in ends), strict=True
+    )))  # fmt: skip
 
 
 def _become(words: list[str], env: dict[str, str], cwd: str, streams: list) -> None:

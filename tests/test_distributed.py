@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import steady_main
 import torch
+from forked import run_two
 from safetensors.torch import load_file
 from test_corrupt_run import damage
 from tiny import NAMES, tiny_config
@@ -27,14 +28,21 @@ from arrest_hub.train import finetune
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def launch(*arguments: str, launcher: tuple[str, ...] = TORCHRUN, file: str | None = None, wait: bool = True) -> Any:
-    """Two processes of `arrest_hub finetune`, or of a file beside this one: how they ended, or (not ``wait``) Popen."""
-    program = ["-m", "arrest_hub", "finetune"] if file is None else [str(Path(__file__).with_name(file))]
-    command = [sys.executable, "-m", *launcher, *program, *arguments]
-    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+
+
+def launch(*arguments: str, launcher: tuple[str, ...] = TORCHRUN, wait: bool = True) -> Any:
+    """Two processes of `arrest_hub finetune`: how they ended, or (not ``wait``) Popen."""
+    command = [sys.executable, "-m", *launcher, "-m", "arrest_hub", "finetune", *arguments]
     if not wait:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=ENVIRONMENT)
+
+
+def run_file(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of a file beside this one."""
+    here = Path(__file__).parent
+    return run_two([str(here / name), *arguments], env=ENVIRONMENT, cwd=here, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,7 @@ def test_the_teachers_figures_are_those_of_one_process(two, tmp_path):
 def test_what_two_processes_do_together():
     """The attack reaches no other process, and none waits for one that has nothing to attack or to count, or has run
     out of memory in a rehearsal; all wait for the main one, however long it takes."""
-    found = json.loads(launch(file="two_processes.py").stdout.splitlines()[-1])
+    found = json.loads(run_file("two_processes.py").stdout.splitlines()[-1])
     calls = found["collectives"]
     assert calls["attack"] == 0
     assert (calls["is wrapped"], calls["wrapped"]) == (1, 2), "one pass a step"
@@ -110,7 +118,8 @@ def test_two_processes_train_as_one_does(two, tmp_path, monkeypatch):
     arguments = [*arguments, "--log-every", "1", "--grad-accum-steps", "2", "--batch-size", "3"]
     arguments[arguments.index("--output-dir") + 1] = str(tmp_path / "two")
     arguments[arguments.index("--model") + 1] = str(tmp_path / "vit")
-    assert launch(*arguments, file="steady_main.py").returncode == 0
+    done = run_file("steady_main.py", *arguments)
+    assert done.returncode == 0, done.stderr
     monkeypatch.setattr(train, "pgd", steady_main.steady_pgd)
     monkeypatch.setattr(train, "random_in_ball", steady_main.steady_ball)
     config = tiny_config(

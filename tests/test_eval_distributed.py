@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import run_two
 from tiny import write_images, write_model
 
 from arrest_hub.cli import eval_command
@@ -18,6 +19,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # it starts as many as it is asked for
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+FORKED = ()
 COUNT = 20  # in batches of 8: of the last one a process has the lesser part
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(Path(__file__).parent.parent),
@@ -26,7 +28,10 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def launch(arguments, launcher) -> subprocess.CompletedProcess[str]:
+def launch(arguments, launcher=TORCHRUN) -> subprocess.CompletedProcess[str]:
+    if launcher == FORKED:
+        words = ["-m", "arrest_hub", "eval", *arguments]
+        return run_two(words, env=ENVIRONMENT, cwd=Path(__file__).parent, timeout=240)
     command = [sys.executable, "-m", *launcher, "-m", "arrest_hub", "eval", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=ENVIRONMENT)
 
@@ -59,7 +64,9 @@ def same(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=["torchrun", "accelerate"]
+    "launcher",
+    [FORKED, pytest.param(TORCHRUN, marks=pytest.mark.slow), pytest.param(ACCELERATE, marks=pytest.mark.slow)],
+    ids=["forked", "torchrun", "accelerate"],
 )
 def test_two_processes_equal_one(one, tmp_path, launcher):
     folder, arguments = one
@@ -90,7 +97,7 @@ def test_one_process_begins_and_two_go_on(one, tmp_path):
     journal = out / "progress" / "rank-00000.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[: len(lines) // 3]) + lines[len(lines) // 3][:20])
-    result = launch([*arguments, "--output-dir", str(out), "--resume"], TORCHRUN)
+    result = launch([*arguments, "--output-dir", str(out), "--resume"])
     assert result.returncode == 0, result.stdout + result.stderr
     same(folder / "one", out)
 
@@ -98,7 +105,7 @@ def test_one_process_begins_and_two_go_on(one, tmp_path):
 @pytest.mark.slow
 def test_one_clear_error_on_two_processes(one, tmp_path):
     _, arguments = one
-    result = launch([*arguments, "--output-dir", str(tmp_path / "out"), "--teacher", str(tmp_path / "none")], TORCHRUN)
+    result = launch([*arguments, "--output-dir", str(tmp_path / "out"), "--teacher", str(tmp_path / "none")])
     assert result.returncode != 0
     assert result.stderr.count("error: ") == 1
     assert "none" in result.stderr
