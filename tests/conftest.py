@@ -43,3 +43,17 @@ def cache(tmp_path, monkeypatch):
     """A cache of `datasets` of its own for the test."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def few_queries(monkeypatch):
+    """Square with 100 queries instead of 5,000, in the package itself, so in direct calls and in ours."""
+    from pyautoattack import AutoAttack
+
+    original = AutoAttack._set_version
+
+    def set_version(self, version="standard"):
+        original(self, version)
+        self.square.n_queries = 100
+
+    monkeypatch.setattr(AutoAttack, "_set_version", set_version)

@@ -22,18 +22,6 @@ from arrest_hub.evaluation import run_evaluation
 RADII = {"linf": "26/255", "l2": "1.1", "l1": "5"}
 
 
-@pytest.fixture
-def few_queries(monkeypatch):
-    """Square with 100 queries instead of 5,000, in the package itself, so in direct calls and in ours."""
-    original = AutoAttack._set_version
-
-    def set_version(self, version="standard"):
-        original(self, version)
-        self.square.n_queries = 100
-
-    monkeypatch.setattr(AutoAttack, "_set_version", set_version)
-
-
 def ours(net, pair, **options):
     config = EvalConfig(model="net", dataset="given", attacks="autoattack", checks=False, teacher=None, **options)
     return run_evaluation(config, module=net, pair=pair, write=False)
