@@ -28,18 +28,18 @@ _context.set_forkserver_preload(list(LIBRARIES))
 
 
 class _Process:
-    """``python *words`` under way."""
+    """``python *words`` under way, for at most ``timeout`` seconds. `end` closes its files."""
 
-    def __init__(self, words: list[str], env: dict[str, str], cwd: Path) -> None:
-        self.words = words  # its files are closed by end()
+    def __init__(self, words: list[str], env: dict[str, str], cwd: Path, timeout: float) -> None:
+        self.words, self.timeout, self.until = words, timeout, time.monotonic() + timeout
         self.printed = [tempfile.TemporaryFile("w+") for _ in ("stdout", "stderr")]  # noqa: SIM115
         streams = [multiprocessing.reduction.DupFd(stream.fileno()) for stream in self.printed]
         self.process = _context.Process(target=_become, args=(words, env, str(cwd), streams))
         self.process.start()
 
-    def end(self, until: float) -> subprocess.CompletedProcess[str]:
-        """Wait for its end; killed, and ``subprocess.TimeoutExpired``, where the clock is at ``until`` before it."""
-        self.process.join(max(0.0, until - time.monotonic()))
+    def end(self) -> subprocess.CompletedProcess[str]:
+        """Wait for its end; where that takes too long it is killed, and raises ``subprocess.TimeoutExpired``."""
+        self.process.join(max(0.0, self.until - time.monotonic()))
         late = self.process.exitcode is None
         if late:
             self.process.kill()
@@ -50,8 +50,8 @@ class _Process:
                 stream.seek(0)
                 texts.append(stream.read())
         if late:
-            raise subprocess.TimeoutExpired(self.words, until, *texts)
-        return subprocess.CompletedProcess(self.words, self.process.exitcode or 0, *texts)
+            raise subprocess.TimeoutExpired(self.words, self.timeout, *texts)
+        return subprocess.CompletedProcess(self.words, self.process.exitcode, *texts)
 
 
 def run_python(words: list[str], *, env: dict[str, str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
@@ -59,21 +59,24 @@ def run_python(words: list[str], *, env: dict[str, str], cwd: Path, timeout: flo
 
     Raises ``subprocess.TimeoutExpired`` where it takes more than ``timeout`` seconds.
     """
-    return _Process(words, env, cwd).end(time.monotonic() + timeout)
+    return _Process(words, env, cwd, timeout).end()
 
 
 def run_two(words: list[str], *, env: dict[str, str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
     """``python *words`` in two processes that find each other by the variables that torchrun sets.
 
-    What they printed, one after the other, and the exit code of the first that failed.
+    What they printed, one after the other, and the exit code of the first that failed. Raises as `run_python` does.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    until = time.monotonic() + timeout
-    both = [_Process(words, env | group | {"RANK": rank, "LOCAL_RANK": rank}, cwd) for rank in ("0", "1")]
-    ends = [process.end(until) for process in both]
+    both = [_Process(words, env | group | {"RANK": rank, "LOCAL_RANK": rank}, cwd, timeout) for rank in ("0", "1")]
+    try:
+        ends = [one.end() for one in both]
+    finally:
+        for one in both:
+            one.process.kill()  # where the other took too long
     code = next((end.returncode for end in ends if end.returncode), 0)
     return subprocess.CompletedProcess(words, code, *("".join(texts) for texts in zip(
         *((end.stdout, end.stderr) for end in ends), strict=True

@@ -160,6 +160,7 @@ def start(
             check=False, preexec_fn=limit,
         )  # fmt: skip
     else:
+        assert limit is None, "a forked process has none"
         result = run_python(command, env=settings, cwd=home.parent, timeout=150)
     assert "hf_me" not in result.stdout + result.stderr, "a token is printed"
     return Outcome(result.returncode, result.stdout, result.stderr)
