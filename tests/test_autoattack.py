@@ -27,7 +27,7 @@ def ours(net, pair, **options):
     return run_evaluation(config, module=net, pair=pair, write=False)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("norm", ["linf", "l2", pytest.param("l1", marks=pytest.mark.slow)])
 def test_verdicts_are_those_of_a_direct_call(norm, few_queries):
     net, (pixels, labels) = robust_net(4), patterns(20 if norm == "l1" else 32, 4, seed=7)
     labels[3] = (labels[3] + 1) % 4  # one that is wrong when clean

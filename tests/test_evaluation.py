@@ -434,7 +434,7 @@ def test_several_models_are_compared(folder, tmp_path, capsys):
 def test_an_export_is_brought_up_to_date(tmp_path, capsys):
     """What arrest-eval finds goes into the folder that arrest-finetune wrote, its card included."""
     write_images(tmp_path / "data", count=24)
-    run = finetune(tiny_config(tmp_path, max_steps=2, epochs=1, eps="40/255", validation_size=8))
+    run = finetune(tiny_config(tmp_path, max_steps=2, epochs=1, eps="40/255", validation_size=8, eval_attack_steps=3))
     export = run.export
     again = [str(export), "--dataset", str(tmp_path / "data"), "--eps", "40/255", "--batch-size", "8", "--num-workers",
              "0", "--teacher", str(tmp_path / "model"), "--check-images", "4"]  # fmt: skip
@@ -847,7 +847,7 @@ def test_the_cards_teacher_is_the_network_that_was_finetuned(tmp_path, capsys, m
     found = run_evaluation(config).report
     assert "without figures of" in capsys.readouterr().out
     after = read_results(export / "results.json")
-    assert [row.attack for row in after.results] == [None, "noise", "pgd-3"]
+    assert [row.attack for row in after.results] == [None, "noise", "pgd-1"]
     assert after.teacher_results == before.teacher_results
     assert after.model == before.model | {key: after.model[key] for key in after.model.keys() - before.model.keys()}
     assert set(after.eps_curve) == {"student"}
@@ -855,7 +855,7 @@ def test_the_cards_teacher_is_the_network_that_was_finetuned(tmp_path, capsys, m
     config = dataclasses.replace(config, teacher=str(tmp_path / "model"), output_dir=str(tmp_path / "second"))
     run_evaluation(config)
     last = read_results(export / "results.json")
-    assert [row.attack for row in last.teacher_results] == [None, "noise", "pgd-3"]
+    assert [row.attack for row in last.teacher_results] == [None, "noise", "pgd-1"]
     assert set(last.eps_curve) == {"student", "teacher"}
 
 

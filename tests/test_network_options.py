@@ -337,7 +337,10 @@ def test_folding_and_layout_change_nothing_in_a_run(method, tmp_path, monkeypatc
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "kind"), [("arrest", "vit"), ("at", "vit"), ("arrest", "resnet")])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("arrest", "resnet"), ("at", "vit"), pytest.param("arrest", "vit", marks=pytest.mark.slow)],
+)
 def test_compiled_training_gives_the_same_and_settles(method, kind, tmp_path, monkeypatch):
     """What the first epoch compiled serves all later ones, though the number of images that are replayed changes."""
     model = vit_folder(tmp_path / "vit") if kind == "vit" else str(write_model(tmp_path / "resnet"))

@@ -129,7 +129,7 @@ def test_a_signal_to_every_process_of_the_job(number, code, by, whole):
     folder, expected = whole
     told_run = folder / f"told-{by}"
     values = {"model": folder / "model", "dataset": folder / "data", "output_dir": told_run, **CHANGES,
-              "batch_size": 8, "attack_steps": 2, "eval_attack_steps": 3, "num_workers": 1, "validation_size": 12,
+              "batch_size": 8, "attack_steps": 2, "eval_attack_steps": 1, "num_workers": 1, "validation_size": 12,
               "lr": 0.05}  # fmt: skip
     words = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "arrest_hub", "finetune", "--no-figures", *words]
@@ -385,7 +385,7 @@ def test_a_finished_export_keeps_what_was_added_to_it(tmp_path, capsys):
     finetune(run_config(tmp_path, "run", epochs=1))
     export = tmp_path / "run" / "export"
     run_evaluation(EvalConfig(
-        model=str(export), dataset=str(tmp_path / "data"), attacks="clean,pgd-3", eps_curve="0:16/255:3", batch_size=8,
+        model=str(export), dataset=str(tmp_path / "data"), attacks="clean,pgd-1", eps_curve="0:16/255:3", batch_size=8,
         num_workers=0, checks=False, output_dir=str(tmp_path / "evaluation"),
     ))  # fmt: skip
     with (export / "README.md").open("a") as card:

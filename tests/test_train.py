@@ -72,7 +72,7 @@ def test_a_run_from_a_model_folder_end_to_end(tmp_path, capsys):
     assert report.to_json() == run.report.to_json()
     assert [(row.metric, row.attack, row.n) for row in report.results] == [
         ("clean_accuracy", None, 48),
-        ("robust_accuracy", "pgd-3", 48),
+        ("robust_accuracy", "pgd-1", 48),
     ]
     assert report.results[1].eps == "8/255"
     assert len(report.teacher_results) == 2

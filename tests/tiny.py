@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +111,24 @@ def write_images(
 ) -> Path:
     """A Parquet dataset of noisy images whose brightness is their class: columns img, label."""
     folder.mkdir(parents=True, exist_ok=True)
-    features = Features({"img": Image(), "label": ClassLabel(names=names)})
     for number, split in enumerate(splits):
-        rng = np.random.default_rng(number)
-        labels = [i % 3 for i in range(count)]
-        images = [
-            PILImage.fromarray(np.clip(rng.normal(60 + 70 * label, 25, (size, size, 3)), 0, 255).astype(np.uint8))
-            for label in labels
-        ]
-        Dataset.from_dict({"img": images, "label": labels}, features=features).to_parquet(
-            str(folder / f"{split}-00000-of-00001.parquet")
-        )
+        (folder / f"{split}-00000-of-00001.parquet").write_bytes(images_file(number, count, size, tuple(names)))
     return folder
+
+
+@cache
+def images_file(seed: int, count: int, size: int, names: tuple[str, ...]) -> bytes:
+    """A split of `write_images`."""
+    features = Features({"img": Image(), "label": ClassLabel(names=list(names))})
+    rng = np.random.default_rng(seed)
+    labels = [i % 3 for i in range(count)]
+    images = [
+        PILImage.fromarray(np.clip(rng.normal(60 + 70 * label, 25, (size, size, 3)), 0, 255).astype(np.uint8))
+        for label in labels
+    ]
+    file = BytesIO()
+    Dataset.from_dict({"img": images, "label": labels}, features=features).to_parquet(file)
+    return file.getvalue()
 
 
 @cache
@@ -151,12 +159,21 @@ def tiny_backbone(classes: int = 3, channels: tuple[int, ...] = CHANNELS) -> Bac
 
 def write_model(folder: Path, label_names: list[str] | None = None) -> Path:
     """A pretrained narrow `resnet18_cifar` as a timm model folder."""
-    names = label_names or NAMES
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in model_files(tuple(label_names or NAMES)).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@cache
+def model_files(names: tuple[str, ...]) -> dict[str, bytes]:
+    """The files of `write_model`."""
     backbone = tiny_backbone(len(names))
     backbone.load_state_dict(pretrained_state(len(names)))
-    backbone.label_names = names
-    write_model_folder(backbone, folder)
-    return folder
+    backbone.label_names = list(names)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model_folder(backbone, Path(folder) / "model")
+        return {path.name: path.read_bytes() for path in (Path(folder) / "model").iterdir()}
 
 
 def tiny_config(tmp_path: Path, **changes: Any) -> FinetuneConfig:
@@ -168,7 +185,7 @@ def tiny_config(tmp_path: Path, **changes: Any) -> FinetuneConfig:
         write_model(model)
     values: dict[str, Any] = {
         "model": str(model), "dataset": str(data), "output_dir": str(tmp_path / "run"), "epochs": 2, "batch_size": 8,
-        "attack_steps": 2, "eval_attack_steps": 3, "num_workers": 0, "validation_size": 12, "log_every": 2, "lr": 0.05,
+        "attack_steps": 2, "eval_attack_steps": 1, "num_workers": 0, "validation_size": 12, "log_every": 2, "lr": 0.05,
         "figures": False,
     }  # fmt: skip
     return FinetuneConfig(**(values | changes))
