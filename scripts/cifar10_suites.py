@@ -157,6 +157,12 @@ VARIANTS = {
         THREE,
         "precision",
     ),
+    "best-lr-0.04-ema-hold-fp32": Variant(
+        "+ averaged (0.995), learning rate held at 0.3, fp32",
+        BEST | {"lr": 0.04, "mixed_precision": "no", "ema_decay": 0.995, "lr_hold": 0.3},
+        (1,),
+        "precision",
+    ),
     "aft-lr-0.04-fp32": Variant(
         "AFT, lr 0.04, fp32", {"method": "at", "lr": 0.04, "mixed_precision": "no"}, THREE, "precision"
     ),
