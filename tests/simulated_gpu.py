@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from functools import cache
 from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 NAME = "NVIDIA H200"
@@ -153,8 +153,10 @@ def computed(func, args, kwargs):
     made_in_c = {aten.index_put.default: 2, aten.scatter.src: 3}.get(func)
     if made_in_c and not isinstance(args[0], OnGpu) and isinstance(args[made_in_c], OnGpu):
         args = (OnGpu(args[0]), *args[1:])  # zeros that the backward pass of an indexing or a sorting made
-    leaves = tree_leaves((args, kwargs))
+    leaves = [*_leaves(args), *kwargs.values()]
     there = [x for x in leaves if isinstance(x, OnGpu)]
+    if not there and not kwargs:
+        return func(*args)
     device = kwargs.get("device")
     on_gpu = bool(there) if device is None else torch.device(device).type == "cuda"
     if func is aten._to_copy.default and there and not _moving:
@@ -165,14 +167,37 @@ def computed(func, args, kwargs):
     blocking = func is aten._to_copy.default and not on_gpu and not (_moving and _moving[-1])
     if (there and (func in WAITS or blocking)) or _boolean_index(func, args):
         waited.append(str(func))
-    inner_args, inner_kwargs = tree_map_only(OnGpu, lambda x: x.held, (args, kwargs))
-    inner_kwargs = inner_kwargs | ({} if device is None else {"device": CPU})
+    inner_args = _each(args, lambda x: x.held if isinstance(x, OnGpu) else x)
+    inner_kwargs = {name: value.held if isinstance(value, OnGpu) else value for name, value in kwargs.items()}
+    inner_kwargs |= {} if device is None else {"device": CPU}
     inner_kwargs.pop("pin_memory", None)
     found = func(*inner_args, **inner_kwargs)
     if not on_gpu:
         return found
-    found = tree_map_only(torch.Tensor, lambda x: x if isinstance(x, OnGpu) else OnGpu(x), found)
-    return return_and_correct_aliasing(func, args, kwargs, found) if there else found
+    found = _each(found, lambda x: OnGpu(x) if isinstance(x, torch.Tensor) and not isinstance(x, OnGpu) else x)
+    return return_and_correct_aliasing(func, args, kwargs, found) if there and _aliases(func) else found
+
+
+def _leaves(value):
+    """What a tuple or list, of operands or of tuples and lists of them, holds."""
+    for one in value:
+        if isinstance(one, (tuple, list)):
+            yield from _leaves(one)
+        else:
+            yield one
+
+
+def _each(value, change):
+    """``change`` of an operand or a result, or of each in a tuple or list."""
+    if type(value) is tuple or type(value) is list:
+        return type(value)(_each(one, change) for one in value)
+    return change(value)
+
+
+@cache
+def _aliases(func):
+    """Whether an operation gives back, or a view of, one of its arguments."""
+    return any(one.alias_info is not None for one in (*func._schema.arguments, *func._schema.returns))
 
 
 def _check(func, args, leaves, there):
