@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ from torch import nn
 
 SLOW = 2.0
 """From which slowdown on a warning is due: with arithmetic for it a CPU takes less time in bf16, not more."""
+
+version = cache(metadata.version)
+"""Of an installed package; looked up in its files once."""
 
 
 def library_versions(library: str = "timm") -> dict[str, str]:

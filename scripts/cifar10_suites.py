@@ -61,6 +61,14 @@ SUITES = {
         budget={name: value for name, value in SHORT.items() if name != "limit_train"} | {"epochs": 5},
         evaluation=ON_CPU,
     ),
+    "narrow_few": Suite(
+        title="a quarter of ResNet-18's width, 25 epochs of 10,000 images, on a CPU",
+        recipe="default",
+        model={"model": "resnet18_cifar", "model_args": "channels=[16,32,64,128]"},
+        teacher={"standard_epochs": 15, "standard_lr": 0.1, "batch_size": 128},
+        budget=SHORT | {"epochs": 25},
+        evaluation=ON_CPU,
+    ),
     "resnet18": Suite(
         title="ResNet-18",
         recipe="cifar10_resnet18",

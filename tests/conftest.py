@@ -57,3 +57,17 @@ def few_queries(monkeypatch):
         self.square.n_queries = 100
 
     monkeypatch.setattr(AutoAttack, "_set_version", set_version)
+
+
+@pytest.fixture
+def few_iterations(monkeypatch):
+    """APGD with 20 iterations instead of 100, where what is done with its examples is looked at, not what they are."""
+    from pyautoattack import AutoAttack
+
+    original = AutoAttack._set_version
+
+    def set_version(self, version="standard"):
+        original(self, version)
+        self.apgd.n_iter = self.apgd_targeted.n_iter = 20
+
+    monkeypatch.setattr(AutoAttack, "_set_version", set_version)

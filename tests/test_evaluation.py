@@ -49,6 +49,7 @@ from arrest_hub.training_record import FILE_NAME as RECORD
 from arrest_hub.verdicts import Verdicts, read_verdicts
 
 EPS = "26/255"
+pytestmark = pytest.mark.usefixtures("few_iterations")
 
 
 def run(net=None, pair=None, **options):
