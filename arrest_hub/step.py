@@ -57,18 +57,24 @@ def choose_images_at_once(config: FinetuneConfig, network: Backbone, device: tor
     return config.images_at_once
 
 
+def find_pairs(config: FinetuneConfig, network: Backbone) -> dict[str, str]:
+    """What can be folded in a network, and is to be; looked for once in a network and its copies."""
+    if not config.fold_batchnorm:
+        return {}
+    if network.pairs is None:
+        generator = torch.Generator().manual_seed(0)
+        network.pairs = foldable(network, torch.rand(2, 3, *network.preprocessing.size, generator=generator))
+    return network.pairs
+
+
 def for_eval_passes(config: FinetuneConfig, network: Backbone) -> nn.Module:
     """What is attacked, and compared with the teacher, in place of ``network``: the same to rounding in eval mode.
 
     A `FoldedNetwork` to be refreshed when the weights have changed, or the network itself where nothing can be folded.
     """
-    if not config.fold_batchnorm:
+    if not find_pairs(config, network):
         return network
-    generator = torch.Generator().manual_seed(0)
-    pairs = foldable(network, torch.rand(2, 3, *network.preprocessing.size, generator=generator))
-    if not pairs:
-        return network
-    folded = FoldedNetwork(network, pairs, AUTOCAST[config.mixed_precision])
+    folded = FoldedNetwork(network, find_pairs(config, network), AUTOCAST[config.mixed_precision])
     if config.compile:
         folded.compile()
     return folded
@@ -87,6 +93,7 @@ def make_teacher(config: FinetuneConfig, network: Backbone, device: torch.device
     """A frozen copy of ``network`` on the device; None where the method needs no teacher."""
     if not config.needs_teacher:
         return None
+    find_pairs(config, network)  # of the student, which is a copy or the network itself, too
     teacher = copy.deepcopy(network).eval().requires_grad_(False).to(device)
     if config.compile:
         teacher.compile()
