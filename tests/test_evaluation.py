@@ -444,7 +444,7 @@ def test_an_export_is_brought_up_to_date(tmp_path, capsys):
     same = read_results(tmp_path / "same" / "results.json")
     assert [row.correct for row in same.results] == [row.correct for row in before.results], "one way to measure"
     assert [row.correct for row in same.teacher_results] == [row.correct for row in before.teacher_results]
-    more = [*again, "--attacks", "apgd-ce", "--eps-curve", "0:40/255:3"]
+    more = [*again, "--attacks", "apgd-ce", "--eps-curve", "0:40/255:3", "--curve-images", "6"]
     eval_command([*more, "--output-dir", str(tmp_path / "more")])
     after = read_results(export / "results.json")
     assert [row.attack for row in after.results] == [None, "pgd-3", "apgd-ce"]

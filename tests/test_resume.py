@@ -385,8 +385,8 @@ def test_a_finished_export_keeps_what_was_added_to_it(tmp_path, capsys):
     finetune(run_config(tmp_path, "run", epochs=1))
     export = tmp_path / "run" / "export"
     run_evaluation(EvalConfig(
-        model=str(export), dataset=str(tmp_path / "data"), attacks="clean,pgd-1", eps_curve="0:16/255:3", batch_size=8,
-        num_workers=0, checks=False, output_dir=str(tmp_path / "evaluation"),
+        model=str(export), dataset=str(tmp_path / "data"), attacks="clean,pgd-1", eps_curve="0:16/255:3",
+        curve_images=6, batch_size=8, num_workers=0, checks=False, output_dir=str(tmp_path / "evaluation"),
     ))  # fmt: skip
     with (export / "README.md").open("a") as card:
         card.write("\nWritten by hand.\n")

@@ -157,7 +157,7 @@ def test_images_are_copied_to_the_gpu_without_waiting_for_it(folder, monkeypatch
         assert not waited
 
 
-def test_an_evaluation_gives_the_figures_of_a_cpu(tmp_path, monkeypatch):
+def test_an_evaluation_gives_the_figures_of_a_cpu(tmp_path, monkeypatch, few_iterations):
     monkeypatch.setattr(masking, "SQUARE_QUERIES", 10)
     options = {"eps": "26/255", "attacks": "noise,pgd-3,apgd-ce", "check_images": 4}
     pair, reports = patterns(12, 4, seed=3), []
