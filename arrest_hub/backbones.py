@@ -59,7 +59,7 @@ class Backbone(nn.Module):
         self.preprocessing = preprocessing
         self.label_names = None if label_names is None else list(label_names)
         self.memory_format = torch.contiguous_format
-        self.pairs: dict[str, str] | None = None  # what `foldable` found in it, once it was asked; its copies have it
+        self.foldable_pairs: dict[str, str] | None = None  # by `foldable`, once it was asked; copies have them too
         self.processor = processor  # the transformers image processor, written back by export
         self.body = native
         self._head_names = head_names(native, source)

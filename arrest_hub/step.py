@@ -61,10 +61,10 @@ def find_pairs(config: FinetuneConfig, network: Backbone) -> dict[str, str]:
     """What can be folded in a network, and is to be; looked for once in a network and its copies."""
     if not config.fold_batchnorm:
         return {}
-    if network.pairs is None:
+    if network.foldable_pairs is None:
         generator = torch.Generator().manual_seed(0)
-        network.pairs = foldable(network, torch.rand(2, 3, *network.preprocessing.size, generator=generator))
-    return network.pairs
+        network.foldable_pairs = foldable(network, torch.rand(2, 3, *network.preprocessing.size, generator=generator))
+    return network.foldable_pairs
 
 
 def for_eval_passes(config: FinetuneConfig, network: Backbone) -> nn.Module:
