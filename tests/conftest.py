@@ -60,8 +60,11 @@ def few_queries(monkeypatch):
 
 
 @pytest.fixture
-def few_iterations(monkeypatch):
-    """APGD with 20 iterations instead of 100, where what is done with its examples is looked at, not what they are."""
+def few_iterations(request, monkeypatch):
+    """APGD with 20 iterations instead of 100, where what is done with its examples is looked at, not what they are; not
+    in a slow test, which may compare them with those of another process."""
+    if request.node.get_closest_marker("slow"):
+        return
     from pyautoattack import AutoAttack
 
     original = AutoAttack._set_version

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from filelock import FileLock
+from forked import LIBRARIES
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import killed_after, tiny_config, write_images
@@ -568,21 +570,30 @@ def test_killed_between_the_last_checkpoint_and_the_deletion_of_the_oldest(whole
     assert outcome(run) == expected
 
 
+@pytest.fixture
+def forking():
+    """What forks processes that have imported the package, which those of other tests must not have (forked.py)."""
+    context = multiprocessing.get_context("forkserver")
+    forkserver._forkserver._stop()  # there is one in a process
+    context.set_forkserver_preload(["arrest_hub.train", "tiny"])
+    yield context
+    forkserver._forkserver._stop()
+    context.set_forkserver_preload(list(LIBRARIES))
+
+
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments(tmp_path, whole):
+def test_twenty_kills_at_random_moments(tmp_path, whole, forking):
     """SIGKILL, every other time as soon as a checkpoint is being written; what the run then makes is the same."""
     _, expected = whole
     tiny_config(tmp_path)  # data and model
     chance = random.Random(0)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["arrest_hub.train", "tiny"])
     kills = writing = runs = 0
     started = time.monotonic()
     while kills < 20:
         assert time.monotonic() - started < 200
         run = tmp_path / f"run-{runs}"
         values = {**CHANGES, "folder": str(tmp_path), "output_dir": str(run), "resume": True}
-        child = context.Process(target=train_in_child, args=(values,))
+        child = forking.Process(target=train_in_child, args=(values,))
         child.start()
         in_writing = kills % 2 == 1
         moment = time.monotonic() + chance.uniform(0.3, 3.0)
