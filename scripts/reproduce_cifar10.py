@@ -167,7 +167,8 @@ def keep(session: Session, key: str, seed: int, run: Path, record: Path, command
     """Copy what was measured, and how, to where it is committed."""
     folder = evidence_folder(session, key, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(record / "results.json", folder / "results.json")
+    for name in ("results.json", "verdicts.parquet"):  # the second: of each image, for networks in pairs
+        shutil.copyfile(record / name, folder / name)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     log = [line for line in lines if line["phase"] == "robust" and "loss" in line]
     seconds = read_seconds(run)
