@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,33 @@ def noise_attack(threat: ThreatModel, *, seed: int, name: str = "noise") -> Atta
     return run
 
 
+def in_attack_precision(evaluator: Evaluator, make: Callable[[LogitsFn], AttackFn]) -> AttackFn:
+    """The attack that ``make`` makes of a network, in the evaluator's ``attack_precision``.
+
+    What it then finds of an image may fool the network in that arithmetic alone, and an attack stops at what it takes
+    for a success: such an image is attacked again, in the arithmetic of verdicts. So no image stands that was not
+    attacked to the end. Their number is noted as ``attacked_again``.
+    """
+    exact = make(evaluator.classify)
+    if evaluator.search is evaluator.classify:
+        return exact
+    search = make(evaluator.search)
+
+    def run(pixels: Tensor, labels: Tensor, number: int) -> Attacked:
+        with evaluator.searching():
+            found = search(pixels, labels, number)
+            with torch.no_grad():
+                fooled = evaluator.search(found.adversarial).argmax(dim=1) != labels
+        with torch.no_grad():
+            again = fooled & (evaluator.classify(found.adversarial).argmax(dim=1) == labels)
+        adversarial = found.adversarial.clone()
+        if again.any():
+            adversarial[again] = exact(pixels[again], labels[again], number).adversarial
+        return Attacked(adversarial, {**found.extra, "attacked_again": int(again.sum())})
+
+    return run
+
+
 def part_attack(parts: AutoAttackParts, part: str) -> AttackFn:
     """One part of AutoAttack."""
     return lambda pixels, labels, number: Attacked(parts.perturb(part, pixels, labels), {})
@@ -99,7 +126,13 @@ def part_attack(parts: AutoAttackParts, part: str) -> AttackFn:
 
 def _outcome(name: str, run: StageOutcome, parameters: dict[str, Any]) -> AttackOutcome:
     inside = all(entry["inside"] for entry in run.entries)
-    return AttackOutcome(dict.fromkeys(run.broken, name), run.seconds, parameters, run.largest, inside)
+    return AttackOutcome(dict.fromkeys(run.broken, name), run.seconds, parameters | _again(run), run.largest, inside)
+
+
+def _again(run: StageOutcome) -> dict[str, int]:
+    """How many images were attacked again, where the attack has an arithmetic of its own."""
+    counts = [entry["attacked_again"] for entry in run.entries if "attacked_again" in entry]
+    return {"attacked_again": sum(counts)} if counts else {}
 
 
 def run_attack(
@@ -125,25 +158,35 @@ def run_attack(
         return _outcome(name, run, {"draws": 1, "distribution": "uniform"})
     if name.startswith("pgd-"):
         steps = int(name.removeprefix("pgd-"))
-        attack = pgd_attack(
-            evaluator.classify, threat, steps=steps, step_size=pgd_step_size, restarts=pgd_restarts, seed=seed,
-            name=name,
-        )  # fmt: skip
+        attack = in_attack_precision(
+            evaluator,
+            lambda logits_fn: pgd_attack(
+                logits_fn, threat, steps=steps, step_size=pgd_step_size, restarts=pgd_restarts, seed=seed, name=name
+            ),
+        )
         run = evaluator.attack(
             scope + name, positions, attack, title=name.upper(), passes=(steps + 1) * pgd_restarts, of=of
         )
         return _outcome(name, run, pgd_parameters(steps, pgd_step_size, pgd_restarts))
-    suite = AutoAttackParts(
-        evaluator.classify, norm=threat.norm, eps=threat.eps, seed=seed, num_classes=num_classes,
-        device=evaluator.accelerator.device,
-    )  # fmt: skip
+    suites = {
+        logits_fn: AutoAttackParts(
+            logits_fn, norm=threat.norm, eps=threat.eps, seed=seed, num_classes=num_classes,
+            device=evaluator.accelerator.device,
+        )
+        for logits_fn in (evaluator.classify, evaluator.search)
+    }  # fmt: skip
+    suite = suites[evaluator.classify]
+
+    def attack_of(part: str) -> AttackFn:
+        return in_attack_precision(evaluator, lambda logits_fn: part_attack(suites[logits_fn], part))
+
     chosen, not_run = standard_parts(num_classes) if name == "autoattack" else ([name], {})
     broken_by: dict[int, str] = {}
     standing, records, largest, inside = list(positions), [], 0.0, True
     for number, part in enumerate(chosen):
         title = f"AutoAttack {part} ({number + 1}/{len(chosen)})" if name == "autoattack" else part
         run = evaluator.attack(
-            f"{scope}{name}/{part}", standing, part_attack(suite, part), title=title, passes=suite.passes(part), of=of
+            f"{scope}{name}/{part}", standing, attack_of(part), title=title, passes=suite.passes(part), of=of
         )
         broken_by |= dict.fromkeys(run.broken, part)
         broken = set(run.broken)
@@ -151,7 +194,7 @@ def run_attack(
         largest = max(largest, run.largest)
         inside = inside and all(entry["inside"] for entry in run.entries)
         record = {"name": part, **suite.parameters(part), "attacked": run.attacked, "broken": len(broken),
-                  "seconds": round(run.seconds, 3)}  # fmt: skip
+                  "seconds": round(run.seconds, 3), **_again(run)}  # fmt: skip
         flags = sorted({warning for entry in run.entries for warning in entry["warnings"]})
         records.append(record | ({"warnings": flags} if flags else {}))
     parameters = {

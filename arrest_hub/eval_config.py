@@ -71,6 +71,10 @@ class EvalConfig:
         "images attacked at once; the random draws of attacks depend on it", low=1)
     precision: str = _field("fp32", "str", "attacks",
         "arithmetic of the network; fp32 is without TF32", choices=("fp32", "tf32", "bf16"))
+    attack_precision: str | None = _field(None, "str", "attacks",
+        "arithmetic in which attacks look for adversarial images, whose verdicts stay in --precision; what fools the "
+        "network in this arithmetic alone is attacked again in the other; default: --precision",
+        choices=("fp32", "tf32", "bf16"), optional=True)
     channels_last: bool = _field(False, "bool", "attacks",
         "memory layout that convolutions are often faster in; rounds differently")
     compile: bool = _field(False, "bool", "attacks", "torch.compile the network; rounds differently")
@@ -107,9 +111,10 @@ class EvalConfig:
 
     @property
     def arithmetic_name(self) -> str:
-        """What a record says of the arithmetic: ``fp32``, or ``bf16, channels_last, compiled``."""
+        """What a record says of the arithmetic: ``fp32``, or ``fp32 (attacks in tf32), channels_last, compiled``."""
+        attacks = "" if self.attack_precision is None else f" (attacks in {self.attack_precision})"
         extra = ["channels_last"] * self.channels_last + ["compiled"] * self.compile
-        return ", ".join([self.precision, *extra])
+        return ", ".join([self.precision + attacks, *extra])
 
     @property
     def attack_names(self) -> list[str]:
@@ -136,6 +141,8 @@ class EvalConfig:
             names = [name.strip().lower() for name in (self.attacks or default).split(",") if name.strip()]
             self.attacks = ",".join(dict.fromkeys(["clean", *names]))
             problems += [problem for name in self.attack_names for problem in attack_problem(name, self.norm)]
+        if self.attack_precision == self.precision:
+            self.attack_precision = None
         if {"norm", "eps"} <= good:
             problems += eps_problem(self.norm, self.eps)
         if {"eps", "pgd_step_size"} <= good and self.pgd_step_size and self.step_size_value > 2 * self.eps_value:

@@ -63,7 +63,7 @@ class EvalSession:
         return Evaluator(
             torch.compile(module) if config.compile else module,  # type: ignore[arg-type]
             self.images.images, self.accelerator, self.journal, batch_size=config.batch_size,
-            num_workers=self._workers(), precision=config.precision,
+            num_workers=self._workers(), precision=config.precision, attack_precision=config.attack_precision,
             channels_last=config.channels_last, norm=config.norm, name=name,
         )  # fmt: skip
 
@@ -250,7 +250,7 @@ class EvalSession:
         revision = f" @ {info['revision'][:12]}" if info.get("revision") else ""
         size = self.subject.preprocessing.size if self.subject.preprocessing else None
         pixels = f", {size[0]}x{size[1]} px" if size else ""
-        tf32 = " (no TF32)" if config.precision == "fp32" else ""
+        tf32 = " (no TF32)" if config.arithmetic_name.partition(",")[0] == "fp32" else ""
         return [
             f"model       {self.subject.name}{revision} ({info['architecture']}, {info['parameters'] / 1e6:.2f} M "
             f"parameters{pixels}, {self.num_classes} classes)",

@@ -164,7 +164,8 @@ def run_evaluation(
     main_only(accelerator, check)  # on another node the folder may be another one
     say = accelerator.print
     warnings = [launcher_warning(accelerator, "eval")]
-    warnings += [bf16_warning(accelerator, "--precision fp32")] if config.precision == "bf16" else []
+    for name, precision in (("--precision", config.precision), ("--attack-precision", config.attack_precision)):
+        warnings += [bf16_warning(accelerator, f"{name} fp32")] if precision == "bf16" else []
     for note in (*notes, *filter(None, warnings)):
         say(note)
     subject, images = _open(config, accelerator, module, pair)
@@ -260,12 +261,13 @@ def _finished(
 
 def precision_problems(config: EvalConfig) -> list[str]:
     """What this machine cannot do of the configuration: a line for each."""
-    if config.precision == "tf32" and not torch.cuda.is_available():
-        return ["--precision tf32 needs an NVIDIA GPU and this machine offers none: give fp32."]
-    cuda = torch.cuda.is_available()
-    if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return ["--precision bf16: this GPU has no bfloat16 arithmetic. Give fp32."]
-    return []
+    cuda, problems = torch.cuda.is_available(), []
+    for name, precision in (("--precision", config.precision), ("--attack-precision", config.attack_precision)):
+        if precision == "tf32" and not cuda:
+            problems.append(f"{name} tf32 needs an NVIDIA GPU and this machine offers none: give fp32.")
+        if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+            problems.append(f"{name} bf16: this GPU has no bfloat16 arithmetic. Give fp32.")
+    return problems
 
 
 def _open(

@@ -26,6 +26,7 @@ from arrest_hub.errors import ArrestError, ConfigError
 from arrest_hub.journal import Entry, Journal
 from arrest_hub.out_of_memory import full_memory_told
 from arrest_hub.progress import progress_bar
+from arrest_hub.tf32 import tf32
 from arrest_hub.validation import arithmetic
 
 
@@ -157,6 +158,8 @@ class Evaluator:
     """Runs stages for one model on one list of images.
 
     ``model`` maps pixels in [0, 1] to logits and is on the accelerator's device; ``labels`` are model outputs [N].
+    Verdicts are those of `classify`, in ``precision``. Attacks may follow `search`, in ``attack_precision``, while
+    `searching`; by default both are one function.
     """
 
     def __init__(
@@ -169,6 +172,7 @@ class Evaluator:
         batch_size: int,
         num_workers: int = 0,
         precision: str = "fp32",
+        attack_precision: str | None = None,
         channels_last: bool = False,
         norm: str = "linf",
         name: str = "",
@@ -178,9 +182,11 @@ class Evaluator:
         self.name = f"{name} " if name else ""
         self._passes = 0
         self._on_pass: Callable[[], None] = lambda: None
-        self.classify = logits_function(
-            model, precision=precision, channels_last=channels_last, device=accelerator.device, on_pass=self._tick
-        )
+        options = {"channels_last": channels_last, "device": accelerator.device, "on_pass": self._tick}
+        self.classify = self.search = logits_function(model, precision=precision, **options)
+        self.attack_precision = attack_precision or precision
+        if self.attack_precision != precision:
+            self.search = logits_function(model, precision=self.attack_precision, **options)
 
     def _tick(self, count: int) -> None:
         self._passes += count
@@ -192,6 +198,12 @@ class Evaluator:
         cure = "a smaller --batch-size needs less (start anew with it: AutoAttack's draws depend on it)."
         told = full_memory_told(f"{self.batch_size} images at once are too many, and {cure}")
         with told, frozen_eval(self.model), arithmetic(self.precision):
+            yield
+
+    @contextmanager
+    def searching(self) -> Iterator[None]:
+        """Within `ready`: the arithmetic of `search`, for its gradients too."""
+        with tf32(self.attack_precision == "tf32"):
             yield
 
     def batches(self, positions: Sequence[int], mine: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:

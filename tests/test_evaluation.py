@@ -756,6 +756,7 @@ def test_robustbench_entry_is_refused_before_the_work(folder, tmp_path, capsys):
         (["--teacher", "none-such/thing/x"], "none-such"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--precision", "tf32"], "tf32 needs an NVIDIA GPU"),
+        (["--attack-precision", "tf32"], "--attack-precision tf32 needs an NVIDIA GPU"),
     ],
 )
 def test_bad_flags_are_one_clear_error_and_write_nothing(folder, tmp_path, capsys, change, message):

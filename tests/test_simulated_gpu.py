@@ -174,19 +174,23 @@ def test_an_evaluation_gives_the_figures_of_a_cpu(tmp_path, monkeypatch, few_ite
     assert len({row.correct for row in gpu.results}) > 1
 
 
-@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
-def test_an_evaluation_is_in_the_arithmetic_that_it_names(precision, tf32):
+@pytest.mark.parametrize(
+    ("precision", "attacks", "tf32"),
+    [("fp32", None, {False}), ("tf32", None, {True}), ("bf16", None, {False}), ("fp32", "tf32", {False, True})],
+)
+def test_an_evaluation_is_in_the_arithmetic_that_it_names(precision, attacks, tf32):
     seen = set()
 
     def look(logits):
-        if len(logits) == 8:  # not the two images by which classes are counted
+        if len(logits) > 2:  # not the two images by which classes are counted
             seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
         return logits
 
-    options = {"attacks": "pgd-2", "checks": False, "teacher": tiny_backbone(4), "channels_last": True}
+    options = {"attacks": "pgd-2", "checks": False, "teacher": tiny_backbone(4), "channels_last": True,
+               "precision": precision, "attack_precision": attacks}  # fmt: skip
     with simulated_gpu():
-        report = arrest_hub.evaluate(LogitsOnly(tiny_backbone(4), look), patterns(8, 4), precision=precision, **options)
-    assert seen == {(tf32, tf32)}
+        report = arrest_hub.evaluate(LogitsOnly(tiny_backbone(4), look), patterns(8, 4), **options)
+    assert seen == {(allowed, allowed) for allowed in tf32}
     assert report.precision.startswith(precision)
     assert not torch.backends.cuda.matmul.allow_tf32
 
