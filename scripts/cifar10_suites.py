@@ -43,6 +43,8 @@ SHORT: Flags = {
 }  # fmt: skip
 """What a core does in some minutes: enough to rank the parts."""
 ON_CPU: Flags = {"limit_eval": 1000, "batch_size": 32, "channels_last": True, "compile": True, "num_workers": 0}
+# verdicts stay in fp32; what is attacked at a time is begun anew in the next slot
+ON_GPU: Flags = {"batch_size": 250, "channels_last": True, "attack_precision": "tf32"}
 
 SUITES = {
     "narrow": Suite(
@@ -75,7 +77,7 @@ SUITES = {
         model={"model": "resnet18_cifar"},
         teacher={"standard_epochs": 100, "standard_lr": 0.1},
         budget={},
-        evaluation={"batch_size": 250},  # what is attacked at a time is begun anew in the next slot
+        evaluation=ON_GPU,
     ),
     "resnet18_short": Suite(
         title="ResNet-18, the narrow network's budget, on a CPU",
@@ -99,7 +101,7 @@ SUITES = {
         model={"model": "wide_resnet34_10_cifar"},
         teacher={"standard_epochs": 100, "standard_lr": 0.1},
         budget={},
-        evaluation={"batch_size": 250},
+        evaluation=ON_GPU,
     ),
 }  # fmt: skip
 
