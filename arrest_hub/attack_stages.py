@@ -92,11 +92,11 @@ def noise_attack(threat: ThreatModel, *, seed: int, name: str = "noise") -> Atta
     return run
 
 
-def in_attack_precision(evaluator: Evaluator, make: Callable[[LogitsFn], AttackFn]) -> AttackFn:
-    """The attack that ``make`` makes of a network, in the evaluator's ``attack_precision``.
+def by_search(evaluator: Evaluator, make: Callable[[LogitsFn], AttackFn]) -> AttackFn:
+    """The attack that ``make`` makes of a network, of the one that the evaluator's attacks are to follow.
 
-    What it then finds of an image may fool the network in that arithmetic alone, and an attack stops at what it takes
-    for a success: such an image is attacked again, in the arithmetic of verdicts. So no image stands that was not
+    What it then finds of an image may fool that one alone, by its rounding, and an attack stops at what it takes for a
+    success: such an image is attacked again, following the network of the verdicts. So no image stands that was not
     attacked to the end. Their number is noted as ``attacked_again``.
     """
     exact = make(evaluator.classify)
@@ -130,7 +130,7 @@ def _outcome(name: str, run: StageOutcome, parameters: dict[str, Any]) -> Attack
 
 
 def _again(run: StageOutcome) -> dict[str, int]:
-    """How many images were attacked again, where the attack has an arithmetic of its own."""
+    """How many images were attacked again, where attacks follow a network of their own."""
     counts = [entry["attacked_again"] for entry in run.entries if "attacked_again" in entry]
     return {"attacked_again": sum(counts)} if counts else {}
 
@@ -158,7 +158,7 @@ def run_attack(
         return _outcome(name, run, {"draws": 1, "distribution": "uniform"})
     if name.startswith("pgd-"):
         steps = int(name.removeprefix("pgd-"))
-        attack = in_attack_precision(
+        attack = by_search(
             evaluator,
             lambda logits_fn: pgd_attack(
                 logits_fn, threat, steps=steps, step_size=pgd_step_size, restarts=pgd_restarts, seed=seed, name=name
@@ -178,7 +178,7 @@ def run_attack(
     suite = suites[evaluator.classify]
 
     def attack_of(part: str) -> AttackFn:
-        return in_attack_precision(evaluator, lambda logits_fn: part_attack(suites[logits_fn], part))
+        return by_search(evaluator, lambda logits_fn: part_attack(suites[logits_fn], part))
 
     chosen, not_run = standard_parts(num_classes) if name == "autoattack" else ([name], {})
     broken_by: dict[int, str] = {}

@@ -78,6 +78,9 @@ class EvalConfig:
     channels_last: bool = _field(False, "bool", "attacks",
         "memory layout that convolutions are often faster in; rounds differently")
     compile: bool = _field(False, "bool", "attacks", "torch.compile the network; rounds differently")
+    fold_batchnorm: bool = _field(False, "bool", "attacks",
+        "attacks follow the network with BatchNorm folded into the convolutions, which is faster; as with "
+        "--attack-precision, verdicts are the network's own")
     seed: int = _field(0, "int", "attacks", "seed of everything random", low=0, high=2 ** 31 - 1)
 
     checks: bool = _field(True, "bool", "evidence", "look for gradient masking")
@@ -109,12 +112,11 @@ class EvalConfig:
         """PGD's step on pixels in [0, 1]; by default eps / 4."""
         return self.eps_value / 4 if self.pgd_step_size is None else float(Fraction(self.pgd_step_size))
 
-    @property
-    def arithmetic_name(self) -> str:
-        """What a record says of the arithmetic: ``fp32``, or ``fp32 (attacks in tf32), channels_last, compiled``."""
-        attacks = "" if self.attack_precision is None else f" (attacks in {self.attack_precision})"
+    def arithmetic_name(self, *, folded: bool) -> str:
+        """What a record says of the arithmetic: ``fp32``, or ``fp32 (attacks in tf32 and folded), channels_last``."""
+        attacks = [f"in {self.attack_precision}"] * (self.attack_precision is not None) + ["folded"] * folded
         extra = ["channels_last"] * self.channels_last + ["compiled"] * self.compile
-        return ", ".join([self.precision + attacks, *extra])
+        return ", ".join([self.precision + (f" (attacks {' and '.join(attacks)})" if attacks else ""), *extra])
 
     @property
     def attack_names(self) -> list[str]:

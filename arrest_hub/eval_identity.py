@@ -34,7 +34,7 @@ def eval_identity(
         "dataset revision": images.revision, "images": images.digest, "pixels": sample_digest(images.images),
         "device": accelerator.device.type, "torch": torch.__version__, "pyautoattack": version("pyautoattack"),
         **{name: getattr(config, name) for name in settings},
-        "attack_precision": config.attack_precision,
+        "attack_precision": config.attack_precision, "fold_batchnorm": config.fold_batchnorm or None,
     }  # fmt: skip
 
 

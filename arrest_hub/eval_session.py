@@ -14,11 +14,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from arrest_hub.attack_stages import AttackOutcome, ThreatModel, pgd_attack, run_attack
+from arrest_hub.data import to_pixels
+from arrest_hub.errors import ConfigError
 from arrest_hub.eval_config import EvalConfig, parse_curve
 from arrest_hub.eval_subjects import EvalImages, Subject, local_name, preprocessing_facts
 from arrest_hub.evaluator import CleanOutcome, Evaluator, TensorImages
 from arrest_hub.evidence import draw, draw_figures, gallery_rows, measure_curve, measure_drift
 from arrest_hub.figures import GalleryRow
+from arrest_hub.folding import FoldedNetwork, foldable
 from arrest_hub.journal import Journal
 from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.masking import CheckSettings, autoattack_checks, ball_check, chance_check, masking_checks
@@ -56,16 +59,41 @@ class EvalSession:
         self.subject, self.teacher, self.images, self.journal = subject, teacher, images, journal
         self.threat = ThreatModel(config.norm, config.eps_value)
         self.evaluator = self._evaluator(subject.module)
+        self.arithmetic = config.arithmetic_name(folded=self.evaluator.search_model is not None)
 
     def _evaluator(self, module: nn.Module, name: str = "") -> Evaluator:
         config = self.config
         module.to(self.accelerator.device)
+        if config.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        search = self._folded(module) if config.fold_batchnorm else None
+
+        def compiled(network: nn.Module) -> nn.Module:
+            return torch.compile(network) if config.compile else network  # type: ignore[return-value]
+
         return Evaluator(
-            torch.compile(module) if config.compile else module,  # type: ignore[arg-type]
-            self.images.images, self.accelerator, self.journal, batch_size=config.batch_size,
+            compiled(module), self.images.images, self.accelerator, self.journal, batch_size=config.batch_size,
             num_workers=self._workers(), precision=config.precision, attack_precision=config.attack_precision,
-            channels_last=config.channels_last, norm=config.norm, name=name,
+            search_model=compiled(search) if search is not None else None, channels_last=config.channels_last,
+            norm=config.norm, name=name,
         )  # fmt: skip
+
+    def _folded(self, module: nn.Module) -> nn.Module | None:
+        """The network with its BatchNorm folded; None where there is none to fold.
+
+        Raises:
+            ConfigError: it cannot be copied, or not be run on a CPU, where what can be folded is looked for.
+        """
+        image = torch.as_tensor(self.images.images[0]["pixels"])
+        try:
+            pairs = foldable(module, to_pixels(torch.stack([image, image.flip(-1)])))
+            dtype = torch.bfloat16 if (self.config.attack_precision or self.config.precision) == "bf16" else None
+            return FoldedNetwork(module, pairs, dtype) if pairs else None
+        except Exception as error:  # of somebody's network anything
+            raise ConfigError(
+                f"--fold-batchnorm: what can be folded was not found out ({type(error).__name__}: {error}): leave it "
+                "out."
+            ) from error
 
     def _workers(self) -> int:
         """On a CPU none by default: attacks take far longer than decoding, and want every core."""
@@ -91,7 +119,7 @@ class EvalSession:
         only_compiled = config.compile and len(clean.label) <= config.batch_size * self.accelerator.num_processes
         report = EvalReport(
             results=self.results(clean, outcomes),
-            precision=config.arithmetic_name,
+            precision=self.arithmetic,
             preprocessing=preprocessing_facts(self.subject),
             versions=library_versions(self.subject.info.get("library", "timm"))
             | {"pyautoattack": version("pyautoattack")},
@@ -250,7 +278,8 @@ class EvalSession:
         revision = f" @ {info['revision'][:12]}" if info.get("revision") else ""
         size = self.subject.preprocessing.size if self.subject.preprocessing else None
         pixels = f", {size[0]}x{size[1]} px" if size else ""
-        tf32 = " (no TF32)" if config.arithmetic_name.partition(",")[0] == "fp32" else ""
+        tf32 = " (no TF32)" if self.arithmetic.partition(",")[0] == "fp32" else ""
+        folding = ", nothing to fold" if config.fold_batchnorm and self.evaluator.search_model is None else ""
         return [
             f"model       {self.subject.name}{revision} ({info['architecture']}, {info['parameters'] / 1e6:.2f} M "
             f"parameters{pixels}, {self.num_classes} classes)",
@@ -260,7 +289,7 @@ class EvalSession:
             f"threat      {config.norm}, eps {config.eps}",
             f"attacks     {config.attacks}{' (cascade)' if config.cascade else ''}, batches of {config.batch_size}, "
             f"seed {config.seed}",
-            f"precision   {config.arithmetic_name}{tf32}, {hardware_name(self.accelerator)}",
+            f"precision   {self.arithmetic}{tf32}{folding}, {hardware_name(self.accelerator)}",
         ]
 
 

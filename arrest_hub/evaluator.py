@@ -158,8 +158,8 @@ class Evaluator:
     """Runs stages for one model on one list of images.
 
     ``model`` maps pixels in [0, 1] to logits and is on the accelerator's device; ``labels`` are model outputs [N].
-    Verdicts are those of `classify`, in ``precision``. Attacks may follow `search`, in ``attack_precision``, while
-    `searching`; by default both are one function.
+    Verdicts are those of `classify`, in ``precision``. Attacks may follow `search`, in ``attack_precision`` or of
+    ``search_model``, the same network to rounding, while `searching`; by default both are one function.
     """
 
     def __init__(
@@ -173,6 +173,7 @@ class Evaluator:
         num_workers: int = 0,
         precision: str = "fp32",
         attack_precision: str | None = None,
+        search_model: nn.Module | None = None,
         channels_last: bool = False,
         norm: str = "linf",
         name: str = "",
@@ -184,9 +185,9 @@ class Evaluator:
         self._on_pass: Callable[[], None] = lambda: None
         options = {"channels_last": channels_last, "device": accelerator.device, "on_pass": self._tick}
         self.classify = self.search = logits_function(model, precision=precision, **options)
-        self.attack_precision = attack_precision or precision
-        if self.attack_precision != precision:
-            self.search = logits_function(model, precision=self.attack_precision, **options)
+        self.attack_precision, self.search_model = attack_precision or precision, search_model
+        if search_model is not None or self.attack_precision != precision:
+            self.search = logits_function(search_model or model, precision=self.attack_precision, **options)
 
     def _tick(self, count: int) -> None:
         self._passes += count

@@ -25,7 +25,7 @@ def foldable(network: nn.Module, images: Tensor) -> dict[str, str]:
     """Convolution -> the BatchNorm that can be folded into it, by name: where that leaves all logits as they are.
 
     Args:
-        network: images -> logits, or a tuple that begins with them. It is not changed.
+        network: images -> logits, an object with ``logits``, or a tuple that begins with them. It is not changed.
         images: [B, 3, H, W] in [0, 1] on the CPU, of a size that the network takes; two are enough.
 
     Raises what the network raises for these images.
@@ -168,4 +168,6 @@ def _same_logits(plain: nn.Module, pairs: dict[str, str], images: Tensor) -> boo
 
 
 def _logits(output: Any) -> Tensor:
+    if hasattr(output, "logits"):
+        output = output.logits
     return output[0] if isinstance(output, tuple) else output

@@ -44,7 +44,7 @@ SHORT: Flags = {
 """What a core does in some minutes: enough to rank the parts."""
 ON_CPU: Flags = {"limit_eval": 1000, "batch_size": 32, "channels_last": True, "compile": True, "num_workers": 0}
 # verdicts stay in fp32; what is attacked at a time is begun anew in the next slot
-ON_GPU: Flags = {"batch_size": 250, "channels_last": True, "attack_precision": "tf32"}
+ON_GPU: Flags = {"batch_size": 250, "channels_last": True, "attack_precision": "tf32", "fold_batchnorm": True}
 
 SUITES = {
     "narrow": Suite(

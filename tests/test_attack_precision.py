@@ -1,4 +1,4 @@
-"""Attacks that look for adversarial images in another arithmetic than the one that judges them."""
+"""Attacks that follow another network than the one that judges: in less precision, or with its BatchNorm folded."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import patterns, robust_net
+from tiny import LogitsOnly, patterns, robust_net, tiny_backbone
 
 import arrest_hub
 from arrest_hub import machine
-from arrest_hub.attack_stages import in_attack_precision
+from arrest_hub.attack_stages import by_search
 from arrest_hub.errors import ConfigError
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.evaluator import Attacked, Evaluator, TensorImages
@@ -76,7 +76,7 @@ def test_no_image_stands_because_the_search_believed_to_be_done(boundary, eps, b
         return Brightness()(x + 0.5 - boundary)
 
     here.search = search
-    attack = in_attack_precision(here, brighter(eps, seen))
+    attack = by_search(here, brighter(eps, seen))
     found = here.attack("bright", range(3), attack, title="bright", passes=1, of=3)
     assert len(found.broken) == broken
     assert sum(entry["attacked_again"] for entry in found.entries) == again
@@ -95,7 +95,7 @@ def test_each_network_has_its_arithmetic(precision, search):
         return plain(x)
 
     here.classify, here.search = classify, lambda x: plain(x + 0.05)
-    attack = in_attack_precision(here, brighter(0.16, seen))
+    attack = by_search(here, brighter(0.16, seen))
     here.attack("bright", range(3), attack, title="bright", passes=1, of=3)
     on = {name: (name == "tf32",) * 2 for name in (precision, search)}
     assert [allowed for logits_fn, _, allowed in seen if logits_fn is here.search] == [on[search]] * 2
@@ -107,7 +107,7 @@ def test_without_it_there_is_one_network_and_one_attack():
     here = evaluator("fp32", "fp32")
     assert here.search is here.classify
     make = brighter(0.1, [])
-    assert in_attack_precision(here, lambda logits_fn: make).__name__ == make.__name__
+    assert by_search(here, lambda logits_fn: make).__name__ == make.__name__
     assert EvalConfig(model="m", dataset="d", attack_precision="fp32").validate().attack_precision is None
 
 
@@ -155,3 +155,70 @@ def test_what_the_machine_cannot_do_is_said(monkeypatch, capsys):
     monkeypatch.setattr(machine, "bf16_slowdown", lambda: 18.4)
     arrest_hub.evaluate(robust_net(), patterns(4, 4), attack_precision="bf16", **options)
     assert "Give --attack-precision fp32." in capsys.readouterr().out
+
+
+PASSES = []
+
+
+class Watched(torch.nn.Module):
+    """Logits of a network with BatchNorm; each pass of it and of its copies is noted, and whether for a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = LogitsOnly(tiny_backbone(4))
+
+    def forward(self, x):
+        PASSES.append((self, x.requires_grad))
+        return self.net(x)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_attacks_follow_the_folded_network_and_verdicts_do_not(channels_last, tmp_path):
+    options = {"eps": "20/255", "attacks": "pgd-5,apgd-ce,fab-t", "checks": False, "teacher": None,
+               "channels_last": channels_last, "batch_size": 16}  # fmt: skip
+    network, (pixels, _), found = Watched().eval(), patterns(32, 4, seed=7), []
+    with torch.no_grad():
+        pair = pixels, network(pixels).argmax(dim=1)
+    for fold in (False, True):
+        PASSES.clear()
+        output_dir = tmp_path / str(fold)
+        found.append(arrest_hub.evaluate(network, pair, fold_batchnorm=fold, output_dir=output_dir, **options))
+        attacked = [one is network for one, gradient in PASSES if gradient]
+        assert len(attacked) > 100
+        # classes are counted with the network itself, and few images are attacked again
+        assert sum(attacked) < len(attacked) / 10 if fold else all(attacked)
+        assert sum(one is network for one, gradient in PASSES if not gradient) > 6
+    plain, folded = found
+    layout = ", channels_last" if channels_last else ""
+    assert [one.precision for one in found] == ["fp32" + layout, "fp32 (attacks folded)" + layout]
+    for row, other in zip(plain.results, folded.results, strict=True):
+        assert abs(row.correct - other.correct) <= 1
+    assert 0 < folded.results[-2].correct < folded.results[0].correct
+    jsonschema.validate(json.loads((tmp_path / "True" / "results.json").read_text()), SCHEMA)
+
+
+def test_folded_and_in_bf16(tmp_path):
+    options = {"eps": "20/255", "attacks": "pgd-2", "checks": False, "teacher": tiny_backbone(4)}
+    options |= {"fold_batchnorm": True, "attack_precision": "bf16", "output_dir": tmp_path / "out"}
+    report = arrest_hub.evaluate(tiny_backbone(4), patterns(16, 4), **options)
+    assert report.precision == "fp32 (attacks in bf16 and folded)"
+    assert "attacked_again" in report.results[-1].attack_parameters
+    assert "attacked_again" in report.teacher_results[-1].attack_parameters
+    jsonschema.validate(json.loads((tmp_path / "out" / "results.json").read_text()), SCHEMA)
+
+
+def test_without_batchnorm_there_is_nothing_to_fold(capsys):
+    options = {"attacks": "pgd-1", "checks": False, "teacher": None, "fold_batchnorm": True}
+    report = arrest_hub.evaluate(robust_net(), patterns(4, 4), **options)
+    assert report.precision == "fp32"
+    assert "attacked_again" not in report.results[-1].attack_parameters
+    assert "fp32 (no TF32), nothing to fold" in capsys.readouterr().out
+
+
+def test_a_network_that_cannot_be_copied_is_not_folded():
+    network = tiny_backbone(4)
+    network.lock = (x for x in range(3))  # no generator can
+    options = {"attacks": "pgd-1", "checks": False, "teacher": None}
+    with pytest.raises(ConfigError, match=r"--fold-batchnorm: what can be folded was not found out \(TypeError.*out"):
+        arrest_hub.evaluate(network, patterns(4, 4), fold_batchnorm=True, **options)
+    assert arrest_hub.evaluate(network, patterns(4, 4), **options).precision == "fp32"

@@ -39,6 +39,7 @@ TRICKS = {
     "tf32": {"precision": "tf32"},
     "bf16": {"precision": "bf16"},
     "compile": {"compile": True},
+    "attacks_folded": {"channels_last": True, "fold_batchnorm": True},
     "attacks_in_tf32": {"attack_precision": "tf32"},
     "attacks_in_bf16": {"attack_precision": "bf16"},
 }
@@ -193,11 +194,11 @@ def main() -> None:
             "robust_verdicts_equal": float((other[1] == mine[1]).float().mean()),
             "robust": int(other[1].sum()), "speed_up": round(mine[2] / other[2], 3),
         }  # fmt: skip
-        if "attack_precision" in TRICKS[name]:
+        if name.startswith("attacks"):
             stands, found = mine[1], other[1]
             record[name] |= {"stands_only_there": int((found & ~stands).sum()), "attacked_again": other[3],
                              "stands_only_in_fp32": int((stands & ~found).sum())}  # fmt: skip
-            if args.emulate:
+            if args.emulate and "attack_precision" in TRICKS[name]:
                 record[name] = {k: v for k, v in record[name].items() if k != "speed_up"} | {"emulated": True}
         print(name, json.dumps(record[name]), flush=True)
     if args.output:
