@@ -187,7 +187,8 @@ class Evaluator:
         self.classify = self.search = logits_function(model, precision=precision, **options)
         self.attack_precision, self.search_model = attack_precision or precision, search_model
         if search_model is not None or self.attack_precision != precision:
-            self.search = logits_function(search_model or model, precision=self.attack_precision, **options)
+            follow = model if search_model is None else search_model
+            self.search = logits_function(follow, precision=self.attack_precision, **options)
 
     def _tick(self, count: int) -> None:
         self._passes += count

@@ -207,6 +207,18 @@ def test_folded_and_in_bf16(tmp_path):
     jsonschema.validate(json.loads((tmp_path / "out" / "results.json").read_text()), SCHEMA)
 
 
+def test_folded_and_compiled(monkeypatch):
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: plain(network, backend="eager"))
+    options = {"eps": "20/255", "attacks": "pgd-2", "checks": False, "teacher": None}
+    reports = [
+        arrest_hub.evaluate(tiny_backbone(4), patterns(16, 4), fold_batchnorm=on, compile=on, **options)
+        for on in (False, True)
+    ]
+    assert [row.correct for row in reports[1].results] == [row.correct for row in reports[0].results]
+    assert reports[1].precision == "fp32 (attacks folded), compiled"
+
+
 def test_without_batchnorm_there_is_nothing_to_fold(capsys):
     options = {"attacks": "pgd-1", "checks": False, "teacher": None, "fold_batchnorm": True}
     report = arrest_hub.evaluate(robust_net(), patterns(4, 4), **options)
