@@ -64,6 +64,9 @@ def test_flags_that_the_docs_name_exist():
         "--runs",
         "--jobs",
         "--stages",
+        "--tricks",
+        "--emulate",
+        "--no-direct",
     }
     for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         assert set(re.findall(r"--[a-z][a-z_-]+", path.read_text())) <= known | {"---"}, path
