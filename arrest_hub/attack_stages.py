@@ -96,8 +96,9 @@ def by_search(evaluator: Evaluator, make: Callable[[LogitsFn], AttackFn]) -> Att
     """The attack that ``make`` makes of a network, of the one that the evaluator's attacks are to follow.
 
     What it then finds of an image may fool that one alone, by its rounding, and an attack stops at what it takes for a
-    success: such an image is attacked again, following the network of the verdicts. So no image stands that was not
-    attacked to the end. Their number is noted as ``attacked_again``.
+    success; or that one's logits may not be finite, and lead nowhere. Such an image is attacked again, following the
+    network of the verdicts. So no image stands that was not attacked to the end. Their number is noted as
+    ``attacked_again``.
     """
     exact = make(evaluator.classify)
     if evaluator.search is evaluator.classify:
@@ -108,9 +109,10 @@ def by_search(evaluator: Evaluator, make: Callable[[LogitsFn], AttackFn]) -> Att
         with evaluator.searching():
             found = search(pixels, labels, number)
             with torch.no_grad():
-                fooled = evaluator.search(found.adversarial).argmax(dim=1) != labels
+                logits = evaluator.search(found.adversarial)
+        doubtful = (logits.argmax(dim=1) != labels) | ~logits.isfinite().all(dim=1)
         with torch.no_grad():
-            again = fooled & (evaluator.classify(found.adversarial).argmax(dim=1) == labels)
+            again = doubtful & (evaluator.classify(found.adversarial).argmax(dim=1) == labels)
         adversarial = found.adversarial.clone()
         if again.any():
             adversarial[again] = exact(pixels[again], labels[again], number).adversarial

@@ -14,14 +14,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from arrest_hub.attack_stages import AttackOutcome, ThreatModel, pgd_attack, run_attack
-from arrest_hub.data import to_pixels
-from arrest_hub.errors import ConfigError
 from arrest_hub.eval_config import EvalConfig, parse_curve
 from arrest_hub.eval_subjects import EvalImages, Subject, local_name, preprocessing_facts
 from arrest_hub.evaluator import CleanOutcome, Evaluator, TensorImages
 from arrest_hub.evidence import draw, draw_figures, gallery_rows, measure_curve, measure_drift
 from arrest_hub.figures import GalleryRow
-from arrest_hub.folding import FoldedNetwork, foldable
+from arrest_hub.folding import FoldedNetwork
 from arrest_hub.journal import Journal
 from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.masking import CheckSettings, autoattack_checks, ball_check, chance_check, masking_checks
@@ -58,15 +56,16 @@ class EvalSession:
         self.config, self.accelerator, self.num_classes = config, accelerator, num_classes
         self.subject, self.teacher, self.images, self.journal = subject, teacher, images, journal
         self.threat = ThreatModel(config.norm, config.eps_value)
-        self.evaluator = self._evaluator(subject.module)
+        self.evaluator = self._evaluator(subject)
         self.arithmetic = config.arithmetic_name(folded=self.evaluator.search_model is not None)
 
-    def _evaluator(self, module: nn.Module, name: str = "") -> Evaluator:
-        config = self.config
+    def _evaluator(self, subject: Subject, name: str = "") -> Evaluator:
+        config, module = self.config, subject.module
         module.to(self.accelerator.device)
         if config.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        search = self._folded(module) if config.fold_batchnorm else None
+        dtype = torch.bfloat16 if (config.attack_precision or config.precision) == "bf16" else None
+        search = FoldedNetwork(module, subject.pairs, dtype) if subject.pairs else None
 
         def compiled(network: nn.Module) -> nn.Module:
             return torch.compile(network) if config.compile else network  # type: ignore[return-value]
@@ -77,23 +76,6 @@ class EvalSession:
             search_model=compiled(search) if search is not None else None, channels_last=config.channels_last,
             norm=config.norm, name=name,
         )  # fmt: skip
-
-    def _folded(self, module: nn.Module) -> nn.Module | None:
-        """The network with its BatchNorm folded; None where there is none to fold.
-
-        Raises:
-            ConfigError: it cannot be copied, or not be run on a CPU, where what can be folded is looked for.
-        """
-        image = torch.as_tensor(self.images.images[0]["pixels"])
-        try:
-            pairs = foldable(module, to_pixels(torch.stack([image, image.flip(-1)])))
-            dtype = torch.bfloat16 if (self.config.attack_precision or self.config.precision) == "bf16" else None
-            return FoldedNetwork(module, pairs, dtype) if pairs else None
-        except Exception as error:  # of somebody's network anything
-            raise ConfigError(
-                f"--fold-batchnorm: what can be folded was not found out ({type(error).__name__}: {error}): leave it "
-                "out."
-            ) from error
 
     def _workers(self) -> int:
         """On a CPU none by default: attacks take far longer than decoding, and want every core."""
@@ -127,7 +109,7 @@ class EvalSession:
             model=self.subject.info | self.teacher_facts(),
             images_per_second=None if only_compiled else round(clean.images_per_second, 1),
         )
-        other = self._evaluator(teacher.module, "teacher") if teacher else None
+        other = self._evaluator(teacher, "teacher") if teacher else None
         if other is not None:
             report.teacher_results = self.teacher_results(other)
         report.checks = [chance]

@@ -24,6 +24,7 @@ from arrest_hub.errors import ArrestError, BackboneError, ConfigError, HubError,
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.evaluator import Images, TensorImages, as_logits
 from arrest_hub.export import weights_digest
+from arrest_hub.folding import foldable
 from arrest_hub.labels import match_labels
 from arrest_hub.model_source import companion_file
 from arrest_hub.pretrained import PretrainedClassifier
@@ -43,6 +44,7 @@ class Subject:
 
     ``info`` goes into `results.json`, which may be published, so it has no paths; ``hub_id``, with its commit, is set
     for a teacher on the Hub. ``gradients``: whether its logits have a gradient to the pixels, as `count_classes` saw.
+    ``pairs``: what of it attacks are to see folded, as `find_folding` found (`foldable`).
     """
 
     module: nn.Module
@@ -51,6 +53,7 @@ class Subject:
     preprocessing: Preprocessing | None = None
     hub_id: str | None = None
     gradients: bool = True
+    pairs: dict[str, str] = field(default_factory=dict)
 
     @property
     def backbone(self) -> Backbone | None:
@@ -293,6 +296,22 @@ def load_teacher(
         return None
     info = _module_info(backbone, teacher_id)
     return Subject(backbone, teacher_id, info, backbone.preprocessing, backbone.source.pinned_id)
+
+
+def find_folding(subject: Subject, images: EvalImages) -> None:
+    """Which BatchNorm can be folded into which convolution (``subject.pairs``), by a look at one image.
+
+    Raises:
+        ConfigError: the network cannot be copied, or not be run on a CPU.
+    """
+    image = torch.as_tensor(images.images[0]["pixels"])
+    try:
+        subject.pairs = foldable(subject.module, to_pixels(torch.stack([image, image.flip(-1)])))
+    except Exception as error:  # of somebody's network anything
+        raise ConfigError(
+            f"--fold-batchnorm: what of {subject.name} can be folded cannot be found out ({type(error).__name__}: "
+            f"{error}): leave it out."
+        ) from error
 
 
 def count_classes(subject: Subject, images: EvalImages, accelerator: Accelerator, *, gradients: bool = True) -> int:

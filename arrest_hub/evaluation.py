@@ -39,6 +39,7 @@ from arrest_hub.eval_subjects import (
     Subject,
     TensorPair,
     count_classes,
+    find_folding,
     load_images,
     load_subject,
     load_teacher,
@@ -173,6 +174,8 @@ def run_evaluation(
     done = from_main(accelerator, partial(read_record, paths)) if paths is not None and config.resume else None
     try:
         teacher = _teacher(config, teacher_module, subject, num_classes, images, accelerator)
+        if teacher is not None and config.fold_batchnorm:
+            find_folding(teacher, images)
     except ArrestError:
         if not done:  # of a finished evaluation it may be gone by now
             raise
@@ -305,12 +308,15 @@ def _needs_gradients(config: EvalConfig) -> bool:
 
 
 def _check_classes(config: EvalConfig, subject: Subject, images: EvalImages, accelerator: Accelerator) -> int:
-    """How many classes the model has.
+    """How many classes the model has, after a look at all that an evaluation wants of it.
 
     Raises:
-        ConfigError: they are not the dataset's, too few for an attack, or none can be had (see `count_classes`).
+        ConfigError: the classes are not the dataset's, too few for an attack, or none can be had (see `count_classes`);
+            the network cannot be folded (see `find_folding`).
     """
     num_classes = count_classes(subject, images, accelerator, gradients=_needs_gradients(config))
+    if config.fold_batchnorm:
+        find_folding(subject, images)
     problems = [problem for name in config.attack_names if (problem := part_problem(name, num_classes))]
     if problems:
         raise ConfigError(problems)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from cifar10_report import write_report
 from cifar10_suites import METHOD, SUITES, VARIANTS, Flags, Suite, Variant
 
@@ -262,6 +263,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.teacher is not None and not (args.teacher / "config.json").is_file():
         parser.error(
             f"--teacher {args.teacher} is no model folder (no config.json): give the folder of a trained network"
+        )
+    attacks = args.stages != "train" and not args.report
+    if attacks and SUITES[args.suite].evaluation.get("attack_precision") == "tf32" and not torch.cuda.is_available():
+        parser.error(
+            f"--suite {args.suite} attacks in TF32 and this machine offers no NVIDIA GPU: give --stages train, or "
+            "another suite, such as resnet18_cpu"
         )
     if unknown := set(args.stages.split(",")) - set(STAGES):
         parser.error(f"--stages {', '.join(sorted(unknown))}: give of {', '.join(STAGES)}")

@@ -227,10 +227,25 @@ def test_without_batchnorm_there_is_nothing_to_fold(capsys):
     assert "fp32 (no TF32), nothing to fold" in capsys.readouterr().out
 
 
-def test_a_network_that_cannot_be_copied_is_not_folded():
-    network = tiny_backbone(4)
-    network.lock = (x for x in range(3))  # no generator can
-    options = {"attacks": "pgd-1", "checks": False, "teacher": None}
-    with pytest.raises(ConfigError, match=r"--fold-batchnorm: what can be folded was not found out \(TypeError.*out"):
-        arrest_hub.evaluate(network, patterns(4, 4), fold_batchnorm=True, **options)
-    assert arrest_hub.evaluate(network, patterns(4, 4), **options).precision == "fp32"
+def test_a_network_that_cannot_be_copied_is_not_folded(tmp_path):
+    """Said before an earlier evaluation is deleted, of a teacher too."""
+    network, lock = tiny_backbone(4), (x for x in range(3))  # no generator can
+    network.lock = lock
+    options = {"attacks": "pgd-1", "checks": False, "figures": False, "output_dir": tmp_path / "out"}
+    pair = patterns(4, 4)
+    assert arrest_hub.evaluate(network, pair, teacher=None, **options).precision == "fp32"
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    for model, teacher in ((network, None), (tiny_backbone(4), network)):
+        with pytest.raises(ConfigError, match=r"--fold-batchnorm: what of .* cannot be found out \(TypeError.*out"):
+            arrest_hub.evaluate(model, pair, teacher=teacher, fold_batchnorm=True, overwrite=True, **options)
+        assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_a_search_whose_logits_are_not_finite_spares_nothing():
+    """By argmax they would be of class 0, the images' own, and the attack would have come to its end in vain."""
+    here, seen = evaluator("fp32", "bf16"), []
+    here.search = lambda x: Brightness()(x) * float("nan")
+    found = here.attack("bright", range(3), by_search(here, brighter(0.08, seen)), title="bright", passes=1, of=3)
+    assert sum(entry["attacked_again"] for entry in found.entries) == 3
+    assert sum(n for logits_fn, n, _ in seen if logits_fn is here.classify) == 3
+    assert found.broken == []

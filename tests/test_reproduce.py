@@ -329,3 +329,15 @@ def resnet18_by_hand(weights, x):
                 x = norm(f"{name}.shortcut.1", conv(f"{name}.shortcut.0", x, stride))
             x = (x + y).relu()
     return functional.linear(x.mean((2, 3)), weights["linear.weight"], weights["linear.bias"])
+
+
+@pytest.mark.parametrize("suite", ["resnet18", "wrn34_10"])
+def test_a_suite_for_a_gpu_is_refused_before_it_trains(suite, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as raised:
+        reproduce.parse(["--suite", suite])
+    assert raised.value.code == 2
+    assert f"--suite {suite} attacks in TF32" in capsys.readouterr().err
+    assert reproduce.parse(["--suite", suite, "--stages", "train"]).suite == suite
+    monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: True)
+    assert reproduce.parse(["--suite", suite]).suite == suite
