@@ -74,16 +74,19 @@ def run_push(config: PushConfig, say: Callable[[str], None]) -> Pushed:
     return pushed
 
 
-def check_push(config: PushConfig, say: Callable[[str], None], threat: str | None = None) -> None:
+def check_push(
+    config: PushConfig, say: Callable[[str], None], threat: str | None = None, network: str | None = None
+) -> None:
     """What `run_push` checks before it needs the files: that a token is there and may write to the repository, and that
-    no model of others is in it, nor one for another threat model than ``threat`` ("linf-8/255").
+    no model of others is in it, nor one for another threat model than ``threat`` ("linf-8/255"), nor one of another
+    architecture than ``network``.
 
     Raises:
         HubError: it may not, there is one, or the Hub cannot be reached.
     """
     assert config.repo_id is not None  # validated
     full = check_access(config.repo_id, private=config.private, create_pr=config.create_pr, say=say)
-    Repository(full, config, say).check(threat)
+    Repository(full, config, say).check(threat, network)
 
 
 def write_card(config: CardConfig) -> Path:

@@ -20,6 +20,7 @@ from arrest_hub.pushed_files import (
     architecture_name,
     differing,
     is_own,
+    is_weights,
     threat_model,
 )
 from arrest_hub.training_record import FILE_NAME as RECORD
@@ -48,9 +49,12 @@ class Repository:
         self.api = HfApi()
 
     def push(self, files: dict[str, LocalFile]) -> Pushed:
+        trained = files.get(TRAINING_CONFIG)
+        threat = None if trained is None else threat_model(trained.content)
+        network = architecture_name(files["config.json"].content)
         if not self.config.create_pr:
-            self._try("create the repository", self._create)
-        pushed: Pushed = self._try(f"push to {self.repo_id}", lambda: self._commit(files))
+            self._try("create the repository", lambda: self._create(network, threat))
+        pushed: Pushed = self._try(f"push to {self.repo_id}", lambda: self._commit(files, network, threat))
         assert pushed.commit is not None
         if pushed.changed or pushed.deleted:
             self._verify({path: files[path] for path in pushed.changed}, pushed.commit)
@@ -58,18 +62,18 @@ class Repository:
             self._try(f"tag {self.repo_id}", lambda: self._tag(pushed.commit))
         return pushed
 
-    def check(self, threat: str | None = None) -> None:
-        """Raises HubRefusal if the branch holds a model that `arrest-push` did not put there, or one that was trained
-        for another threat model than ``threat`` ("linf-8/255")."""
+    def check(self, threat: str | None = None, network: str | None = None) -> None:
+        """Raises HubRefusal if the branch holds a model that `arrest-push` did not put there, one that was trained for
+        another threat model than ``threat`` ("linf-8/255"), or another architecture than ``network``."""
         if not self.config.create_pr:
-            self._try(f"look at {self.repo_id}", lambda: self._check_names(threat))
+            self._try(f"look at {self.repo_id}", lambda: self._check_names(threat, network))
 
-    def _check_names(self, threat: str | None) -> None:
+    def _check_names(self, threat: str | None, network: str | None) -> None:
         if self.api.repo_exists(self.repo_id) and self.api.revision_exists(self.repo_id, self.branch):
             head = self.api.model_info(self.repo_id, revision=self.branch).sha
             assert head is not None
             remote = self._remote(head)
-            self._check_ours(remote, head, threat=threat)
+            self._check_ours(remote, head, network, threat)
             there = self._card(head) if CARD in remote else ""
             stated = read_publication(there).license
             if has_body(there) and not is_sealed(there) and _has_weights(remote):
@@ -87,11 +91,14 @@ class Repository:
         # whether a pull request was made before its answer was lost is not known: a second one would be worse
         return with_retries(call, doing, self.say, waits=() if self.config.create_pr else WAITS)
 
-    def _create(self) -> None:
+    def _create(self, network: str, threat: str | None) -> None:
         """Make repository and branch if they do not exist. Only what is new is made private."""
         if not self.api.repo_exists(self.repo_id):
             self.api.create_repo(self.repo_id, private=self.config.private or None, exist_ok=True)
-        if self.branch != "main":
+        if self.branch != "main" and not self.api.revision_exists(self.repo_id, self.branch):
+            head = self.api.model_info(self.repo_id).sha  # what a new branch begins with
+            assert head is not None
+            self._check_ours(self._remote(head), head, network, threat)
             self.api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
 
     def _tagged(self) -> str | None:
@@ -113,7 +120,7 @@ class Repository:
             if isinstance(entry, RepoFile)
         }
 
-    def _commit(self, files: dict[str, LocalFile]) -> Pushed:
+    def _commit(self, files: dict[str, LocalFile], network: str, threat: str | None) -> Pushed:
         """One commit with what differs from the branch; none if nothing does. Tried again, it sees its own success."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -121,21 +128,19 @@ class Repository:
         assert head is not None
         remote = self._remote(head)
         if not self.config.create_pr:
-            trained = files.get(TRAINING_CONFIG)
-            threat = None if trained is None else threat_model(trained.content)
-            self._check_ours(remote, head, architecture_name(files["config.json"].content), threat)
+            self._check_ours(remote, head, network, threat)
         changed = differing(files, remote)
         if CARD in changed and CARD in remote and not self.config.create_pr and self._keeps_card(files[CARD], head):
             if _has_weights(remote) and _has_weights(changed):
                 raise HubRefusal(
                     f"the {CARD} of {self.repo_id} was edited, there or before an earlier push, and what it states is "
                     "of other weights than these: delete it there and push again, or propose the change with "
-                    "--create-pr."
+                    "arrest-push --create-pr."
                 )
             self.say(
                 f"the {CARD} of {self.repo_id} was edited, there or before an earlier push, and stays as it is, with "
                 "the figures that it states. To replace it, delete it there and push again, or propose the change with "
-                "--create-pr."
+                "arrest-push --create-pr."
             )
             changed.remove(CARD)
         deleted = sorted(path for path in remote if path not in files and is_own(path))
@@ -177,14 +182,14 @@ class Repository:
         self,
         remote: dict[str, tuple[str, str | None]],
         commit: str,
-        network: str | None = None,
-        threat: str | None = None,
+        network: str | None,
+        threat: str | None,
     ) -> None:
-        """Another model that happens to have this name is not replaced. ``network``, ``threat``: architecture and
-        threat model of the one to push, if they are known."""
-        if "config.json" not in remote:
+        """Another model that happens to have this name is not replaced, in whatever format it is. ``network``,
+        ``threat``: architecture and threat model of the one to push, if they are known."""
+        if not any(path in ("config.json", RECORD) or is_own(path) or is_weights(path) for path in remote):
             return
-        instead = "give another --repo-id, or propose the change with --create-pr."
+        instead = "give another id, or propose the change with arrest-push --create-pr."
         with TemporaryDirectory() as folder:
 
             def fetch(name: str) -> Path:
@@ -194,7 +199,8 @@ class Repository:
                 raise HubRefusal(
                     f"{self.repo_id} holds a model that was not pushed by arrest-push (it has no {RECORD}): {instead}"
                 )
-            if network is not None and (there := architecture_name(fetch("config.json"))) != network:
+            there = architecture_name(fetch("config.json")) if "config.json" in remote else None
+            if None not in (network, there) and there != network:
                 raise HubRefusal(f"{self.repo_id} holds another network, {there}, and this is {network}: {instead}")
             if threat is not None and TRAINING_CONFIG in remote:
                 trained_for = threat_model(fetch(TRAINING_CONFIG))

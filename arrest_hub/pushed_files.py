@@ -16,7 +16,9 @@ from arrest_hub.training_record import FILE_NAME as RECORD
 
 CARD = "README.md"
 TRAINING_CONFIG = "training_config.yaml"
-PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt")
+PICKLES = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt")
+# of networks in formats that no push of ours has
+_OTHER_WEIGHTS = (".gguf", ".onnx", ".h5", ".keras", ".msgpack", ".tflite", ".pb", ".npz", ".mlmodel")
 # what an earlier push may have left in the repository and this one would not overwrite
 OWN_FILES = ("model.safetensors", "model.safetensors.index.json", "preprocessor_config.json", "verdicts.parquet",
              *(f"figures/{name}" for name in FIGURES))  # fmt: skip
@@ -45,7 +47,7 @@ def local_files(export: Path, card: bytes) -> dict[str, LocalFile]:
             problems.append(f"{path} is a link that leads out of the folder: put the file there instead, or remove it.")
         elif path.is_symlink() and path.is_dir():
             problems.append(f"{path} is a link to a folder: put the files there instead, or remove it.")
-        elif path.suffix in PICKLES:
+        elif path.suffix.lower() in PICKLES:
             problems.append(f"{path} is a pickle, which nobody should load: remove it. The weights are safetensors.")
         elif path.is_dir() or name == CARD or _is_left_out(name):
             continue
@@ -157,3 +159,8 @@ def _is_left_out(name: str) -> bool:
 def is_own(path: str) -> bool:
     """Whether a file in a repository is one that an earlier push put there, if this one does not have it."""
     return path in OWN_FILES or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", path) is not None
+
+
+def is_weights(path: str) -> bool:
+    """Whether a file in a repository is by its name the weights of some network."""
+    return Path(path).suffix.lower() in (".safetensors", *PICKLES, *_OTHER_WEIGHTS)

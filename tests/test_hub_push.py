@@ -718,10 +718,12 @@ def test_what_never_leaves(hub, run, tmp_path):
 
     (export / "notes.txt").symlink_to(tmp_path / "secret.txt")
     (export / "more").symlink_to(tmp_path)
-    torch_file = export / "optimizer.bin"
-    torch_file.write_bytes(b"pickle")
-    refused("3 problems", "notes.txt is a link that leads out", "more is a link", "optimizer.bin is a pickle")
-    for path in (export / "notes.txt", export / "more", torch_file):
+    torch_files = [export / "optimizer.bin", export / "Old.PTH", export / "rest.pickle"]
+    for file in torch_files:
+        file.write_bytes(b"pickle")
+    pickles = [f"{file.name} is a pickle" for file in torch_files]
+    refused("5 problems", "notes.txt is a link that leads out", "more is a link", *pickles)
+    for path in (export / "notes.txt", export / "more", *torch_files):
         path.unlink()
     record = export / "training_record.json"
     text = record.read_text()
@@ -794,7 +796,8 @@ def test_a_card_edited_on_the_hub_does_not_speak_of_other_weights(hub, run):
 def test_another_model_is_found_before_the_training(hub, run):
     hub.create("me/taken", {"config.json": "{}", "model.safetensors": b"weights"})
     hub.create("me/form", {"README.md": "---\nlicense: mit\n---\n"})
-    hub.create("me/words", {"README.md": "---\nlicense: mit\n---\n# Mine\n", "model.safetensors": b"weights"})
+    ours = {"training_record.json": "{}", "model.safetensors": b"weights"}
+    hub.create("me/words", {"README.md": "---\nlicense: mit\n---\n# Mine\n", **ours})
     code = """
         import sys
         from arrest_hub.errors import HubRefusal
@@ -826,14 +829,36 @@ def test_what_no_run_wrote_is_named(hub, run):
     assert "pushed too, though no run writes it: notes.txt" in outcome.out, outcome
 
 
-def test_another_model_is_not_overwritten(hub, run):
-    hub.create("me/mine-already", {"config.json": "{}", "model.safetensors": b"weights"})
-    before = contents(run)
-    outcome = push(hub, run, "--repo-id", "me/mine-already")
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": "{}", "model.safetensors": b"weights"},
+        {"model.safetensors": b"weights", "preprocessor_config.json": "{}", "open_clip_config.json": "{}"},
+        {"README.md": "---\nlicense: mit\n---\n", "weights/Net.PTH": b"weights"},
+        {"model.onnx": b"weights"},
+        {"figures/gallery.png": b"theirs"},
+    ],
+    ids=["transformers", "open_clip", "pickle", "onnx", "figure"],
+)
+def test_another_model_is_not_overwritten(hub, run, files, request):
+    repo_id = f"me/mine-already-{request.node.callspec.id}"
+    hub.create(repo_id, files)
+    before, there = contents(run), hub.files(repo_id)
+    outcome = push(hub, run, "--repo-id", repo_id)
     assert outcome.code == 2
     assert "was not pushed by arrest-push" in outcome.err
-    assert hub.files("me/mine-already")["model.safetensors"] == b"weights"
+    assert "give another id, or propose the change with arrest-push --create-pr." in outcome.err
+    assert hub.files(repo_id) == there
     assert contents(run) == before
+
+
+def test_a_refused_push_leaves_no_branch(hub, run):
+    repo = hub.create("me/branches", {"config.json": "{}", "model.safetensors": b"weights"})
+    before = dict(repo.refs)
+    outcome = push(hub, run, "--repo-id", "me/branches", "--revision", "dev")
+    assert outcome.code == 2
+    assert "was not pushed by arrest-push" in outcome.err
+    assert repo.refs == before
 
 
 def test_nor_is_another_network_of_ours(hub, run, published):
@@ -853,7 +878,7 @@ def test_nor_is_one_for_another_threat_model(hub, run, published):
     config.write_text(text.replace("eps: 4/255\n", "eps: 8/255\n"))
     outcome = push(hub, run, "--repo-id", "me/timm-robust")
     assert outcome.code == 2
-    assert "was trained for linf-4/255, and this one is for linf-8/255: give another --repo-id" in outcome.err
+    assert "was trained for linf-4/255, and this one is for linf-8/255: give another id" in outcome.err
     assert hub.files("me/timm-robust") == before
     assert push(hub, run, "--repo-id", "me/timm-robust", "--create-pr").code == 0, "it can be proposed"
 
@@ -908,6 +933,7 @@ def test_no_licence_is_made_up(hub, run, license, fragment):
         pytest.param("hf_me", ("--private",), "is public", marks=pytest.mark.slow),
         ("hf_me", ("--model", "org/no-licence"), "--license"),
         pytest.param("hf_me", ("--eps", "8/255"), "trained for linf-4/255", marks=pytest.mark.slow),
+        ("hf_me", ("--model", "test_vit", "--standard-epochs", "1", "--license", "mit"), "and this is test_vit"),
     ],
 )
 def test_what_would_fail_at_the_end_fails_before_the_training(hub, folder, published, tmp_path, token, words, fragment):
