@@ -85,19 +85,19 @@ class Trades(Objective):
     def prepare(self, student: nn.Module, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> Prepared:
         with frozen_eval(student):
             with self.clock("clean"), torch.no_grad():
-                clean_log_probs = student(pixels).logits.float().log_softmax(dim=1)
+                clean_logits = student(pixels).logits.float()
             start = pixels + 0.001 * torch.empty_like(pixels).normal_(generator=generator)
             with self.clock("attack"):
                 adversarial, zero_gradients, steps = pgd(
                     lambda x: student(x).logits,
                     pixels,
-                    clean_log_probs,
+                    clean_logits,
                     eps=self.eps,
                     step_size=self.step_size,
                     steps=self.attack_steps,
                     norm=self.norm,
                     start=start.clamp(0.0, 1.0),
-                    loss_fn=lambda logits, clean: divergence(clean, logits.float().log_softmax(dim=1)),
+                    loss_fn=divergence_ascent,
                     gradient_scale=self.gradient_scale,
                     images_at_once=self.images_at_once,
                 )
@@ -110,6 +110,26 @@ class Trades(Objective):
         parts["loss"] = parts["loss"] + self.beta * distance.mean()
         parts["adversarial_correct"] = (robust.detach().argmax(dim=1) == batch.labels).float()
         return parts | {"distance": distance.detach()}
+
+
+def divergence_ascent(logits: Tensor, clean_logits: Tensor) -> Tensor:
+    """What an attack ascends to raise KL(p || q) of each row, p being the clean prediction: [B, K], [B, K] -> [B].
+
+    Its gradient to the logits is that of `divergence`, q - p, made as long as 1 (the sum of its absolute values); the
+    value is no divergence. Near the clean image, where TRADES' attack begins, q - p is next to nothing: its digits are
+    lost where p is near 1, and in fp16 it would be 0 in the layers behind, so that the attack never left its start.
+    Hence q - p = p (q / p - 1), from what the logits have changed by: relative to the class of the clean prediction,
+    so that nothing cancels.
+    """
+    logits = logits.float()
+    with torch.no_grad():
+        p = clean_logits.softmax(dim=1)
+        change = logits - clean_logits
+        change = (change - change.gather(1, clean_logits.argmax(dim=1, keepdim=True))).clamp(max=80.0)  # exp's range
+        log_ratio = change - (p * change.expm1()).sum(dim=1, keepdim=True).log1p()  # log(q / p)
+        uphill = p * log_ratio.expm1()
+        uphill /= uphill.abs().sum(dim=1, keepdim=True).clamp_min(torch.finfo(uphill.dtype).tiny)
+    return (uphill * logits).sum(dim=1)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from tiny import TinyClassifier
 
 from arrest_hub.attacks import pgd
-from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades, divergence
+from arrest_hub.backbones import BackboneOutput
+from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades, divergence, divergence_ascent
 
 PIXELS = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 LABELS = torch.arange(6) % 3
@@ -42,6 +43,56 @@ def test_divergence_equals_the_definition_in_float64():
     p = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).double().softmax(1)
     q = torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).double().softmax(1)
     assert torch.allclose(divergence(p.log().float(), q.log().float()).double(), (p * (p / q).log()).sum(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("moved", [1e-4, 1e-2, 1.0, 15.0])
+@pytest.mark.parametrize("confidence", [0.1, 1.0, 5.0])
+def test_what_trades_attack_ascends_has_the_gradient_of_the_divergence_at_length_1(confidence, moved):
+    generator = torch.Generator().manual_seed(0)
+    clean = confidence * torch.randn(64, 10, generator=generator)
+    logits = clean + moved * torch.randn(64, 10, generator=generator)
+    exact = logits.double().requires_grad_(True)
+    divergence(clean.double().log_softmax(1), exact.log_softmax(1)).sum().backward()
+    expected = exact.grad / exact.grad.abs().sum(1, keepdim=True)
+    logits.requires_grad_(True)
+    divergence_ascent(logits, clean).sum().backward()
+    assert torch.allclose(logits.grad.double(), expected, atol=1e-6)
+
+
+def test_trades_attack_leaves_its_start_in_half_precision():
+    """Where the network is sure, the divergence's own gradient is nothing in fp16."""
+
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient.half().float()
+
+    class Half(TinyClassifier):
+        def forward(self, pixels):
+            logits, representation = super().forward(Rounded.apply(pixels))
+            return BackboneOutput(160 * logits, representation)
+
+    trades = Trades(beta=6.0, eps=0.1, step_size=0.04, steps=4, norm="linf", gradient_scale=128.0)
+    batch = trades.prepare(Half().train(), PIXELS, LABELS, torch.Generator().manual_seed(0))
+    assert not batch.parts["zero_gradient_share"].any()
+    moved = (batch.inputs[len(PIXELS) :] - PIXELS).abs().amax(dim=(1, 2, 3))
+    assert torch.allclose(moved, torch.full_like(moved, 0.1), atol=1e-6)
+
+
+def test_divergence_ascent_is_flat_where_nothing_has_moved():
+    logits = torch.randn(64, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    divergence_ascent(logits, logits.detach().clone()).sum().backward()
+    assert not logits.grad.any()
+
+
+def test_divergence_ascent_stays_finite_however_far_the_logits_have_moved():
+    logits = (1e4 * torch.randn(64, 4, generator=torch.Generator().manual_seed(0))).requires_grad_(True)
+    divergence_ascent(logits, torch.randn(64, 4, generator=torch.Generator().manual_seed(1))).sum().backward()
+    assert torch.allclose(logits.grad.abs().sum(1), torch.ones(64))
 
 
 def test_trades_equals_the_formula_written_out():
