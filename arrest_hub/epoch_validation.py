@@ -94,5 +94,6 @@ def count_validation(
         total=split.num_examples,
         nested=True,
         after_batch=after_batch,
-        static_shapes=config.compile or is_sharded(run.accelerator),
+        # the size of a training batch: passes of a compiled network are then of one size in all of the run
+        fill_to=int(config.batch_size) if config.compile or is_sharded(run.accelerator) else None,
     )

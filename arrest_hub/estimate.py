@@ -271,7 +271,10 @@ def choose_batch_size(
         return None if any_process(accelerator, full) else _largest(accelerator, (peak or 0) + apart)
 
     limit = (MARGIN if device.type == "cuda" else CPU_MARGIN) * memory_limit(accelerator)
-    return largest_batch(peak_of, -_largest(accelerator, -int(limit)), max(2, cap))
+    chosen = largest_batch(peak_of, -_largest(accelerator, -int(limit)), max(2, cap))
+    if config.compile:
+        torch.compiler.reset()  # what was compiled for batches of many sizes would serve the run too, and is slower
+    return chosen
 
 
 def _largest(accelerator: Accelerator, value: int) -> int:

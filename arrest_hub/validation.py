@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.data import to_pixels
@@ -52,35 +52,37 @@ def count_correct(
     total: int | None,
     nested: bool = False,
     after_batch: Callable[[], None] | None = None,
-    static_shapes: bool = False,
+    fill_to: int | None = None,
 ) -> Counts:
     """Count correct predictions, clean and (given ``settings``) under PGD from one random start.
 
     ``model`` maps pixels in [0, 1] to `BackboneOutput`; ``loader`` must be prepared by ``accelerator`` and yields
     "pixels" (uint8), "label" and "index". An image that is wrong when clean counts as wrong under attack, since the
     clean image is inside the ball; it is not attacked. The random start depends on the seed and on the images of a
-    batch alone, so that the figure does not depend on the number of processes (in l2 but for rounding). ``nested``: see
-    `progress_bar`. ``after_batch`` may raise to break off. ``static_shapes``: attack all images of a batch, also those
-    that are wrong when clean, so that every process makes the same passes, and fill a last batch up to the size of the
-    first; the figures are the same but for the attack's start.
+    batch alone, so that the figure does not depend on the number of processes (in l2 but for rounding; of a stream but
+    for its last batches, which Accelerate shares out over the processes). ``nested``: see `progress_bar`.
+    ``after_batch`` may raise to break off. ``fill_to``: attack all images of a batch, also those that are wrong when
+    clean, so that every process makes the same passes, and fill every batch up to so many; the figures are the same but
+    for the attack's start.
+
+    Logits that are not finite are no correct prediction.
     """
     generator = torch.Generator(device=accelerator.device)
-    n = clean = robust = full = 0
+    n = clean = robust = 0
     clean_seconds = robust_seconds = 0.0
     with frozen_eval(model), progress_bar(total, 0, description, accelerator, nested=nested) as bar:
         for batch in loader:
             pixels, labels = to_pixels(batch["pixels"]), batch["label"]
             count = len(labels)
-            full = max(full, count)
-            if static_shapes and count < full:
-                repeated = torch.arange(full, device=labels.device) % count
+            if fill_to is not None and count < fill_to:
+                repeated = torch.arange(fill_to, device=labels.device) % count
                 pixels, labels = pixels[repeated], labels[repeated]
             started = time.perf_counter()
             with torch.no_grad(), accelerator.autocast():
-                clean_correct = model(pixels).logits.argmax(dim=1) == labels
+                clean_correct = _correct(model(pixels).logits, labels)
             robust_correct = torch.zeros_like(clean_correct)
             # waits for the device, so the times below are true
-            attacked = (clean_correct | static_shapes).nonzero().squeeze(1)
+            attacked = (clean_correct | (fill_to is not None)).nonzero().squeeze(1)
             clean_seconds += time.perf_counter() - started
             started = time.perf_counter()
             if settings is not None and len(attacked):
@@ -99,7 +101,7 @@ def count_correct(
                         generator=generator,
                     ).adversarial
                     with torch.no_grad():
-                        robust_correct[attacked] = model(adversarial).logits.argmax(dim=1) == labels[attacked]
+                        robust_correct[attacked] = _correct(model(adversarial).logits, labels[attacked])
                 robust_correct &= clean_correct
             counted = clean_correct[:count], robust_correct[:count]
             gathered_clean, gathered_robust = accelerator.gather_for_metrics(counted)
@@ -113,6 +115,11 @@ def count_correct(
             if after_batch is not None:
                 after_batch()
     return Counts(n, clean, robust, clean_seconds, robust_seconds)
+
+
+def _correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which predictions are right: [B, K], [B] -> bool [B]; a row with NaN or infinity is not, whatever its argmax."""
+    return (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
 
 
 @contextlib.contextmanager

@@ -126,6 +126,33 @@ def test_the_smallest_of_all_processes(tmp_path, monkeypatch):
         estimate.choose_batch_size(config, accelerator, network, None, 1000)
 
 
+def test_what_was_compiled_to_choose_a_batch_does_not_serve_the_run(tmp_path, monkeypatch):
+    """Graphs for batches of any size would, and are slower."""
+    of_any_size = []
+
+    def traced(graph, inputs):
+        of_any_size.append(any(isinstance(x, torch.SymInt) for x in inputs))
+        return graph
+
+    def compiled(batch_size):
+        network = torch.nn.Linear(3, 3)
+        network.compile(backend=traced)
+        network(torch.ones(batch_size, 3))
+
+    def measured(config, accelerator, network, build, batch_size, *, steps):
+        compiled(batch_size)
+        return estimate.Cost([1.0], 1)
+
+    monkeypatch.setattr(estimate, "measure_steps", measured)
+    monkeypatch.setattr(estimate, "memory_limit", lambda accelerator: int(1e12))
+    config = tiny_config(tmp_path, compile=True).validate()
+    chosen = estimate.choose_batch_size(config, new_accelerator(), tiny_backbone(), None, 1000)
+    assert any(of_any_size)
+    of_any_size.clear()
+    compiled(chosen)
+    assert of_any_size == [False]
+
+
 def test_a_device_whose_memory_cannot_be_told(tmp_path):
     accelerator = Mock(device=torch.device("mps"), num_processes=1)
     accelerator.state.fsdp_plugin = None

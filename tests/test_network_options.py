@@ -12,6 +12,7 @@ from test_backbones import timm_backbone, transformers_folder
 from test_train import log_lines, same_weights, vit_folder
 from tiny import tiny_backbone, tiny_config, write_model
 from torch import nn
+from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
 
 from arrest_hub import loop, prepare, step, train
@@ -350,9 +351,16 @@ def test_compiled_training_gives_the_same_and_settles(method, kind, tmp_path, mo
     monkeypatch.setattr(train, "pgd", steady_pgd)
     monkeypatch.setattr(train, "random_in_ball", steady_ball)
     finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "plain"), **changes))
-    # traced and differentiated as by the default backend, without the minute that its C++ takes
+    of_any_size = []
+
+    def traced(graph, inputs):
+        """Traced and differentiated as by the default backend, without the minute that its C++ takes."""
+        sizes = [size for x in inputs for size in (x.shape if isinstance(x, torch.Tensor) else [x])]
+        of_any_size.append(any(isinstance(size, torch.SymInt) for size in sizes))
+        return lookup_backend("aot_eager")(graph, inputs)
+
     for network in (Backbone, FoldedNetwork):
-        monkeypatch.setattr(network, "compile", lambda self: nn.Module.compile(self, backend="aot_eager"))
+        monkeypatch.setattr(network, "compile", lambda self: nn.Module.compile(self, backend=traced))
     validate, graphs = loop.validate, []
 
     def counted(*args):
@@ -365,6 +373,8 @@ def test_compiled_training_gives_the_same_and_settles(method, kind, tmp_path, mo
     counters.clear()
     finetune(tiny_config(tmp_path, output_dir=str(tmp_path / "compiled"), compile=True, **changes))
     assert 0 < graphs[0] == graphs[-1]
+    assert of_any_size
+    assert not any(of_any_size), "which are slower; validation images may be fewer than a batch"
     if method == "arrest":
         rates = [line["replay_rate"] for line in log_lines(tmp_path / "compiled") if "replay_rate" in line]
         assert len(set(rates)) > 1

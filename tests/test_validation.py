@@ -83,12 +83,38 @@ def test_all_passes_may_be_of_one_size(images):
     model.register_forward_pre_hook(lambda module, inputs: sizes.add(len(inputs[0])))
     accelerator = Accelerator(cpu=True)
     loader = accelerator.prepare(DataLoader(images, 8))  # the last batch has five
-    options = {"seed": 0, "description": "test", "total": 21, "static_shapes": True}
+    options = {"seed": 0, "description": "test", "total": 21, "fill_to": 8}
     found = count_correct(model, loader, accelerator, settings, **options)
     assert sizes == {8}
     assert (found.n, found.clean) == (plain.n, plain.clean)
     assert abs(found.robust - plain.robust) <= 2, "but for the start of the attack"
     assert 0 < found.robust < found.clean
+    sizes.clear()
+    few = accelerator.prepare(DataLoader(images[:3], 8))
+    assert count_correct(model, few, accelerator, settings, **options).n == 3
+    assert sizes == {8}, "also where all of them are fewer than a batch"
+
+
+class Broken(TinyClassifier):
+    """Logits that are not finite, from which argmax makes class 0."""
+
+    def __init__(self, value, only_under_attack):
+        super().__init__()
+        self.value, self.only_under_attack = value, only_under_attack
+
+    def forward(self, pixels):
+        logits, representation = super().forward(pixels)
+        whole = (pixels * 255 - (pixels * 255).round()).abs().amax(dim=(1, 2, 3)) < 1e-3  # what no attack has moved
+        keep = whole if self.only_under_attack else torch.zeros_like(whole)
+        return BackboneOutput(torch.where(keep[:, None], logits, self.value), representation)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_not_correct(images, value):
+    settings = PgdSettings("linf", 0.05, 0.0125, 2)
+    plain = count(TinyClassifier(), images, settings)
+    assert count(Broken(value, False), images, settings)[:3] == (21, 0, 0)
+    assert count(Broken(value, True), images, settings)[:3] == (21, plain.clean, 0)
 
 
 class Misled(TinyClassifier):
@@ -103,7 +129,7 @@ def test_what_is_wrong_when_clean_is_wrong_under_attack(images):
     """Also where such images are attacked, so that shapes stay the same."""
     accelerator, settings = Accelerator(cpu=True), PgdSettings("linf", 0.3, 0.05, 10)
     loader = accelerator.prepare(DataLoader(images, 8))
-    options = {"seed": 0, "description": "test", "total": 21, "static_shapes": True}
+    options = {"seed": 0, "description": "test", "total": 21, "fill_to": 8}
     found = count_correct(Misled(), loader, accelerator, settings, **options)
     assert found.robust == found.clean < 21
     model, pixels = Misled(), torch.stack([image["pixels"] for image in images]).float() / 255
