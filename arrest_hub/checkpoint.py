@@ -44,7 +44,8 @@ class Progress:
     with other steps per epoch. ``epoch_steps``: the steps of an epoch that warm-up and averaging go by. ``images``: how
     many were trained on so far, over all phases. ``skipped``: steps that changed nothing, since their fp16 gradients
     were not finite. ``clean_counts``: of this epoch's clean images, how many were right, were looked at, and were
-    replayed, in all processes. ``sharded``: the checkpoint is in parts, by FSDP. ``earlier``: the layouts that the
+    replayed, in all processes. ``sharded``: the checkpoint is in parts, by FSDP. ``drawn_from``: what tells the split
+    that the test images were held out of, as in `subsets.ImageSplit`. ``earlier``: the layouts that the
     phase had before this one, each with the number of its last step."""
 
     phase: str
@@ -58,6 +59,7 @@ class Progress:
     best_step: int | None = None
     model_revision: str | None = None
     dataset_revision: str | None = None
+    drawn_from: str | None = None
     layout: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     epoch_steps: int | None = None

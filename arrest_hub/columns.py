@@ -39,6 +39,12 @@ def find_columns(dataset: Any, image_column: str | None, label_column: str | Non
     return Columns(image, label)
 
 
+_TAKEN = {
+    "image": "Taken are images, or bytes that encode them",
+    "label": "Taken are whole numbers, booleans, strings or a ClassLabel",
+}
+
+
 def _choose(
     features: Any, typed: str | None, dataset_id: str, kind: str, flag: str, usual: tuple, sure: Any, possible: Any
 ) -> str:
@@ -68,9 +74,10 @@ def _choose(
         raise DataError(
             f"dataset {dataset_id!r} has several {kind} columns: {', '.join(candidates)}. Choose one with {flag}."
         )
+    typed_columns = ", ".join(f"{name} ({feature})" for name, feature in features.items())
     raise DataError(
-        f"dataset {dataset_id!r} has no {kind} column that can be recognised; it has {columns}. "
-        f"Name it with {flag}, if it is there."
+        f"dataset {dataset_id!r} has no {kind} column that can be recognised; it has {typed_columns}. {_TAKEN[kind]}. "
+        f"Name it with {flag}, if it goes by another name."
     )
 
 

@@ -77,16 +77,23 @@ def _digits(content: bytes) -> str:
 
 
 def read_image(
-    value: Any, split: str, index: int, corrupt: CorruptImages | None = None, *, fixed: bool = False
+    value: Any,
+    split: str,
+    index: int,
+    corrupt: CorruptImages | None = None,
+    *,
+    fixed: bool = False,
+    row: int | None = None,
 ) -> Image.Image | None:
     """The image ``value`` (bytes, or a dict of ``bytes`` and ``path``) at position ``index`` of ``split``, RGB; None if
-    it is skipped. ``fixed``: the position tells the image from all others.
+    it is skipped. ``fixed``: the position tells the image from all others. ``row``: where it is in the split that this
+    one was drawn from.
 
     Raises ImageError naming split, position and path if it cannot be read and is not skipped, UnreachableImage, never
     skipped, if its storage does not answer.
     """
     path = value.get("path") if isinstance(value, dict) else None
-    where = f" ({path})" if path else ""
+    where = f" ({path})" if path else "" if row is None else f" (row {row} of the split that it was drawn from)"
     try:
         if value is None:
             raise ImageError("it is missing")
@@ -95,7 +102,7 @@ def read_image(
         raise UnreachableImage(f"split {split!r}, image {index}{where}: {error}.") from error
     except ImageError as error:
         reason = str(error)
-    message = f"split {split!r}, image {index}{where}: {reason}. Repair or remove it"
+    message = f"split {split!r}, image {index}{where}: {reason}. Repair it, or put another image in its place"
     if corrupt is None:  # an image that is evaluated
         raise ImageError(f"{message}.")
     if not corrupt.limit:

@@ -83,6 +83,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.column = split.image_column
         self.transform, self.seed, self.corrupt = transform, seed, corrupt
         self._images = split.dataset.select_columns([split.image_column])
+        self._rows = split.rows
         self._labels = split.label_array()
 
     def __len__(self) -> int:
@@ -98,7 +99,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return [self._item(value, *pair) for value, pair in zip(encoded, pairs, strict=True)]
 
     def _item(self, value: Any, epoch: int, index: int) -> dict[str, Any]:
-        image, found = read_image(value, self.name, index, self.corrupt, fixed=True), index
+        row = None if self._rows is None else int(self._rows[index])
+        image, found = read_image(value, self.name, index, self.corrupt, fixed=True, row=row), index
         while image is None:
             found = (found + 1) % len(self)
             if found == index:

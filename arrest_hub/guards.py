@@ -64,11 +64,18 @@ def at_chance(correct: int, n: int, num_classes: int) -> bool:
     return expected >= 10 and correct <= expected + 2 * math.sqrt(expected * (1 - 1 / num_classes))
 
 
-def collapse_warning(accuracy: float, first: float | None, num_classes: int, standard: bool = False) -> str:
+def collapse_warning(
+    accuracy: float, first: float | None, num_classes: int, standard: bool = False, standard_epochs: int = 0
+) -> str:
     """What to say of a clean ``accuracy`` at chance after an epoch; ``first``: what it was at the run's first steps,
-    if that is known; ``standard``: in the clean phase."""
+    if that is known; ``standard``: in the clean phase; ``standard_epochs``: how long that one was."""
     if standard:
         cause = "It needs more of --standard-epochs, or another --standard-lr."
+    elif first is not None and first <= 1.5 / num_classes and standard_epochs:
+        cause = (
+            f"It was so from the first step: the clean training before it ({standard_epochs} of --standard-epochs) was "
+            "too short, or at a learning rate that does not suit (--standard-lr)."
+        )
     elif first is not None and first <= 1.5 / num_classes:
         cause = (
             "It was so from the first step: the network was not trained on these classes (add --standard-epochs), "

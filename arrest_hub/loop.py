@@ -119,7 +119,7 @@ class TrainingPhase:
         layout = batch_layout(config, accelerator, workers)
         self.progress = Progress(
             phase, model_revision=run.model_origin, dataset_revision=run.dataset_origin, layout=layout,
-            sharded=is_sharded(accelerator),
+            sharded=is_sharded(accelerator), drawn_from=run.splits.test.drawn_from,
         )  # fmt: skip
         if checkpoint is not None:
             self._restore(Path(checkpoint), layout, by_epochs)
@@ -283,7 +283,9 @@ class TrainingPhase:
                 correct, seen = counts.clean, counts.n
             self.model.train()
         if at_chance(correct, seen, classes):
-            text = collapse_warning(correct / seen, progress.first_accuracy, classes, self.phase == "standard")
+            text = collapse_warning(
+                correct / seen, progress.first_accuracy, classes, self.phase == "standard", run.config.standard_epochs
+            )
             warn(run, self.phase, progress, text)
         self.clean.zero_()
 

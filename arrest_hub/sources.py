@@ -322,6 +322,11 @@ def _open_data_files(
 ) -> Source | None:
     """Parquet and the other formats that `datasets` reads, splits found by file name; None for image files without
     metadata, among which a file of another format lies."""
+    if special := re.search(r"[*?\[]", str(path.resolve())):  # `datasets` takes it for a pattern of other folders
+        raise DataError(
+            f"dataset folder {typed!r}: its path has a {special[0]!r}, by which `datasets` would read other folders. "
+            f"Rename or move {str(path.resolve())!r}, so that it has none of * ? [."
+        )
     # `datasets` takes a cached copy for fresh when the paths and mtimes are the same; a copy that keeps the
     # mtime (rsync, cp -p) would give stale data, so the size and the time of the last change count too
     state = hashlib.sha256()

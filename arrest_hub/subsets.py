@@ -142,6 +142,7 @@ def hold_out(
         stream, known = train.dataset, train.num_examples
         # one shard, if clearly large enough, so that readers can still take the other shards apart
         by_shard = stream.num_shards > 1 and known is not None and known >= 2 * total * stream.num_shards
+        by_shard = by_shard and _holds(stream.shard(stream.num_shards, 0), total, train.label_column)
         source = stream.shard(stream.num_shards, 0) if by_shard else stream
         start = 0
         for role, size in sizes.items():
@@ -169,6 +170,11 @@ def hold_out(
                 "out across its shards (--validation-size 0 or an own validation split avoids it)"
             )
     return train, taken["test"], taken["validation"]
+
+
+def _holds(stream: IterableDataset, count: int, column: str) -> bool:
+    """Whether a stream has ``count`` examples; reads so many labels."""
+    return any(True for _ in stream.select_columns([column]).skip(count - 1).take(1))
 
 
 def limit(split: ImageSplit, size: int | None, seed: int, notes: list[str], flag: str) -> ImageSplit:

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from arrest_hub.backbones import Backbone
+from arrest_hub.checkpoint import Progress, readable_progress
 from arrest_hub.errors import BackboneError, ConfigError
 from arrest_hub.model_source import ModelSource, companion_file
 from arrest_hub.sources import same_dataset
@@ -29,14 +30,17 @@ def held_out_seed(
     """
     if backbone is None:
         return None
-    path, record = _training_files(backbone.source)
+    path, record, checkpoints = _training_files(backbone.source)
     if path is None:
         return None
     try:
         training = yaml.safe_load(path.read_text(encoding="utf-8"))
         seed, trained_on = int(training["seed"]), str(training["dataset"])
         train_split, eval_split, streamed = (training.get(key) for key in ("train_split", "eval_split", "streaming"))
-        recorded = None if record is None else read_record(record).data.drawn_from
+        if record is not None:
+            recorded = read_record(record).data.drawn_from
+        else:  # of a run that is not finished
+            recorded = next((known.drawn_from for known in _progress(checkpoints)), None)
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise BackboneError(f"{path} is damaged: it does not tell what was trained on ({error}).") from error
     if None not in (recorded, drawn_from) and recorded == drawn_from:
@@ -67,15 +71,22 @@ def _name(dataset: str) -> str:
     return path.resolve().name if path.is_dir() or path.is_absolute() else dataset
 
 
-def _training_files(source: ModelSource) -> tuple[Path | None, Path | None]:
+def _progress(checkpoints: Path | None) -> list[Progress]:
+    """What the checkpoints of a run say of themselves."""
+    if checkpoints is None:
+        return []
+    return [found for phase in ("robust", "standard") for found in readable_progress(checkpoints, phase)]
+
+
+def _training_files(source: ModelSource) -> tuple[Path | None, Path | None, Path | None]:
     """The configuration of the run that a model is of, and its record: beside an export, else of the run in whose
-    folder a teacher or a checkpoint lies."""
+    folder a teacher, a checkpoint or an export that was not finished lies; then that run's `checkpoints/` too."""
     record = companion_file(source, RECORD)
     if record is not None:
-        return companion_file(source, "training_config.yaml"), record
+        return companion_file(source, "training_config.yaml"), record, None
     if source.hub_id is None:
         for run in Path(source.model_id).expanduser().resolve().parents[:2]:
             if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
                 record = run / "export" / RECORD
-                return run / "config.yaml", record if record.is_file() else None
-    return None, None
+                return run / "config.yaml", record if record.is_file() else None, run / "checkpoints"
+    return None, None, None

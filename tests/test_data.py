@@ -350,6 +350,16 @@ def test_id_errors(tmp_path):
             load_splits(hub_id)
 
 
+@pytest.mark.parametrize("name", ["data[12]", "my?set", "x*"])
+def test_a_folder_whose_name_is_a_pattern_reads_no_other(cache, tmp_path, name):
+    for other in ("data1", "my_set", "xy"):
+        parquet(tmp_path / other, train=rows(20), test=rows(4))
+    folder = parquet(tmp_path / name, train=rows(20, start=50), test=rows(4, start=90))
+    with pytest.raises(DataError, match=r"would read other folders\. Rename or move") as error:
+        load_splits(folder, validation_size=0)
+    assert str(tmp_path / name) in str(error.value)
+
+
 def test_split_and_size_errors(cache, tmp_path):
     folder = parquet(tmp_path / "d", train=rows(20), test=rows(4))
     with pytest.raises(DataError, match=r"no split 'tset'; --eval-split can be train, test.*Did you mean 'test'"):
@@ -378,9 +388,11 @@ def test_column_errors(cache, tmp_path):
         load("images", {"left": image, "right": image, "label": label})
     with pytest.raises(DataError, match=r"several label columns: colour, shape\. Choose one with --label-column"):
         load("labels", {"image": image, "colour": label, "shape": label})
+    with pytest.raises(DataError, match=r"no label column.*label \(Value\('float64'\)\)\. Taken are whole numbers"):
+        load("floats", {"image": image, "label": Value("float64")})
     with pytest.raises(DataError, match=r"no image column.*it has label"):
         load("noimage", {"label": label})
-    with pytest.raises(DataError, match=r"no label column.*it has image, thing"):
+    with pytest.raises(DataError, match=r"no label column.*it has image .*, thing \(Value\('int64'\)\)"):
         load("nolabel", {"image": image, "thing": Value("int64")})
     with pytest.raises(DataError, match=r"no column 'lable'.*Did you mean 'label'"):
         load("typo", {"image": image, "label": label}, label_column="lable")
@@ -397,6 +409,22 @@ def test_label_out_of_range(cache, tmp_path):
     data = rows(20) | {"y": [0, 1] * 9 + [0, None]}
     with pytest.raises(DataError, match=r"split 'train': 1 labels .* None \(image 19\)"):
         load_splits(parquet(tmp_path / "d", train=data, test=rows(4)))
+
+
+def test_an_image_that_was_held_out_is_named_by_its_row(cache, tmp_path):
+    data = rows(40)
+    for row in range(40):
+        data["img"][row]["path"] = None
+    data["img"][7]["bytes"] = b"x"
+    folder = parquet(tmp_path / "d", train=data)
+    found = 0
+    for seed in range(20):
+        splits = load_splits(folder, validation_size=0, seed=seed)
+        if 7 in splits.test.row_array():
+            found += 1
+            with pytest.raises(ImageError, match=r"image \d+ \(row 7 of the split that it was drawn from\): it cannot"):
+                list(eval_loader(splits.test, EVAL, batch_size=4, num_workers=0))
+    assert found
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -690,6 +718,23 @@ def test_stream_processes_take_equally_many_steps(shards):
     split.num_examples = None
     with pytest.raises(DataError, match="length of the stream"):
         train_loader(split, EVAL, batch_size=8, seed=1, num_workers=0, num_processes=3)
+
+
+@pytest.mark.parametrize("sizes", [(6, 594), (200, 400)])
+def test_images_held_out_of_a_stream_are_there(cache, tmp_path, sizes):
+    """Its first file may be much smaller than the others."""
+    first = 0
+    for shard, size in enumerate(sizes):
+        data = rows(size, start=0)
+        data["y"] = [(first + i) % 2 for i in range(size)]
+        parquet(tmp_path / "s", **{f"train-{shard:05d}-of-00002": data})
+        first += size
+    splits = load_splits(str(tmp_path / "s"), streaming=True, validation_size=40)
+    assert splits.train.by_shard == (sizes[0] == 200)
+    for split in (splits.test, splits.validation):
+        assert len(values(StreamingImages(split, EVAL, shuffle=False))) == split.num_examples > 0
+    left = len(values(StreamingImages(splits.train, EVAL, shuffle=False)))
+    assert left == splits.train.num_examples == 600 - splits.test.num_examples - 40
 
 
 def test_stream_limit(shards):

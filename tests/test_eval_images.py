@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,30 @@ def test_the_teacher_and_the_checkpoints_of_a_run_were_trained_on_its_images(tmp
             str(model), str(tmp_path / "data"), attacks="clean", teacher=None, checks=False, output_dir=str(output)
         )
         assert read_verdicts(output / "verdicts.parquet").index.tolist() == expected
+
+
+def test_nor_are_those_of_a_run_whose_final_evaluation_failed_taken_for_others(tmp_path):
+    """An image to be evaluated that cannot be read ends the run: another in its place lets it go on, and what lies
+    there meanwhile does not pass for a model that was trained on other images."""
+    for number, name in enumerate(NAMES * 20):
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        colour = (60 + 70 * (number % 3) + number // 3,) * 3
+        PILImage.new("RGB", (8, 8), colour).save(tmp_path / "data" / name / f"{number:02}.png")
+    row = int(load_splits(str(tmp_path / "data"), seed=1, validation_size=6).test.row_array()[0])
+    path = sorted((tmp_path / "data").rglob("*.png"))[row]
+    whole = path.read_bytes()
+    path.write_bytes(b"garbage")
+    model = write_model(tmp_path / "model", sorted(NAMES))
+    config = tiny_config(tmp_path, model=str(model), seed=1, epochs=1, validation_size=6)
+    with pytest.raises(ImageError, match="Repair it, or put another image in its place"):
+        finetune(config)
+    export = tmp_path / "run" / "export"
+    assert (export / "model.safetensors").is_file()
+    path.unlink()
+    with pytest.raises(ConfigError, match="when it held other images or labels"):
+        arrest_hub.evaluate(str(export), str(tmp_path / "data"), attacks="clean", teacher=None)
+    path.write_bytes(whole)
+    assert finetune(replace(config, resume=True)).report.get("clean_accuracy").n == 6
 
 
 def test_training_images_do_not_replace_the_held_out_ones(held_out, capsys):

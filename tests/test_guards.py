@@ -56,6 +56,10 @@ def test_chance(correct, n, classes, expected):
 def test_the_cause_depends_on_how_it_began():
     assert "--label-match" in collapse_warning(0.1, 0.12, 10)
     assert "--lr" in collapse_warning(0.1, 0.9, 10)
+    after_clean = collapse_warning(0.1, 0.12, 10, standard_epochs=2)
+    assert "(2 of --standard-epochs) was too short" in after_clean
+    assert "add --standard-epochs" not in after_clean
+    assert "(add --standard-epochs)" in collapse_warning(0.1, 0.12, 10)
     assert "--lr" in collapse_warning(0.1, None, 10)
     assert "--standard-lr" in collapse_warning(0.1, 0.1, 10, standard=True)
     assert "--label-match" not in collapse_warning(0.1, 0.1, 10, standard=True)
