@@ -14,10 +14,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from arrest_hub.attack_stages import AttackOutcome, ThreatModel, pgd_attack, run_attack
+from arrest_hub.backbones import Backbone
 from arrest_hub.eval_config import EvalConfig, parse_curve
 from arrest_hub.eval_subjects import EvalImages, Subject, local_name, preprocessing_facts
 from arrest_hub.evaluator import CleanOutcome, Evaluator, TensorImages
 from arrest_hub.evidence import draw, draw_figures, gallery_rows, measure_curve, measure_drift
+from arrest_hub.fields import small_radius
 from arrest_hub.figures import GalleryRow
 from arrest_hub.folding import FoldedNetwork
 from arrest_hub.journal import Journal
@@ -64,6 +66,8 @@ class EvalSession:
         module.to(self.accelerator.device)
         if config.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if isinstance(module, Backbone):
+                module.memory_format = torch.channels_last  # how its forward lays out the pixels
         dtype = torch.bfloat16 if (config.attack_precision or config.precision) == "bf16" else None
         search = FoldedNetwork(module, subject.pairs, dtype) if subject.pairs else None
 
@@ -268,7 +272,7 @@ class EvalSession:
             f"teacher     {self.teacher.name if self.teacher else 'none'}",
             f"data        {self.images.dataset} [{self.images.split}], {len(self.images.images):,} images",
             *[f"            {note}" for note in notes],
-            f"threat      {config.norm}, eps {config.eps}",
+            f"threat      {config.norm}, eps {config.eps}{small_radius(config.norm, config.eps)}",
             f"attacks     {config.attacks}{' (cascade)' if config.cascade else ''}, batches of {config.batch_size}, "
             f"seed {config.seed}",
             f"precision   {self.arithmetic}{tf32}{folding}, {hardware_name(self.accelerator)}",

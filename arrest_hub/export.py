@@ -46,6 +46,9 @@ def write_model_folder(backbone: Backbone, folder: str | os.PathLike[str]) -> No
                     _write_transformers(network, backbone, new)
         except SafetensorError as error:
             raise as_os_error(error, folder) from error
+        mode = (new / "config.json").stat().st_mode
+        for weights in new.glob("*.safetensors"):  # which safetensors writes for its user alone
+            weights.chmod(mode)
         flush_to_disk(new)
         old = Path(staging) / "old"
         if folder.exists():

@@ -179,6 +179,14 @@ def eps_problem(norm: str, eps: str, name: str = "--eps") -> list[str]:
     return [f"{name} {eps} is out of range: pixels are in [0, 1], so linf needs eps below 1.{hint}"]
 
 
+def small_radius(norm: str, eps: str) -> str:
+    """What to say behind a radius that is next to nothing in its norm, as linf's 8/255 is in others; else nothing."""
+    usual = {"l2": (0.1, "0.5 on 32 px and 3 on 224 px"), "l1": (1.0, "12 on 32 px")}.get(norm)
+    if usual is None or Fraction(eps) >= usual[0]:
+        return ""
+    return f" (next to nothing in {norm}: usual are {usual[1]}, set with --eps)"
+
+
 def repo_id_problem(name: str, repo_id: str) -> str | None:
     """A line for an id that the Hub would not take; ``name`` is the flag that it was given with."""
     from huggingface_hub.errors import HFValidationError  # late: a tenth of a second

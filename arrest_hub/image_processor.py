@@ -187,7 +187,7 @@ def _check_pixels(processor: Any, wants: Preprocessing) -> None:
     tolerance = 0.03 if wants.interpolation == "nearest" else 0.004  # half a level of rounding; ties of "nearest"
     for width, height in ((160, 100), (100, 161), (41, 40), (333, 251)):
         image = coarse.resize((width, height), Image.Resampling.BICUBIC)
-        given = _apply(processor, np.asarray(image)) * std + mean
+        given = _apply(processor, np.array(image)) * std + mean
         if given.shape[1:] != wants.size:
             raise ValueError(
                 f"gives images of different sizes ({wants.size[0]}x{wants.size[1]} of a square one, {given.shape[1]}x"

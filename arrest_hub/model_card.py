@@ -184,10 +184,10 @@ def _eval_result(row: Result, facts: CardFacts) -> EvalResult:
 
 
 def _dataset_config(data: TrainingData | None) -> str | None:
-    """The configuration in a dataset's id on the Hub, as in org/name:config."""
+    """The configuration in a dataset's id on the Hub, as in org/name:config@revision."""
     if data is None or data.hub_id is None or not data.name.startswith(f"{data.hub_id}:"):
         return None
-    return one_line(data.name.removeprefix(f"{data.hub_id}:"))
+    return one_line(data.name.removeprefix(f"{data.hub_id}:").partition("@")[0])
 
 
 def _metric_name(row: Result) -> str:

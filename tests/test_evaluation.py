@@ -29,6 +29,7 @@ from tiny import (
     write_images,
     write_model,
 )
+from torch import nn
 
 import arrest_hub
 from arrest_hub import run_folder
@@ -122,6 +123,20 @@ def test_the_time_of_compilation_is_no_speed(batch_size, known, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     found = run(smooth_net(4), patterns(30, 4, seed=7), batch_size=batch_size, compile=True)
     assert (found.report.images_per_second is not None) == known
+
+
+def test_channels_last_reaches_the_convolutions():
+    net, seen = tiny_backbone(4), set()
+    first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+
+    def look(module, inputs):
+        seen.add(tuple(x.is_contiguous(memory_format=torch.channels_last) for x in (inputs[0], module.weight)))
+
+    first.register_forward_pre_hook(look)
+    arrest_hub.evaluate(
+        net, patterns(8, 4), channels_last=True, attacks="clean,pgd-2", checks=False, batch_size=8, figures=False
+    )
+    assert seen == {(True, True)}
 
 
 def test_channels_last_and_bf16_are_said_and_agree():

@@ -224,6 +224,17 @@ class SaysMore(torch.nn.Linear):
         return {"scale": self.scale}
 
 
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_whoever_reads_the_configuration_may_read_the_weights(library, tmp_path):
+    if library == "timm":
+        backbone = timm_backbone("resnet18")
+    else:
+        backbone = load_backbone(transformers_folder("vit", tmp_path / "source"))
+    write_model_folder(backbone, tmp_path / "out")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_a_digest_is_of_state_that_is_no_tensor_too():
     module = SaysMore(2, 2)
     before = weights_digest(module)

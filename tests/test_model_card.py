@@ -117,6 +117,16 @@ def test_the_figures_survive_the_header():
         assert (result.dataset_split, result.dataset_revision) == ("test", DATA_REVISION)
 
 
+@pytest.mark.parametrize("name", ["uoft-cs/cifar10:plain_text", "uoft-cs/cifar10:plain_text@v1"])
+def test_the_configuration_of_a_dataset_is_named_without_its_revision(name):
+    facts = make()
+    facts.record.data = dataclasses.replace(facts.record.data, name=name)
+    for result in facts.report.results:
+        result.dataset = name
+    results = ModelCard(render_card(facts)).data.eval_results
+    assert {result.dataset_config for result in results} == {"plain_text"}
+
+
 def test_figures_on_another_dataset_are_not_put_down_to_the_training_data():
     facts = make()
     facts.report.results.append(row(None, 700, dataset="other/images", split="validation"))
