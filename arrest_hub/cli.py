@@ -201,8 +201,10 @@ def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
     if unused := unused_flags(config, flags):
         notes.append(f"not used: {', '.join(unused)}")
     if config.resume and (saved := Path(config.output_dir) / "config.yaml").is_file():
-        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        config = resume_config(load_config(saved), given)
+        begun = load_config(saved)
+        every = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        # by the recipe that it began with, what was not typed now is as it was then
+        config = resume_config(begun, flags if begun.recipe == name else every)
     return config, notes
 
 

@@ -263,6 +263,7 @@ class FinetuneConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
+CONTRADICTION = "--resume and --overwrite contradict each other: give one of them."
 FIELDS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
 
 
@@ -330,7 +331,7 @@ def _cross_checks(config: FinetuneConfig, good: set[str]) -> list[str]:
                 f"--warmup-epochs {config.warmup_epochs:g} is all of a training of {shortest} epochs: give fewer."
             )
     if {"resume", "overwrite"} <= good and config.resume and config.overwrite:
-        problems.append("--resume and --overwrite contradict each other: give one of them.")
+        problems.append(CONTRADICTION)
     if (
         "validation_size" in good
         and config.validation_size

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from arrest_hub.config import FIELDS, MODEL_KEYS, RESUME_MAY_DIFFER, FinetuneConfig
+from arrest_hub.config import CONTRADICTION, FIELDS, MODEL_KEYS, RESUME_MAY_DIFFER, FinetuneConfig
 from arrest_hub.errors import ConfigError, did_you_mean
 from arrest_hub.fields import convert, flag
 from arrest_hub.recipe_files import FOR_DATASET, read_recipe, read_yaml
@@ -58,6 +58,8 @@ def unused_flags(config: FinetuneConfig, typed: Iterable[str]) -> list[str]:
         reasons["standard_lr"] = "there are no --standard-epochs"
     if config.scheduler not in ("cosine", "poly"):
         reasons["min_lr"] = f"--scheduler is {config.scheduler}"
+    if config.scheduler == "constant":
+        reasons["lr_hold"] = "--scheduler is constant"
     if (config.attack_stop_after or 0) >= config.attack_steps:
         reasons["attack_stop_after"] = f"the attack has {config.attack_steps} steps"
     if config.export_weights == "best" and (not config.eval_every or config.validation_size == 0):
@@ -97,6 +99,8 @@ def resume_config(saved: FinetuneConfig, flags: Mapping[str, Any]) -> FinetuneCo
         ConfigError: listing every flag whose value differs from the saved run's.
     """
     problems = [unknown_key(key, "flag") for key in flags if key not in FIELDS]
+    if flags.get("overwrite"):
+        problems.append(CONTRADICTION)
     changes: dict[str, Any] = {}
     for key, value in flags.items():
         if key not in FIELDS:

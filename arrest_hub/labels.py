@@ -29,6 +29,10 @@ class LabelMatch:
     note: str
 
 
+class ReorderedClasses(ConfigError):
+    """Dataset and model have the same classes in another order, and it was not said how to match them."""
+
+
 def match_labels(
     dataset_names: Sequence[str] | None,
     dataset_count: int,
@@ -45,7 +49,7 @@ def match_labels(
     case, spaces, underscores and hyphens, unless that is all that tells two classes of one side apart.
     ``new_head``: whether the advice may be to train another head.
 
-    Raises ConfigError when the counts or the names differ, or the order does in mode "auto".
+    Raises ConfigError when the counts or the names differ, `ReorderedClasses` when the order alone does in mode "auto".
     """
     if mode not in MODES:
         raise ConfigError(
@@ -84,7 +88,7 @@ def match_labels(
         if mode == "name":
             return LabelMatch(order, f"labels matched by name: {len(moved)} of {dataset_count} classes change number")
         examples = "; ".join(f"{data[i]!r} is label {i} but output {order[i]}" for i in moved[:3])
-        raise ConfigError(
+        raise ReorderedClasses(
             f"dataset and model have the same {dataset_count} class names in another order "
             f"({len(moved)} differ: {examples}). Use --label-match name to remap the labels by name, "
             f"or {by_index}."

@@ -30,8 +30,8 @@ from arrest_hub.backbones import Backbone, load_backbone
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.data import ImageSplit, Splits, load_splits
 from arrest_hub.errors import ConfigError, did_you_mean
-from arrest_hub.fields import flag
-from arrest_hub.labels import match_labels
+from arrest_hub.fields import flag, small_radius
+from arrest_hub.labels import ReorderedClasses, match_labels
 from arrest_hub.network_options import compile_problem
 from arrest_hub.processes import main_first, processes_here
 from arrest_hub.run_folder import RunPaths
@@ -254,6 +254,8 @@ def prepare_student(config: FinetuneConfig, splits: Splits, accelerator: Acceler
         match = match_labels(
             splits.class_names, splits.num_classes, backbone.label_names, backbone.num_classes, mode=config.label_match
         )
+    except ReorderedClasses:  # no reason to throw the head away
+        raise
     except ConfigError:
         if not config.standard_epochs:
             raise
@@ -375,7 +377,7 @@ def describe_run(
         f"teacher     {teacher}",
         f"data        {splits.dataset_id}{data_revision}: {', '.join(counts)} images, {splits.num_classes} classes",
         *[f"            {note}" for note in splits.notes],
-        f"threat      {config.norm}, eps {config.eps}; {attack}",
+        f"threat      {config.norm}, eps {config.eps}{small_radius(config.norm, config.eps)}; {attack}",
         f"method      {method}; student's initialisation: {config.init}",
         f"passes      per image and step: {', '.join(f'{count} {name}' for name, count in passes.items())}",
         f"training    {length}, batch {config.batch_size} x {plural(accelerator.num_processes, 'process')} x "

@@ -97,6 +97,8 @@ def test_the_datasets_recipe_is_taken_and_said():
 def test_flags_without_use_are_said():
     _, notes = parse_finetune(["--dataset", "digits", "--method", "at", "--trades-beta", "3", "--standard-lr", "0.1"])
     assert any(note == "not used: --trades-beta (--method is at)" for note in notes)
+    _, notes = parse_finetune(["--recipe", "quickstart", "--lr-hold", "0.3", "--scheduler", "constant"])
+    assert "not used: --lr-hold (--scheduler is constant)" in notes
 
 
 def test_model_args_and_switches():
@@ -130,8 +132,19 @@ def test_resume_without_a_recipe_flag_takes_the_saved_one(tmp_path, capsys):
     err = errors(["--resume", "--output-dir", str(tmp_path), "--eps", "8/255", "--lr", "7"], capsys)
     assert "--eps is 8/255" in err
     assert "--lr is 7" in err
-    err = errors(["--recipe", "quickstart", "--output-dir", str(tmp_path), "--resume"], capsys)
-    assert "--eps is 32/255" in err
+    named, _ = parse_finetune(["--recipe", "quickstart", "--output-dir", str(tmp_path), "--resume"])
+    assert named.eps == "16/255", "what was typed then and is not now stays"
+    err = errors(["--recipe", "cifar10_resnet18", "--output-dir", str(tmp_path), "--resume"], capsys)
+    assert "--recipe is cifar10_resnet18 but the run to resume has quickstart" in err
+
+
+@pytest.mark.parametrize("words", [[], ["--recipe", "quickstart"]])
+def test_resume_and_overwrite_contradict_each_other_whether_or_not_there_is_a_run(words, tmp_path, capsys):
+    both = [*words, "--dataset", "digits", "--output-dir", str(tmp_path), "--resume", "--overwrite"]
+    assert "contradict each other" in errors(both, capsys)
+    config, _ = parse_finetune(["--recipe", "quickstart", "--output-dir", str(tmp_path)])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert "contradict each other" in errors(both, capsys)
 
 
 def test_module_entry_point_names_its_commands():

@@ -135,6 +135,10 @@ def test_slurm_resumes_what_was_put_back(cluster):
     assert all(call.endswith("--recipe imagenet_vit_small --resume") for call in calls())
     assert submit("--resume", "--recipe", "quickstart", SLURM_RESTART_COUNT="2") == 0
     assert all(call.count("--resume") == 1 for call in calls())
+    assert submit("--overwrite", "--output-dir", "runs/a b", SLURM_RESTART_COUNT="1") == 0
+    assert all(call.endswith("finetune --output-dir runs/a b --resume") for call in calls()[-2:])
+    assert submit("--overwrite", "--output-dir", "runs/a") == 0
+    assert all(call.endswith("finetune --overwrite --output-dir runs/a") for call in calls()[-2:])
 
 
 def test_slurm_requeues_after_sigterm_and_only_then(cluster):

@@ -21,10 +21,13 @@ import arrest_hub.loop as loop
 import arrest_hub.step as step_module
 from arrest_hub import train
 from arrest_hub.backbones import load_backbone
+from arrest_hub.card_facts import read_card, read_publication
 from arrest_hub.cli import eval_command, parse_finetune
 from arrest_hub.config_sources import load_config
 from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError
 from arrest_hub.export import write_model_folder
+from arrest_hub.fields import small_radius
+from arrest_hub.hub import card_for
 from arrest_hub.results import read_results
 from arrest_hub.throughput import TIMED
 from arrest_hub.train import dry_run, finetune
@@ -247,6 +250,20 @@ def test_standard_phase_makes_the_teacher_and_resumes(tmp_path, monkeypatch):
         assert log_lines(tmp_path / "whole") == log_lines(output)
 
 
+def test_a_licence_that_is_given_is_the_cards(tmp_path):
+    """Whoever pushes later, without a word of it, publishes under that one and not under the base's."""
+    run = finetune(tiny_config(tmp_path, license="cc-by-nc-4.0", max_steps=1, limit_eval=6))
+    publication = read_publication(read_card(run.export / "README.md"))
+    assert publication.license.id == "cc-by-nc-4.0"
+    assert b"license: cc-by-nc-4.0\n" in card_for(run.export, "me/model", None)
+
+
+def test_a_radius_that_is_next_to_nothing_is_told(tmp_path, capsys):
+    finetune(tiny_config(tmp_path, norm="l2", max_steps=1, limit_eval=6, output_dir=str(tmp_path / "small")))
+    assert "threat      l2, eps 8/255 (next to nothing in l2: usual are 0.5 on 32 px" in capsys.readouterr().out
+    assert small_radius("l2", "0.5") == small_radius("linf", "1/255") == small_radius("l1", "12") == ""
+
+
 def test_new_head_for_other_classes(tmp_path):
     model = write_model(tmp_path / "five", ["a", "b", "c", "d", "e"])
     with pytest.raises(ConfigError, match="standard-epochs"):
@@ -256,6 +273,15 @@ def test_new_head_for_other_classes(tmp_path):
     exported = load_backbone(str(run.export))
     assert exported.num_classes == 3
     assert exported.label_names == NAMES
+
+
+def test_a_head_is_not_thrown_away_for_the_order_of_its_classes(tmp_path, capsys):
+    model = write_model(tmp_path / "permuted", ["light", "dark", "middle"])
+    changes = {"model": str(model), "standard_epochs": 1, "max_steps": 1, "limit_eval": 6}
+    with pytest.raises(ConfigError, match=r"same 3 class names in another order.*--label-match name"):
+        finetune(tiny_config(tmp_path, **changes))
+    finetune(tiny_config(tmp_path, label_match="name", **changes))
+    assert "head: kept, 3 classes; labels matched by name" in capsys.readouterr().out
 
 
 def test_permuted_classes_are_reported_and_remapped(tmp_path):
