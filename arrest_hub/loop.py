@@ -28,7 +28,7 @@ from arrest_hub.objective import Objective
 from arrest_hub.out_of_memory import full_memory_told
 from arrest_hub.processes import AnyProcessBefore, any_process, main_only
 from arrest_hub.progress import Meter, progress_bar
-from arrest_hub.resume import batch_layout, resume_point
+from arrest_hub.resume import batch_layout, layout_note, resume_point
 from arrest_hub.run import Run
 from arrest_hub.run_folder import record_batches
 from arrest_hub.schedule import Schedule
@@ -165,6 +165,7 @@ class TrainingPhase:
             # the schedule goes by epochs, or by the steps that --max-steps counts
             progress.offset = progress.epoch * (self.steps_per_epoch or 0) - progress.step if by_epochs else 0
             if not self.finished:  # something is trained with the new one
+                accelerator.print(layout_note(progress.layout, layout))
                 progress.earlier.append(progress.layout | {"until": progress.step})
                 progress.layout = layout
         accelerator.print(

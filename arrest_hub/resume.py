@@ -71,30 +71,36 @@ def resume_point(
     layout = batch_layout(config, accelerator, before)
     if progress.layout == layout:
         return progress, str(checkpoint), notes
-    changes = ", ".join(
-        f"{NAMES[key]} {progress.layout.get(key)} then and {layout.get(key)} now"
-        for key in NAMES
-        if progress.layout.get(key) != layout.get(key)
-    )
     middle = progress
     if progress.batch:
         checkpoint, _ = newest_whole(accelerator, paths.checkpoints, phase, lambda found: not found.batch)
         if checkpoint is None:
             raise ConfigError(
-                f"cannot resume: {changes}, and {paths.checkpoints} has no checkpoint from the end of an epoch, where "
-                "alone that may change. Resume as before until the next one, or start anew with another --output-dir."
+                f"cannot resume: {_changes(middle.layout, layout)}, and {paths.checkpoints} has no checkpoint from the "
+                "end of an epoch, where alone that may change. Resume as before until the next one, or start anew with "
+                "another --output-dir."
             )
         progress = read_progress(checkpoint)
         notes.append(
             f"going back from step {middle.step} to {progress.step}, the end of an epoch: the batches of the one after "
             "it would be others"
         )
-    notes.append(
-        f"{changes}: every image is still seen once an epoch, but the result is no longer that of a run without the "
-        "change (other batches, attack starts and BatchNorm statistics; with another global batch also other steps "
-        "per epoch, the learning rate's schedule staying with the epochs)"
-    )
     return progress, str(checkpoint), notes
+
+
+def _changes(before: dict[str, int], now: dict[str, int]) -> str:
+    """What two layouts differ in, in words."""
+    differing = [key for key in NAMES if before.get(key) != now.get(key)]
+    return ", ".join(f"{NAMES[key]} {before.get(key)} then and {now.get(key)} now" for key in differing)
+
+
+def layout_note(before: dict[str, int], now: dict[str, int]) -> str:
+    """What to say where a run trains on with batches that are dealt out in another way than before."""
+    return (
+        f"{_changes(before, now)}: every image is still seen once an epoch, but the result is no longer that of a run "
+        "without the change (other batches, attack starts and BatchNorm statistics; with another global batch also "
+        "other steps per epoch, the learning rate's schedule staying with the epochs)"
+    )
 
 
 def model_origin(source: ModelSource) -> str | None:

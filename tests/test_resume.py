@@ -258,11 +258,13 @@ def test_best_weights_do_not_pile_up_between_checkpoints(tmp_path, monkeypatch):
     assert seen == [[], ["best-000004"], ["best-000008"]]
 
 
-def test_a_finished_run_stays_one_of_its_own_batch(tmp_path):
+def test_a_finished_run_stays_one_of_its_own_batch(tmp_path, capsys):
     """Whatever batch it is resumed with: to evaluate with less memory, say."""
     finetune(run_config(tmp_path, "run"))
     shutil.rmtree(tmp_path / "run" / "export")
+    capsys.readouterr()
     finetune(run_config(tmp_path, "run", resume=True, batch_size=4))
+    assert "no longer that of a run without the change" not in capsys.readouterr().out, "nothing is trained with it"
     assert load_config(tmp_path / "run" / "config.yaml").batch_size == 8
     published = yaml.safe_load((tmp_path / "run" / "export" / "training_config.yaml").read_text())
     assert published["batch_size"] == 8
