@@ -172,11 +172,11 @@ def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
     if "model_args" in flags:
         flags["model_args"] = _read_mapping(flags["model_args"], problems)
 
-    if flags.get("resume") and "recipe" not in flags:
-        saved = Path(flags.get("output_dir", "")).expanduser() / "config.yaml"
-        if flags.get("output_dir") and saved.is_file():
+    if flags.get("resume") and flags.get("output_dir"):
+        saved = Path(flags["output_dir"]).expanduser() / "config.yaml"
+        if saved.is_file() and _is_of(saved, flags.get("recipe")):
             config = _collect(problems, lambda: resume_config(load_config(saved), flags), flags)
-            return config, [f"resuming with the configuration of {saved}"]
+            return config, [RESUMING.format(saved)]
     name = flags.get("recipe")
     notes = []
     if name is None:
@@ -201,11 +201,20 @@ def parse_finetune(argv: Sequence[str]) -> tuple[FinetuneConfig, list[str]]:
     if unused := unused_flags(config, flags):
         notes.append(f"not used: {', '.join(unused)}")
     if config.resume and (saved := Path(config.output_dir) / "config.yaml").is_file():
-        begun = load_config(saved)
-        every = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        # by the recipe that it began with, what was not typed now is as it was then
-        config = resume_config(begun, flags if begun.recipe == name else every)
+        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        if _is_of(saved, name):
+            given = flags | {"output_dir": config.output_dir}
+            notes = [RESUMING.format(saved)]
+        config = resume_config(load_config(saved), given)
     return config, notes
+
+
+RESUMING = "resuming with the configuration of {}: what is not typed is as it was then"
+
+
+def _is_of(saved: Path, recipe: str | None) -> bool:
+    """Whether a run with the configuration ``saved`` began with this recipe; also where none is named."""
+    return recipe is None or load_config(saved).recipe == recipe
 
 
 def _collect(problems: list[str], build: Callable[[], FinetuneConfig], flags: dict[str, Any]) -> FinetuneConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Image, Value
@@ -74,7 +75,7 @@ def _choose(
         raise DataError(
             f"dataset {dataset_id!r} has several {kind} columns: {', '.join(candidates)}. Choose one with {flag}."
         )
-    typed_columns = ", ".join(f"{name} ({feature})" for name, feature in features.items())
+    typed_columns = ", ".join(f"{name} ({textwrap.shorten(str(feature), 60)})" for name, feature in features.items())
     raise DataError(
         f"dataset {dataset_id!r} has no {kind} column that can be recognised; it has {typed_columns}. {_TAKEN[kind]}. "
         f"Name it with {flag}, if it goes by another name."

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset as HFDataset
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -99,15 +100,19 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return [self._item(value, *pair) for value, pair in zip(encoded, pairs, strict=True)]
 
     def _item(self, value: Any, epoch: int, index: int) -> dict[str, Any]:
-        row = None if self._rows is None else int(self._rows[index])
-        image, found = read_image(value, self.name, index, self.corrupt, fixed=True, row=row), index
+        image, found = self._read(value, index), index
         while image is None:
             found = (found + 1) % len(self)
             if found == index:
                 raise ImageError(f"split {self.name!r}: no image can be read. Repair the dataset.")
-            image = read_image(self._images[found][self.column], self.name, found, self.corrupt, fixed=True)
+            image = self._read(self._images[found][self.column], found)
         pixels = transformed(self.transform, image, self.seed, epoch, index, self.name)
         return {"pixels": pixels, "label": int(self._labels[found]), "index": found}
+
+    def _read(self, value: Any, index: int) -> Image.Image | None:
+        """The image at a position; None if it is skipped."""
+        row = None if self._rows is None else int(self._rows[index])
+        return read_image(value, self.name, index, self.corrupt, fixed=True, row=row)
 
 
 def train_loader(

@@ -5,8 +5,10 @@ The CIFAR architectures are the exception: timm knows them after ``import arrest
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,8 @@ def write_model_folder(backbone: Backbone, folder: str | os.PathLike[str]) -> No
             raise as_os_error(error, folder) from error
         mode = (new / "config.json").stat().st_mode
         for weights in new.glob("*.safetensors"):  # which safetensors writes for its user alone
-            weights.chmod(mode)
+            with contextlib.suppress(OSError):  # of a file system without modes
+                weights.chmod(stat.S_IMODE(mode))
         flush_to_disk(new)
         old = Path(staging) / "old"
         if folder.exists():

@@ -17,8 +17,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # as `is_draft` knows them
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        with temporary.open("rb") as file:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
             os.fsync(file.fileno())  # the rename may otherwise outrun the contents where the power fails
         os.replace(temporary, path)
     except OSError:

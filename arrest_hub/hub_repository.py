@@ -95,11 +95,14 @@ class Repository:
         """Make repository and branch if they do not exist. Only what is new is made private."""
         if not self.api.repo_exists(self.repo_id):
             self.api.create_repo(self.repo_id, private=self.config.private or None, exist_ok=True)
-        if self.branch != "main" and not self.api.revision_exists(self.repo_id, self.branch):
+        if self.branch != "main" and self.branch not in self._branches():
             head = self.api.model_info(self.repo_id).sha  # what a new branch begins with
             assert head is not None
             self._check_ours(self._remote(head), head, network, threat)
             self.api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
+
+    def _branches(self) -> set[str]:
+        return {branch.name for branch in self.api.list_repo_refs(self.repo_id).branches}
 
     def _tagged(self) -> str | None:
         tags = self.api.list_repo_refs(self.repo_id).tags

@@ -158,6 +158,7 @@ class TrainingPhase:
         """Go on from a checkpoint, whose batches may have been dealt out otherwise than by ``layout``."""
         run, config, accelerator = self.run, self.run.config, self.run.accelerator
         progress = self.progress = load_checkpoint(accelerator, checkpoint, self.ema)
+        progress.drawn_from = run.splits.test.drawn_from  # an image may have been repaired since
         if accelerator.is_main_process:
             drop_old(checkpoint, self.phase, config.keep_checkpoints)
         accelerator.step = 0  # a checkpoint is of whole steps, and --grad-accum-steps may be another now
@@ -285,8 +286,9 @@ class TrainingPhase:
             self.model.train()
         if at_chance(correct, seen, classes):
             text = collapse_warning(
-                correct / seen, progress.first_accuracy, classes, self.phase == "standard", run.config.standard_epochs
-            )
+                correct / seen, progress.first_accuracy, classes, self.phase == "standard",
+                0 if run.config.init == "random" else run.config.standard_epochs,
+            )  # fmt: skip
             warn(run, self.phase, progress, text)
         self.clean.zero_()
 

@@ -173,7 +173,7 @@ def hold_out(
 
 
 def _holds(stream: IterableDataset, count: int, column: str) -> bool:
-    """Whether a stream has ``count`` examples; reads so many labels."""
+    """Whether a stream has ``count`` examples, which it reads up to there."""
     return any(True for _ in stream.select_columns([column]).skip(count - 1).take(1))
 
 

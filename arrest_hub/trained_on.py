@@ -40,7 +40,8 @@ def held_out_seed(
         if record is not None:
             recorded = read_record(record).data.drawn_from
         else:  # of a run that is not finished
-            recorded = next((known.drawn_from for known in _progress(checkpoints)), None)
+            told = [known.drawn_from for known in _progress(checkpoints) if known.drawn_from is not None]
+            recorded = told[-1] if told else None
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise BackboneError(f"{path} is damaged: it does not tell what was trained on ({error}).") from error
     if None not in (recorded, drawn_from) and recorded == drawn_from:
@@ -72,10 +73,10 @@ def _name(dataset: str) -> str:
 
 
 def _progress(checkpoints: Path | None) -> list[Progress]:
-    """What the checkpoints of a run say of themselves."""
+    """What the checkpoints of a run say of themselves, the newest last."""
     if checkpoints is None:
         return []
-    return [found for phase in ("robust", "standard") for found in readable_progress(checkpoints, phase)]
+    return [found for phase in ("standard", "robust") for found in readable_progress(checkpoints, phase)]
 
 
 def _training_files(source: ModelSource) -> tuple[Path | None, Path | None, Path | None]:

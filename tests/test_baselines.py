@@ -45,7 +45,7 @@ def test_divergence_equals_the_definition_in_float64():
     assert torch.allclose(divergence(p.log().float(), q.log().float()).double(), (p * (p / q).log()).sum(1), atol=1e-6)
 
 
-@pytest.mark.parametrize("moved", [1e-4, 1e-2, 1.0, 15.0])
+@pytest.mark.parametrize("moved", [1e-4, 1e-2, 1.0, 15.0, 60.0, 200.0])
 @pytest.mark.parametrize("confidence", [0.1, 1.0, 5.0])
 def test_what_trades_attack_ascends_has_the_gradient_of_the_divergence_at_length_1(confidence, moved):
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def test_what_trades_attack_ascends_has_the_gradient_of_the_divergence_at_length
     expected = exact.grad / exact.grad.abs().sum(1, keepdim=True)
     logits.requires_grad_(True)
     divergence_ascent(logits, clean).sum().backward()
-    assert torch.allclose(logits.grad.double(), expected, atol=1e-6)
+    assert torch.allclose(logits.grad.double(), expected, atol=2e-6)
 
 
 def test_trades_attack_leaves_its_start_in_half_precision():

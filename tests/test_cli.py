@@ -1,8 +1,10 @@
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from torch.distributed import DistNetworkError, DistStoreError
@@ -134,6 +136,15 @@ def test_resume_without_a_recipe_flag_takes_the_saved_one(tmp_path, capsys):
     assert "--lr is 7" in err
     named, _ = parse_finetune(["--recipe", "quickstart", "--output-dir", str(tmp_path), "--resume"])
     assert named.eps == "16/255", "what was typed then and is not now stays"
+    (tmp_path / "moved" / "runs").mkdir(parents=True)
+    shutil.copy(tmp_path / "config.yaml", tmp_path / "moved" / "runs")
+    (tmp_path / "mine.yaml").write_text(f"model: resnet18\ndataset: digits\noutput_dir: {tmp_path}/moved/runs\n")
+    mine = ["--recipe", str(tmp_path / "mine.yaml")]
+    begun, _ = parse_finetune([*mine, "--method", "trades", "--trades-beta", "3"])
+    (tmp_path / "moved" / "runs" / "config.yaml").write_text(replace(begun, output_dir="/elsewhere").to_yaml())
+    found, notes = parse_finetune([*mine, "--trades-beta", "3", "--resume"])
+    assert (found.method, found.output_dir) == ("trades", f"{tmp_path}/moved/runs"), "where it was found"
+    assert [note.partition(" the")[0] for note in notes] == ["resuming with"]
     err = errors(["--recipe", "cifar10_resnet18", "--output-dir", str(tmp_path), "--resume"], capsys)
     assert "--recipe is cifar10_resnet18 but the run to resume has quickstart" in err
 
