@@ -47,6 +47,11 @@ def trained(backbone: Backbone) -> Backbone:
     return backbone.eval()
 
 
+def small(library: str, folder: Path) -> Backbone:
+    """A network of either library; ``folder`` is for transformers' to be loaded from."""
+    return timm_backbone("resnet18") if library == "timm" else load_backbone(transformers_folder("vit", folder))
+
+
 @pytest.mark.parametrize(
     ("name", "code"),
     [
@@ -116,10 +121,7 @@ def test_image_size_labels_and_arguments_are_recorded(tmp_path):
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
 def test_same_weights_same_bytes_in_float32(library, tmp_path):
-    if library == "timm":
-        backbone = timm_backbone("resnet18")
-    else:
-        backbone = load_backbone(transformers_folder("vit", tmp_path / "source"))
+    backbone = small(library, tmp_path / "source")
     write_model_folder(backbone, tmp_path / "a")
     write_model_folder(load_backbone(tmp_path / "a"), tmp_path / "b")
     for file in (tmp_path / "a").iterdir():
@@ -226,10 +228,7 @@ class SaysMore(torch.nn.Linear):
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
 def test_whoever_reads_the_configuration_may_read_the_weights(library, tmp_path):
-    if library == "timm":
-        backbone = timm_backbone("resnet18")
-    else:
-        backbone = load_backbone(transformers_folder("vit", tmp_path / "source"))
+    backbone = small(library, tmp_path / "source")
     write_model_folder(backbone, tmp_path / "out")
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
