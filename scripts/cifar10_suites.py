@@ -173,8 +173,19 @@ VARIANTS = {
         (1,),
         "precision",
     ),
+    "best-lr-0.04-awp-fp32": Variant(
+        "+ AWP (0.005), fp32",
+        BEST | {"lr": 0.04, "mixed_precision": "no", "awp_gamma": 0.005},
+        (1,),
+        "precision",
+    ),
     "aft-lr-0.04-fp32": Variant(
         "AFT, lr 0.04, fp32", {"method": "at", "lr": 0.04, "mixed_precision": "no"}, THREE, "precision"
+    ),
+    "trades-lr-0.04-fp32": Variant(
+        "TRADES, finetuned, lr 0.04, fp32",
+        {"method": "trades", "lr": 0.04, "mixed_precision": "no"},
+        group="precision",
     ),
 }  # fmt: skip
 
