@@ -115,11 +115,13 @@ class Trades(Objective):
 def divergence_ascent(logits: Tensor, clean_logits: Tensor) -> Tensor:
     """What an attack ascends to raise KL(p || q) of each row, p being the clean prediction: [B, K], [B, K] -> [B].
 
-    Its gradient to the logits is that of `divergence`, q - p, made as long as 1 (the sum of its absolute values); the
-    value is no divergence. Near the clean image, where TRADES' attack begins, q - p is next to nothing: its digits are
-    lost where p is near 1, and in fp16 it would be 0 in the layers behind, so that the attack never left its start.
-    Hence q - p = p (q / p - 1), from what the logits have changed by: relative to the class of the clean prediction,
-    so that nothing cancels.
+    ``logits`` may be of any floating type, ``clean_logits`` are float32. The gradient to the logits is that of
+    `divergence` (see `Trades`), q - p, made as long as 1 (the sum of its absolute values); the value is no divergence.
+
+    Near the clean image, where TRADES' attack begins, q - p is next to nothing: its digits are lost where p is near 1,
+    and in fp16 it would be 0 in the layers behind, so that the attack never left its start. Hence q - p = p (q / p - 1)
+    (ours), from what the logits have changed by: relative to the class of the clean prediction, so that nothing
+    cancels.
     """
     logits = logits.float()
     with torch.no_grad():

@@ -180,7 +180,12 @@ def eps_problem(norm: str, eps: str, name: str = "--eps") -> list[str]:
 
 
 def small_radius(norm: str, eps: str) -> str:
-    """What to say behind a radius that is next to nothing in its norm, as linf's 8/255 is in others; else nothing."""
+    """What to say behind a radius ("8/255", on pixels in [0, 1]) that is next to nothing in its norm, as linf's usual
+    ones are in others; else nothing.
+
+    Usual are l2 0.5 in RobustBench (arXiv 2010.09670) and 3 for ImageNet in MadryLab's robustness package, l1 12 in
+    Croce and Hein 2021 (arXiv 2103.01208).
+    """
     usual = {"l2": (0.1, "0.5 on 32 px and 3 on 224 px"), "l1": (1.0, "12 on 32 px")}.get(norm)
     if usual is None or Fraction(eps) >= usual[0]:
         return ""

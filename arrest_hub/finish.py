@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.backbones import Backbone, load_backbone
-from arrest_hub.card_facts import CardFacts, Publication, read_card, read_publication
+from arrest_hub.card_facts import CardFacts, Publication
 from arrest_hub.checkpoint import REPLACED, Progress, best_folder, flush_to_disk
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.config_sources import load_config
@@ -31,9 +31,9 @@ from arrest_hub.export import weights_digest, write_model_folder
 from arrest_hub.figures import save_figure
 from arrest_hub.files import as_os_error, write_whole
 from arrest_hub.guards import not_finite_tensor
+from arrest_hub.hub import given_license
 from arrest_hub.hub_repository import Pushed
 from arrest_hub.journal import Journal
-from arrest_hub.licenses import License
 from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.model_card import before_name, card_is_generated, render_card
 from arrest_hub.out_of_memory import fitting_batch
@@ -129,9 +129,7 @@ def finish_run(
             _draw_training(config, paths)
         flush_to_disk(paths.export)  # the card comes last: where it is, all is there
         if card_is_generated(paths.export):
-            before = read_publication(read_card(paths.export / CARD))
-            license = License(config.license, config.license_name, config.license_link) if config.license else None
-            publication = Publication(before.repo_id, license or before.license)
+            publication = Publication(license=given_license(config))
             write_whole(paths.export / CARD, render_card(CardFacts.from_folder(paths.export, publication)))
         else:
             accelerator.print(f"note        {paths.export / CARD} was edited and is left as it is")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from arrest_hub.card_facts import CardFacts, Publication, read_card, read_publication
+from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError, HubError, HubRefusal
 from arrest_hub.files import write_whole
 from arrest_hub.hub_access import check_access
@@ -44,7 +45,7 @@ def run_push(config: PushConfig, say: Callable[[str], None]) -> Pushed:
     """`push` with its options as one object."""
     assert config.repo_id is not None  # validated
     export = find_export(config.folder)
-    given = _given_license(config)
+    given = given_license(config)
     card = card_for(export, config.repo_id, given)
     files = local_files(export, card)  # every problem of the folder is found before any connection is made
     measured = _facts(export, Publication()).report.model
@@ -99,7 +100,7 @@ def write_card(config: CardConfig) -> Path:
     if not config.overwrite and not card_is_generated(export):
         raise ConfigError(f"{export / CARD} was edited by hand: give --overwrite to replace it.")
     before = read_publication(read_card(export / CARD))
-    publication = Publication(config.repo_id or before.repo_id, _given_license(config) or before.license)
+    publication = Publication(config.repo_id or before.repo_id, given_license(config) or before.license)
     _write_card(export, _render(export, publication))
     return export / CARD
 
@@ -176,7 +177,8 @@ def _whole(export: Path) -> Iterator[None]:
         ) from error
 
 
-def _given_license(config: PushConfig | CardConfig) -> License | None:
+def given_license(config: PushConfig | CardConfig | FinetuneConfig) -> License | None:
+    """The licence that --license and its like name; None without them."""
     return None if config.license is None else License(config.license, config.license_name, config.license_link)
 
 

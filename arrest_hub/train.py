@@ -204,7 +204,7 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
         main_only(accelerator, lambda: check_push(push_config, accelerator.print, threat))
     splits = prepare_data(config, accelerator)
     backbone, head_note = prepare_student(config, splits, accelerator)
-    if config.push_to_hub:
+    if config.push_to_hub:  # again, for only now the architecture is known
         network = backbone.source.architecture
         main_only(accelerator, lambda: check_push(push_config, lambda _: None, threat, network))
     if config.channels_last and accelerator.device.type == "cpu" and (narrow := miscomputed_on_cpus(backbone)):
