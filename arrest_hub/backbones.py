@@ -7,7 +7,6 @@ classifier back for saving.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from arrest_hub.errors import ArrestError, BackboneError, first_line
-from arrest_hub.heads import ClassificationHead, Slot, head_names, reset_transformers_head
+from arrest_hub.heads import ClassificationHead, Slot, head_names, reset_timm_head, reset_transformers_head
 from arrest_hub.model_arguments import DROPPED, model_args_problem
 from arrest_hub.model_source import ModelSource, locate
 from arrest_hub.networks import build_failure, build_network
@@ -69,6 +68,7 @@ class Backbone(nn.Module):
         self.new_head = False  # whether the head came after the weights, at random
         self.num_classes = 0
         self._dropout_name: str | None = None
+        self._drop_rate = 0.0  # of a dropout that is no module, and is the head's now
         self.head = ClassificationHead([self.body.get_submodule(name) for name in self._head_names])
         self.eval()
         self._self_check()
@@ -95,8 +95,11 @@ class Backbone(nn.Module):
             self.body.set_submodule(name, classifier)
         if self._dropout_name is not None:
             self.body.set_submodule(self._dropout_name, self.head.dropout)
+        network: Any = self.body
+        if self._drop_rate:
+            network.drop_rate = self._drop_rate
         try:
-            yield self.body
+            yield network
         finally:
             self._take_head_out()
 
@@ -108,9 +111,7 @@ class Backbone(nn.Module):
             raise ValueError(f"A classification head needs at least one class, not {count}.")
         with self.native() as network:
             if self.source.library == "timm":
-                # of two heads (RepViT) timm keeps the second only if told to
-                keep_both = "distillation" in inspect.signature(network.reset_classifier).parameters
-                network.reset_classifier(count, **({"distillation": len(self._head_names) > 1} if keep_both else {}))
+                reset_timm_head(network, self._head_names, count)
                 for key in ("label_names", "label_descriptions"):  # of the classes before
                     network.pretrained_cfg.pop(key, None)
             else:
@@ -130,6 +131,9 @@ class Backbone(nn.Module):
             dropout.inplace = False  # or it would be done to the representation, which is given out
             self.head.dropout = dropout
             self.body.set_submodule(self._dropout_name, nn.Identity())
+        if self._drop_rate:
+            network: Any = self.body
+            network.drop_rate = 0.0
 
     def _last_dropout(self, normalized: Tensor) -> str | None:
         """The name of the dropout between representation and head, if there is one, which in eval mode gives back what
@@ -164,6 +168,27 @@ class Backbone(nn.Module):
         ]  # fmt: skip
         return found[-1] if found else None
 
+    def _last_drop_rate(self, normalized: Tensor) -> float:
+        """The rate of a dropout between representation and head that is no module but the network's own doing, by its
+        `drop_rate` (timm's ResNets, EfficientNets, GhostNets); 0 if there is none, or if it is not the last thing done.
+        """
+        rate = getattr(self.body, "drop_rate", 0.0)
+        if not isinstance(rate, (int, float)) or not 0 < rate < 1:
+            return 0.0
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            kept = _output_tensor(self.body(normalized)) / (1 - rate)
+            self.body.training = True  # and nothing in it
+            try:
+                dropped = _output_tensor(self.body(normalized))
+            finally:
+                self.body.training = False
+        if not isinstance(dropped, Tensor) or dropped.shape != kept.shape:
+            return 0.0
+        stays = dropped != 0
+        alike = torch.allclose(dropped[stays], kept[stays], rtol=1e-4, atol=1e-6)
+        return float(rate) if alike and bool((kept[~stays] != 0).any()) else 0.0
+
     def _self_check(self) -> None:
         """Compare with the native network's own logits; sets ``num_features`` and ``num_classes``.
 
@@ -194,8 +219,11 @@ class Backbone(nn.Module):
             )
         try:
             last_dropout = self._last_dropout(self.normalize(pixels))
+            drop_rate = 0.0 if last_dropout else self._last_drop_rate(self.normalize(pixels))
             with self.native():
-                self._dropout_name = last_dropout
+                self._dropout_name, self._drop_rate = last_dropout, drop_rate
+            if drop_rate:
+                self.head.dropout = nn.Dropout(drop_rate)
             # some networks (LeViT) keep in eval mode what they computed from their weights, here without a gradient,
             # until they leave it
             self.train().eval()
@@ -276,7 +304,7 @@ def load_backbone(
     except ArrestError:
         raise
     except Exception as error:
-        raise build_failure(located, args, error) from error
+        raise build_failure(located, args, image_size, error) from error
     backbone.new_head = built.new_head
     if num_classes is not None and backbone.num_classes != num_classes:
         backbone.reset_head(num_classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,6 +79,8 @@ def head_names(native: Any, source: ModelSource) -> tuple[str, ...]:
             classifiers = classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
             names = tuple(name for name, module in native.named_modules() if any(module is c for c in classifiers))
         names = (names,) if isinstance(names, str) else tuple(names)
+        # a variant with one head (LeViT without distillation) is configured with both
+        names = tuple(name for name in names if _has_weights(native, name)) or names
     else:
         names = next((n for n in _TRANSFORMERS_HEADS if all(_has_weights(native, name) for name in n)), ())
     if not names or not all(_has_weights(native, name) for name in names):
@@ -93,6 +96,17 @@ def _has_weights(native: nn.Module, name: str) -> bool:
     """Whether there is a module of that name, with parameters."""
     module = dict(native.named_modules()).get(name)
     return module is not None and next(module.parameters(), None) is not None
+
+
+def reset_timm_head(network: Any, names_of_heads: Sequence[str], count: int) -> None:
+    """Fresh heads for ``count`` classes, initialised as the architecture does; no other weight changes."""
+    # some architectures make what is before the classifier anew (CAFormer a hidden layer, LeViT a BatchNorm)
+    heads = tuple(f"{name}." for name in names_of_heads)
+    rest = {key: value for key, value in network.state_dict().items() if not key.startswith(heads)}
+    # of two heads (RepViT) timm keeps the second only if told to
+    keep_both = "distillation" in inspect.signature(network.reset_classifier).parameters
+    network.reset_classifier(count, **({"distillation": len(names_of_heads) > 1} if keep_both else {}))
+    network.load_state_dict(rest, strict=False)
 
 
 def reset_transformers_head(

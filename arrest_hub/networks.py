@@ -162,8 +162,10 @@ def _mend_momentum(network: nn.Module) -> None:
             module.momentum = 1 - module.momentum
 
 
-def build_failure(located: LocatedModel, model_args: Mapping[str, Any], error: BaseException) -> BackboneError:
-    """What is said where a network cannot be built of its files."""
+def build_failure(
+    located: LocatedModel, model_args: Mapping[str, Any], image_size: int | None, error: BaseException
+) -> BackboneError:
+    """What is said where a network cannot be built of its files, for images of ``image_size`` if that was asked for."""
     source = located.source
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     why = " ".join(lines[:3])
@@ -187,6 +189,11 @@ def build_failure(located: LocatedModel, model_args: Mapping[str, Any], error: B
     if any(isinstance(e, ImportError) for e in causes(error)):
         return BackboneError(
             f"Model {source.model_id!r} ({source.architecture}) needs a package that is not here: {why}"
+        )
+    if image_size is not None and "size mismatch" in str(error):
+        return BackboneError(
+            f"Model {source.model_id!r} ({source.architecture}) cannot be loaded for images of {image_size}x"
+            f"{image_size} pixels: {why} Leave the image size out: its weights are for one size."
         )
     return BackboneError(
         f"Model {source.model_id!r} ({source.architecture}) cannot be loaded: {why} "

@@ -347,6 +347,8 @@ def test_unusable_architectures(tmp_path):
     fails("resnet18", "num_classes is 0", model_args={"num_classes": 0})
     fails("vit_tiny_patch16_224", "no classification head", num_classes=None, model_args={**VIT, "num_classes": 0})
     fails("swin_tiny_patch4_window7_224", "image", image_size=2)
+    write_model_folder(timm_backbone("levit_128s"), tmp_path / "levit")
+    fails(tmp_path / "levit", "for images of 128x128", "Leave the image size out", image_size=128)
     fails(timm_folder(tmp_path), "model_args", model_args={"channels": [8, 8, 8, 8]})
 
 
@@ -411,6 +413,42 @@ def test_both_heads_of_a_distilled_network_are_renewed():
     with backbone.native() as network, torch.no_grad():
         torch.testing.assert_close(network(backbone.normalize(torch.zeros(1, 3, 64, 64))).shape, torch.Size([1, 2]))
     assert representation.shape[1] == backbone.num_features
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), [("levit_128s", {"distilled": False}), ("repvit_m0_9", {"distillation": False})]
+)
+def test_a_variant_with_one_of_two_heads(name, args):
+    """timm's configuration names both of them."""
+    backbone = load_backbone(name, num_classes=5, image_size=64, model_args=TIMM.get(name, {}) | args)
+    pixels = torch.rand(2, 3, 64, 64)
+    for classes in (5, 3):
+        with torch.no_grad():
+            logits, representation = backbone(pixels)
+            with backbone.native() as network:
+                torch.testing.assert_close(network(backbone.normalize(pixels)), logits)
+        assert (logits.shape[1], representation.shape[1]) == (classes, backbone.num_features)
+        backbone.reset_head(3)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "caformer_s18"])  # a BatchNorm, a hidden layer
+def test_what_is_before_the_classifier_outlives_a_new_head(name):
+    backbone = load_backbone(name, num_classes=5, image_size=64, model_args=TIMM.get(name))
+    with torch.no_grad():
+        for number, value in enumerate(backbone.state_dict().values()):
+            if value.is_floating_point():
+                value.add_(0.05 * torch.rand(value.shape, generator=torch.Generator().manual_seed(number)))
+    pixels = torch.rand(2, 3, 64, 64)
+    with backbone.native() as network:
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+    expected = backbone(pixels).representation
+    backbone.reset_head(7)
+    with backbone.native() as network:
+        after = network.state_dict()
+    new = {key for key in after if after[key].shape != before[key].shape or not torch.equal(after[key], before[key])}
+    heads = tuple(f"{head}." for head in backbone._head_names)
+    assert new == {key for key in after if key.startswith(heads)} != set()
+    assert torch.equal(backbone(pixels).representation, expected)
 
 
 def test_heads_of_branches_of_different_widths():
@@ -916,6 +954,67 @@ def test_dropout_before_the_head_is_not_in_the_representation(library, tmp_path)
         backbone.reset_head(3)
     write_model_folder(backbone, tmp_path / "export")
     torch.testing.assert_close(load_backbone(tmp_path / "export")(pixels).logits, backbone.eval()(pixels).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "rate"),
+    [
+        ("resnet18", TIMM["resnet18"] | {"drop_rate": 0.5}, 0.5),
+        ("resnet18_cifar", TIMM["resnet18_cifar"] | {"drop_rate": 0.3}, 0.3),
+        ("ghostnet_050", {}, 0.2),  # its default
+    ],
+)
+def test_dropout_that_is_no_module_is_not_in_the_representation_either(name, args, rate, tmp_path):
+    backbone = load_backbone(name, num_classes=5, image_size=32, model_args=args)
+    pixels = torch.rand(4, 3, 32, 32)
+    for _ in range(2):
+        assert isinstance(backbone.head.dropout, torch.nn.Dropout)
+        assert backbone.head.dropout.p == rate
+        expected = backbone.eval()(pixels)
+        assert torch.equal(backbone(pixels).logits, expected.logits)
+        backbone.body.training = True
+        backbone.head.dropout.train()
+        torch.manual_seed(0)
+        dropped = backbone(pixels)
+        assert torch.equal(dropped.representation, expected.representation)
+        assert not torch.equal(dropped.logits, expected.logits)
+        with backbone.eval().native() as network:
+            assert network.drop_rate == rate
+            network.training = True
+            torch.manual_seed(0)
+            assert torch.equal(network(backbone.normalize(pixels)), dropped.logits)
+        backbone.reset_head(3)
+    write_model_folder(backbone, tmp_path / "export")
+    torch.testing.assert_close(load_backbone(tmp_path / "export")(pixels).logits, backbone.eval()(pixels).logits)
+
+
+def test_loading_draws_nothing_for_a_dropout_that_is_no_module():
+    backbone = timm_backbone("resnet18_cifar")
+    backbone.body.drop_rate = 0.5
+    before = torch.random.get_rng_state()
+    assert backbone._last_drop_rate(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))) == 0.5
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class SquashedAfterwards(torch.nn.Module):
+    """Drops, and does something to what is left."""
+
+    num_classes, drop_rate = 4, 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.pretrained_cfg = torch.nn.Linear(3, 4), {"classifier": "head"}
+
+    def forward(self, x):
+        x = torch.nn.functional.dropout(x.mean(dim=(2, 3)) + 1, self.drop_rate, self.training)
+        return self.head(torch.tanh(x))
+
+
+def test_dropout_that_is_not_the_last_thing_done_stays(tmp_path):
+    source = timm_backbone("resnet18").source
+    backbone = Backbone(SquashedAfterwards(), source, Preprocessing((8, 8), mean=(0.5,) * 3, std=(0.5,) * 3))
+    assert backbone.body.drop_rate == 0.5
+    assert isinstance(backbone.head.dropout, torch.nn.Identity)
 
 
 def test_momentum_of_tensorflow_is_pytorchs(tmp_path):
