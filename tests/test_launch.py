@@ -89,9 +89,11 @@ def test_commands_of_the_scaling_page(monkeypatch):
 def cluster(tmp_path, monkeypatch):
     """A SLURM of two nodes with two GPUs each, made of shell scripts that write down how they were called."""
     tools = {
-        "srun": """for node in 0 1; do SLURM_NODEID=$node "${@:2}" & done
+        "srun": """[ "$SLURM_NNODES" = 2 ] || exec "${@:2}"
+            for node in 0 1; do SLURM_NODEID=$node "${@:2}" & done
             wait -n || { code=$?; kill %1 %2; exit $code; }
             wait -n""",
+        "python": 'echo "python $@" >> calls; exit "${ENDS:-0}"',
         "accelerate": 'echo "$@" >> calls; trap "exit 143" TERM; sleep "${LASTS:-0}" & wait $!; exit "${ENDS:-0}"',
         "scontrol": 'if [ "$1" = show ]; then printf "node0\\nnode1\\n"; else echo "scontrol $@" >> calls; fi',
         "scancel": 'echo "scancel $@" >> calls; pkill -TERM -f "sleep ${LASTS:-0}" ; exit 0',
@@ -103,8 +105,8 @@ def cluster(tmp_path, monkeypatch):
 
     def submit(*arguments, wait=True, **variables):
         environment = dict(
-            os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="4242", SLURM_NNODES="2",
-            SLURM_GPUS_ON_NODE="2", SLURM_JOB_NODELIST="node[0-1]", **variables,
+            os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="4242",
+            SLURM_JOB_NODELIST="node[0-1]", **{"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "2"} | variables,
         )  # fmt: skip
         process = subprocess.Popen(["bash", ROOT / "scripts/slurm/finetune.sbatch", *arguments], env=environment)
         return process.wait() if wait else process
@@ -127,6 +129,16 @@ def test_slurm_starts_a_launcher_on_every_node(cluster, monkeypatch):
         assert (args.main_process_ip, args.main_process_port) == ("node0", 24242)
         config, _ = parse_finetune(flags)
         assert (config.output_dir, config.resume) == ("runs/with space", False)
+
+
+def test_slurm_starts_a_single_process_without_a_launcher(cluster):
+    """Which would die of SIGTERM before its process has written a checkpoint."""
+    submit, calls = cluster
+    one = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "1"}
+    assert submit("--output-dir", "runs/one", **one) == 0
+    assert submit("--output-dir", "runs/one", **one, SLURM_RESTART_COUNT="1", ENDS="143") == 143
+    start = "python -m arrest_hub finetune --output-dir runs/one"
+    assert calls() == [start, start + " --resume"]
 
 
 def test_slurm_resumes_what_was_put_back(cluster):
