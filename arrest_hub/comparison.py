@@ -23,6 +23,7 @@ from arrest_hub.results import (
     markdown_table,
     one_line,
     radius,
+    result_title,
     wilson_interval,
 )
 from arrest_hub.verdicts import Verdicts, compare_pairs, same_images
@@ -91,7 +92,7 @@ def comparison_rows(entries: Sequence[ComparedModel]) -> list[Row]:
 
     Keys: model, parameters, images_per_second (None if unknown), dataset, split, n, norm, eps, clean, robust (attack ->
     figure, the same attacks for every model), strongest (the attack that harmonic_mean is taken with), harmonic_mean.
-    A figure is {"value", "ci95"}, or None where it was not measured.
+    A figure is {"value", "ci95", "attack_parameters"}, or None where it was not measured.
 
     Raises:
         ConfigError: see `common_setting`.
@@ -130,8 +131,8 @@ def pair_rows(entries: Sequence[ComparedModel]) -> list[Row]:
     for first, second in combinations(entries, 2):
         if first.verdicts is None or second.verdicts is None or not same_images(first.verdicts, second.verdicts):
             continue
-        shared = [attack for attack in first.verdicts.broken_by if attack in second.verdicts.broken_by]
-        for attack in (None, *sorted(shared, key=attack_rank)):
+        shared = first.verdicts.broken_by.keys() & second.verdicts.broken_by.keys()
+        for attack in (None, *(attack for attack in _attacks([first, second]) if attack in shared)):
             counts = compare_pairs(first.verdicts, second.verdicts, attack)
             names = {"first": first.name, "second": second.name, "attack": attack}
             rows.append(names | dataclasses.asdict(counts) | {"p_value": counts.p_value})
@@ -173,7 +174,7 @@ def comparison_markdown(entries: Sequence[ComparedModel]) -> str:
         lines = [
             [
                 f"{escape_markdown(row['first'])} / {escape_markdown(row['second'])}",
-                _title(row["attack"]),
+                escape_markdown(_title(entries, row["attack"])),
                 *(f"{row[key]:,}" for key in ("both", "only_first", "only_second", "neither")),
                 _p_text(row["p_value"]),
             ]
@@ -207,12 +208,20 @@ def comparison_json(entries: Sequence[ComparedModel]) -> str:
 
 
 def _attacks(entries: Sequence[ComparedModel]) -> list[str]:
-    found = {row.attack for entry in entries for row in entry.report.results if row.attack}
-    return sorted(found, key=attack_rank)
+    """From weak to strong; those of a cascade after each other, as they ran."""
+    found: dict[str, int] = {}
+    for row in (row for entry in entries for row in entry.report.results):
+        if row.attack:
+            found[row.attack] = max(found.get(row.attack, 0), len(row.attack_parameters.get("after") or ()))
+    return sorted(found, key=lambda attack: (found[attack], attack_rank(attack)))
 
 
-def _title(attack: str | None) -> str:
-    return "clean" if attack is None else escape_markdown(attack_title(attack))
+def _title(entries: Sequence[ComparedModel], attack: str | None) -> str:
+    """With restarts and the attacks of a cascade before it, where they are the same for all; else `_notes` tells."""
+    if attack is None:
+        return "clean"
+    titles = {result_title(row) for entry in entries if (row := _robust(entry, attack))}
+    return titles.pop() if len(titles) == 1 else attack_title(attack)
 
 
 def _robust(entry: ComparedModel, attack: str) -> Result | None:
@@ -223,7 +232,11 @@ def _figure(result: Result | None) -> Row | None:
     if result is None:
         return None
     bounds = wilson_interval(result.correct, result.n)
-    return {"value": round(result.value, 6), "ci95": [round(bound, 6) for bound in bounds]}
+    return {
+        "value": round(result.value, 6),
+        "ci95": [round(bound, 6) for bound in bounds],
+        "attack_parameters": result.attack_parameters,
+    }
 
 
 def _caption(entries: Sequence[ComparedModel]) -> str:
@@ -237,7 +250,7 @@ def _cells(entries: Sequence[ComparedModel], show: Callable[[str], str], mark: C
     header = [
         "model",
         "clean",
-        *(show(attack_title(name)) for name in attacks),
+        *(show(_title(entries, name)) for name in attacks),
         "harmonic mean",
         "parameters",
         "images/s",

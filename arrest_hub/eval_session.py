@@ -250,9 +250,8 @@ class EvalSession:
                 name="gallery",
             )  # fmt: skip
             gallery = gallery_rows(self.evaluator, verdicts, attack, self.images.class_names)
-        strongest = report.strongest()
         return draw_figures(
-            folder, verdicts=verdicts, attack=strongest.attack if strongest else None, threat=self.threat,
+            folder, verdicts=verdicts, strongest=report.strongest(), threat=self.threat,
             eps=config.eps, num_classes=self.num_classes, class_names=self.images.class_names, curve=report.eps_curve,
             gallery=gallery, drifts=measured.drifts,
             replay_threshold=training.get("replay_threshold") if training.get("method") == "arrest" else None,

@@ -28,7 +28,7 @@ from arrest_hub.figures import (
     per_class_figure,
     save_figure,
 )
-from arrest_hub.results import CurvePoint, attack_title
+from arrest_hub.results import CurvePoint, Result, result_title
 from arrest_hub.verdicts import Verdicts
 
 CURVE_STEPS = 20
@@ -190,7 +190,7 @@ def draw_figures(
     folder: Path,
     *,
     verdicts: Verdicts,
-    attack: str | None,
+    strongest: Result | None,
     threat: ThreatModel,
     eps: str,
     num_classes: int,
@@ -200,17 +200,17 @@ def draw_figures(
     drifts: Mapping[str, np.ndarray],
     replay_threshold: float | None,
 ) -> list[Path]:
-    """Draw what there is to draw into ``folder``; ``attack``: the one whose verdicts the classes are counted by."""
+    """Draw what there is to draw into ``folder``; the classes are counted by ``strongest``'s attack."""
     figures = {}
     if curve:
         curves = {name: [PlotPoint(float(Fraction(p.eps)), p.correct, p.n) for p in points]
                   for name, points in curve.items()}  # fmt: skip
         figures["eps_curve"] = eps_curve_figure(curves, norm=threat.norm, eps=threat.eps, attack=f"PGD-{CURVE_STEPS}")
-    if attack is not None:
-        clean, robust = per_class_counts(verdicts, attack, num_classes)
+    if strongest is not None and strongest.attack is not None:
+        clean, robust = per_class_counts(verdicts, strongest.attack, num_classes)
         names = [*map(class_name_function(class_names), range(num_classes))]
         figures["per_class"] = per_class_figure(
-            names, clean, robust, attack=attack_title(attack), eps=eps, norm=threat.norm
+            names, clean, robust, attack=result_title(strongest), eps=eps, norm=threat.norm
         )
     if gallery:
         figures["gallery"] = gallery_figure(gallery, eps=eps, norm=threat.norm)

@@ -143,10 +143,11 @@ class EvalReport:
         return next((row for row in rows if row.metric == metric and attack in (None, row.attack)), None)
 
     def strongest(self) -> Result | None:
-        """The robust accuracy that the harmonic mean is taken with: AutoAttack's, else the lowest one there is."""
-        rows = [row for row in self.results if row.metric == "robust_accuracy"]
-        autoattack = next((row for row in rows if row.attack == "autoattack"), None)
-        return autoattack or min(rows, key=lambda row: (row.value, row.attack == "noise"), default=None)
+        """The robust accuracy that the harmonic mean is taken with: the lowest one there is, of two that are alike the
+        stronger attack's. What noise leaves is no robustness."""
+        rows = [row for row in self.results if row.metric == "robust_accuracy" and row.attack != "noise"]
+        rows.sort(key=lambda row: attack_rank(row.attack), reverse=True)
+        return min(rows, key=lambda row: row.value, default=None)
 
     @property
     def warnings(self) -> list[Check]:
@@ -325,15 +326,17 @@ def escape_markdown(text: str) -> str:
 
 
 def column_title(result: Result) -> str:
-    """``clean``, ``PGD-20 (linf 8/255)``, ``PGD-20 x5 (linf 8/255)`` with restarts, and for a cascade
-    ``Square after PGD-20 (linf 8/255)``."""
+    """``clean``, or `result_title` and the radius: ``PGD-20 (linf 8/255)``."""
+    return "clean" if result.attack is None else f"{result_title(result)} ({result.norm} {result.eps})"
+
+
+def result_title(result: Result) -> str:
+    """``clean``, ``PGD-20``, ``PGD-20 x5`` with restarts, and for a cascade ``Square after PGD-20``."""
     if result.attack is None:
         return "clean"
     restarts, before = result.attack_parameters.get("restarts", 1), result.attack_parameters.get("after")
     title = attack_title(result.attack) + (f" x{restarts}" if restarts > 1 else "")
-    if before:
-        title += " after " + ", ".join(attack_title(name) for name in before)
-    return f"{title} ({result.norm} {result.eps})"
+    return title + (" after " + ", ".join(attack_title(name) for name in before) if before else "")
 
 
 def attack_title(attack: str) -> str:

@@ -54,7 +54,8 @@ def cells(line):
 
 def test_rows_hold_every_figure():
     first, second = comparison_rows(two())
-    assert first["clean"] == {"value": 0.9, "ci95": pytest.approx(wilson_interval(900, N), abs=1e-6)}
+    bounds = pytest.approx(wilson_interval(900, N), abs=1e-6)
+    assert first["clean"] == {"value": 0.9, "ci95": bounds, "attack_parameters": {}}
     assert list(first["robust"]) == list(second["robust"]) == ["pgd-20", "autoattack"]
     assert first["robust"]["autoattack"]["value"] == 0.45
     assert second["robust"]["autoattack"] is None
@@ -163,6 +164,38 @@ def test_what_makes_figures_hard_to_compare_is_noted():
     assert "on what was left by pgd-20 (b)" in comparison_table(cascade)
     parts = [entry(name, parts=[{"name": p} for p in chosen]) for name, chosen in (("a", ["x", "y"]), ("b", ["x"]))]
     assert "AutoAttack was run differently: parts x y (a); parts x (b)" in comparison_table(parts)
+
+
+def cascade(name, last=450):
+    """Noise, APGD and PGD, each on what the one before left."""
+    found = entry(name, 900, None, None)
+    place = {"n": N, "dataset": "cifar10", "split": "test", "seed": 0, "seconds": 1.0}
+    for attack, correct, before in (("apgd-ce", 500, []), ("pgd-20", last, ["apgd-ce"]),
+                                    ("noise", last, ["apgd-ce", "pgd-20"])):  # fmt: skip
+        parameters = {"restarts": 5 if attack == "pgd-20" else 1, "after": before}
+        found.report.results.append(
+            Result("robust_accuracy", attack, "linf", "8/255", correct, attack_parameters=parameters, **place)
+        )
+    right = np.ones(4, dtype=int)
+    broken = {attack: np.array([None, None, None, "pgd-20"], dtype=object) for attack in ("noise", "apgd-ce", "pgd-20")}
+    found.verdicts = Verdicts(np.arange(4), np.zeros(4, int), 1 - right, broken)
+    return found
+
+
+def test_a_worst_case_is_never_shown_under_the_name_of_one_attack():
+    titles = ["APGD-CE", "PGD-20 x5 after APGD-CE", "noise after APGD-CE, PGD-20"]
+    both = [cascade("a"), cascade("b", 400)]
+    header, _, first, _ = comparison_table(both).split("\n\n")[1].splitlines()
+    assert cells(header)[2:5] == titles, "as they ran"
+    assert cells(first)[5] == f"**{100 * harmonic_mean(0.9, 0.45):.1f} %**"
+    assert all(title in plain_table(both) for title in titles)
+    pairs = comparison_markdown(both).split("## Pairs")[1]
+    assert [cells(line)[1] for line in pairs.splitlines() if line.startswith("| a / b")] == ["clean", *titles]
+    robust = json.loads(comparison_json(both))["models"][0]["robust"]
+    assert robust["noise"]["attack_parameters"]["after"] == ["apgd-ce", "pgd-20"]
+    mixed = comparison_table([cascade("a"), entry("b")])
+    assert "| PGD-20 |" in mixed
+    assert "PGD-20 was run differently: restarts 5, on what was left by apgd-ce (a)" in mixed
 
 
 def test_names_cannot_break_the_tables():

@@ -631,7 +631,8 @@ def test_accuracy_by_class_is_drawn_of_the_strongest_attack(export, tmp_path):
     assert update("apgd-ce", 1) == "apgd-ce"
     assert update("pgd-20", 2) == "apgd-ce"
     assert update("apgd-t", 0, figures=False) is None, "no picture is better than that of another attack"
-    assert update("autoattack", 1) == "autoattack"
+    assert update("autoattack", 1) is None
+    assert update("autoattack", 0) == "autoattack"
 
 
 def test_clean_accuracy_alone_brings_nothing_of_another_threat_model(export, tmp_path):

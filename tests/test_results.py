@@ -186,12 +186,15 @@ def test_get_finds_by_metric_attack_and_network():
     assert report.get("robust_accuracy", attack="pgd-50") is None
 
 
-def test_strongest_is_autoattack_else_the_lowest():
+def test_strongest_is_the_lowest():
     assert EvalReport([make()]).strongest() is None
     assert EvalReport([make(correct=1), robust("pgd-20", 50), robust("square", 40)]).strongest().attack == "square"
-    # by what is known to be strong, not by what came out lower
-    assert EvalReport([robust("noise", 30), robust("pgd-20", 30)]).strongest().attack == "pgd-20"
-    assert EvalReport([robust("pgd-20", 30), robust("autoattack", 40)]).strongest().attack == "autoattack"
+    assert EvalReport([robust("noise", 30), robust("pgd-20", 40)]).strongest().attack == "pgd-20"
+    assert EvalReport([robust("noise", 30)]).strongest() is None, "it is no attack"
+    both = [robust("autoattack", 40), robust("pgd-20", 40), robust("fab-t", 40)]
+    assert EvalReport(both).strongest().attack == EvalReport(both[::-1]).strongest().attack == "autoattack"
+    # in a cascade, or where AutoAttack was the weaker one
+    assert EvalReport([robust("autoattack", 40), robust("pgd-20", 39)]).strongest().attack == "pgd-20"
 
 
 def test_warnings_are_the_checks_that_warn():
