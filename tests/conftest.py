@@ -61,8 +61,8 @@ def few_queries(monkeypatch):
 
 @pytest.fixture
 def few_iterations(request, monkeypatch):
-    """APGD with 20 iterations instead of 100, where what is done with its examples is looked at, not what they are; not
-    in a slow test, which may compare them with those of another process."""
+    """APGD and FAB with 20 iterations instead of 100, where what is done with their examples is looked at, not what
+    they are; not in a slow test, which may compare them with those of another process."""
     if request.node.get_closest_marker("slow"):
         return
     from pyautoattack import AutoAttack
@@ -71,6 +71,6 @@ def few_iterations(request, monkeypatch):
 
     def set_version(self, version="standard"):
         original(self, version)
-        self.apgd.n_iter = self.apgd_targeted.n_iter = 20
+        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 20
 
     monkeypatch.setattr(AutoAttack, "_set_version", set_version)

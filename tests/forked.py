@@ -20,7 +20,10 @@ import time
 import warnings
 from pathlib import Path
 
-LIBRARIES = ("torch", "torchvision", "pandas", "pyarrow.parquet", "matplotlib.figure")
+LIBRARIES = (
+    "torch", "torchvision.transforms.v2", "torch.distributed.checkpoint", "pandas", "pyarrow.dataset",
+    "pyarrow.parquet", "matplotlib.figure", "pyautoattack", "fsspec", "yaml", "jinja2", "filelock",
+)  # fmt: skip
 """What is imported once. Nothing that imports huggingface_hub: see `_become`."""
 
 _context = multiprocessing.get_context("forkserver")

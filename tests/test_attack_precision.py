@@ -175,8 +175,8 @@ class Watched(torch.nn.Module):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_attacks_follow_the_folded_network_and_verdicts_do_not(channels_last, tmp_path):
     options = {"eps": "20/255", "attacks": "pgd-5,apgd-ce,fab-t", "checks": False, "teacher": None,
-               "channels_last": channels_last, "batch_size": 16}  # fmt: skip
-    network, (pixels, _), found = Watched().eval(), patterns(32, 4, seed=7), []
+               "channels_last": channels_last, "batch_size": 8}  # fmt: skip
+    network, (pixels, _), found = Watched().eval(), patterns(16, 4, seed=7), []
     with torch.no_grad():
         pair = pixels, network(pixels).argmax(dim=1)
     for fold in (False, True):
@@ -186,7 +186,7 @@ def test_attacks_follow_the_folded_network_and_verdicts_do_not(channels_last, tm
         attacked = [one is network for one, gradient in PASSES if gradient]
         assert len(attacked) > 100
         # classes are counted with the network itself, and few images are attacked again
-        assert sum(attacked) < len(attacked) / 10 if fold else all(attacked)
+        assert sum(attacked) < len(attacked) / 3 if fold else all(attacked)
         assert sum(one is network for one, gradient in PASSES if not gradient) > 6
     plain, folded = found
     layout = ", channels_last" if channels_last else ""
