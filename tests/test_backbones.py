@@ -487,6 +487,28 @@ def test_a_head_that_cannot_be_separated(cfg):
         Backbone(Sharpened(cfg), source, wants)
 
 
+class Scaled(Sharpened):
+    """The scale of the logits is trained, and is 1 before."""
+
+    def __init__(self, cfg, scale=1.0):
+        super().__init__(cfg)
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x):
+        return self.head(x.mean((2, 3))) * self.scale
+
+
+def test_a_head_that_cannot_be_separated_once_it_is_trained():
+    source = backbones.ModelSource("scaled", "timm", "scaled", None, False, None)
+    for network in (Scaled({}, scale=2.0), Scaled({})):
+        parameters = [*network.parameters()]
+        before = [parameter.detach().clone() for parameter in parameters]
+        with pytest.raises(BackboneError, match="cannot be separated"):
+            Backbone(network, source, Preprocessing((8, 8), (0.0,) * 3, (1.0,) * 3))
+        assert all(map(torch.equal, parameters, before)), "what was tried is undone"
+    fails("efficientvim_m1", "cannot be separated", num_classes=3)
+
+
 class ActsAfterDropout(Sharpened):
     """What is dropped is no more than an input of what comes between it and the head, in the same memory."""
 
