@@ -120,7 +120,7 @@ def random_in_ball(
     elif norm == "l2":
         direction = torch.empty_like(pixels).normal_(generator=generator)
         # the radius' power of 1/d makes the draw uniform in the ball's volume
-        radius = torch.empty(len(pixels), 1, 1, 1, device=pixels.device).uniform_(generator=generator)
+        radius = per_sample(torch.empty(len(pixels), device=pixels.device).uniform_(generator=generator), pixels)
         size = per_sample(eps, pixels) if isinstance(eps, Tensor) else eps
         share = radius ** (1 / math.prod(pixels.shape[1:]))
         noise = (direction * (size * share / sample_norm(direction))).to(pixels.dtype)

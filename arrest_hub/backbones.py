@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from arrest_hub.caller import as_by_default
 from arrest_hub.errors import ArrestError, BackboneError, first_line
 from arrest_hub.heads import ClassificationHead, Slot, head_names, reset_timm_head, reset_transformers_head
 from arrest_hub.model_arguments import DROPPED, model_args_problem
@@ -57,7 +58,7 @@ class Backbone(nn.Module):
         self.source = source
         self.preprocessing = preprocessing
         self.label_names = None if label_names is None else list(label_names)
-        self.memory_format = torch.contiguous_format
+        self.channels_last = False  # whether pixels are laid out so
         self.foldable_pairs: dict[str, str] | None = None  # by `foldable`, once it was asked; copies have them too
         self.processor = processor  # the transformers image processor, written back by export
         self.body = native
@@ -84,7 +85,8 @@ class Backbone(nn.Module):
         """
         if not pixels.is_floating_point():
             raise BackboneError(f"pixels of type {pixels.dtype}: give floats in [0, 1], such as images / 255.")
-        normalized = self.normalize(pixels).contiguous(memory_format=self.memory_format)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        normalized = self.normalize(pixels).contiguous(memory_format=layout)
         representation = _output_tensor(self.body(normalized)).flatten(1)
         return BackboneOutput(self.head(representation), representation)
 
@@ -254,9 +256,10 @@ class Backbone(nn.Module):
             self.train().eval()
             with torch.enable_grad():
                 logits, representation = self(pixels)
+            same = _same_logits(logits, expected) and self._stays_separable(pixels)
         except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
             raise inseparable from error
-        if not _same_logits(logits, expected) or not self._stays_separable(pixels):
+        if not same:
             raise inseparable
         self.num_features = representation.shape[1]
         self.num_classes = logits.shape[1]
@@ -267,6 +270,7 @@ class Backbone(nn.Module):
         self.train().eval()
 
 
+@as_by_default()
 def load_backbone(
     model_id: str | os.PathLike[str],
     *,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from torch import nn
 
 from arrest_hub.seeding import random_states_kept
 
@@ -72,17 +73,54 @@ def _autocast_off() -> Iterator[None]:
 
 
 @contextmanager
+def own_forward(*networks: nn.Module) -> Iterator[None]:
+    """Networks that Accelerate has prepared for mixed precision run their own forward within, without its autocast."""
+    prepared = [
+        module.__dict__ for network in networks for module in network.modules()
+        if {"forward", "_original_forward"} <= module.__dict__.keys()
+    ]  # fmt: skip
+    wrapped = [attributes["forward"] for attributes in prepared]
+    try:
+        for attributes in prepared:
+            attributes["forward"] = attributes["_original_forward"]
+        yield
+    finally:
+        for attributes, forward in zip(prepared, wrapped, strict=True):
+            attributes["forward"] = forward
+
+
+@contextmanager
+def on_cpu_unless_told() -> Iterator[None]:
+    """Tensors that are made without a device are on the CPU, whatever ``torch.set_default_device`` said."""
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        yield
+
+
+@contextmanager
+def as_by_default() -> Iterator[None]:
+    """Networks made within are of float32, on the CPU and trainable, whatever the caller has set."""
+    dtype = torch.get_default_dtype()
+    with torch.inference_mode(False), torch.enable_grad(), on_cpu_unless_told():
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """Work as in a process of one's own, whatever the caller has set, and leave all of it as it was.
 
-    Gradients are on, autocast is off and the default dtype is float32 within; afterwards the random states of Python,
-    numpy and torch, the default dtype and the caller's own Accelerator are what they were before. Calls may overlap, in
-    threads, whose draws then mix; an Accelerator that the caller makes meanwhile shares their state, which ends with
-    the last of them.
+    Gradients are on, autocast is off, the default dtype is float32 and the default device the CPU within; afterwards
+    the random states of Python, numpy and torch, the default dtype and the caller's own Accelerator are what they were
+    before. Calls may overlap, in threads, whose draws then mix, and which wait for each other in what they measure; an
+    Accelerator that the caller makes meanwhile shares their state, which ends with the last of them.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(on_cpu_unless_told())
         stack.enter_context(_autocast_off())
         stack.enter_context(random_states_kept())
         _SHARED.enter()

@@ -174,7 +174,7 @@ def comparison_markdown(entries: Sequence[ComparedModel]) -> str:
         lines = [
             [
                 f"{escape_markdown(row['first'])} / {escape_markdown(row['second'])}",
-                escape_markdown(_title(entries, row["attack"])),
+                escape_markdown(_title([e for e in entries if e.name in (row["first"], row["second"])], row["attack"])),
                 *(f"{row[key]:,}" for key in ("both", "only_first", "only_second", "neither")),
                 _p_text(row["p_value"]),
             ]
@@ -258,7 +258,8 @@ def _cells(entries: Sequence[ComparedModel], show: Callable[[str], str], mark: C
     columns = [[show(entry.name) or "unnamed" for entry in entries]]
     for name in (None, *attacks):
         results = [_robust(e, name) if name else e.report.get("clean_accuracy") for e in entries]
-        best = _best([row.value if row else None for row in results])
+        alike = len({result_title(row) for row in results if row}) < 2
+        best = _best([row.value if row else None for row in results]) if alike else set()
         columns.append(
             [
                 cell.replace(value, mark(value), 1) if row is not None and i in best else cell
@@ -269,7 +270,8 @@ def _cells(entries: Sequence[ComparedModel], show: Callable[[str], str], mark: C
         )
     # means with different attacks, speeds on different machines: no best one
     means = [row["harmonic_mean"] for row in rows]
-    best = _best(means) if len({row["strongest"] for row in rows if row["strongest"]}) < 2 else set()
+    titles = {result_title(row) for entry in entries if (row := entry.report.strongest())}
+    best = _best(means) if len(titles) < 2 else set()
     columns.append(_marked([MISSING if m is None else f"{100 * m:.1f} %" for m in means], best, mark))
     sizes = [row["parameters"] for row in rows]
     columns.append(_marked([_size_text(size) for size in sizes], _best(sizes, smallest=True), mark))
@@ -327,7 +329,7 @@ def _notes(entries: Sequence[ComparedModel]) -> list[str]:
     strongest = [(e.name, row) for e in entries if (row := e.report.strongest())]
     differing(
         "the harmonic mean is of clean accuracy and different attacks",
-        ((name, attack_title(row.attack or "")) for name, row in strongest),
+        ((name, result_title(row)) for name, row in strongest),
     )
     for attack in _attacks(entries):
         rows = [(e.name, row) for e in entries if (row := _robust(e, attack))]

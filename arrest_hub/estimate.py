@@ -169,7 +169,7 @@ def measure_evaluation(
     given ``training``, a validation of that training."""
     copied = copy.deepcopy(network).to(accelerator.device)
     if training is None:  # the export is loaded anew, and evaluated in fp32
-        copied.memory_format = torch.contiguous_format
+        copied.channels_last = False
         copied.to(memory_format=torch.contiguous_format)
     elif training.compile:
         copied.compile()

@@ -67,7 +67,7 @@ class EvalSession:
         if config.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if isinstance(module, Backbone):
-                module.memory_format = torch.channels_last  # how its forward lays out the pixels
+                module.channels_last = True  # how its forward lays out the pixels
         dtype = torch.bfloat16 if (config.attack_precision or config.precision) == "bf16" else None
         search = FoldedNetwork(module, subject.pairs, dtype) if subject.pairs else None
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from arrest_hub.autoattack import part_problem
 from arrest_hub.backbones import Backbone
-from arrest_hub.caller import undisturbed
+from arrest_hub.caller import own_forward, undisturbed
 from arrest_hub.comparison import ComparedModel, comparison_json, comparison_markdown, plain_table
 from arrest_hub.errors import ArrestError, BackboneError, ConfigError, DataError, HubError
 from arrest_hub.eval_config import EvalConfig, evaluation_name
@@ -71,7 +71,8 @@ def evaluate(
     Args:
         model: what `arrest-eval` takes, or any module from pixels [B, C, H, W] in [0, 1] to logits [B, K], which is put
             on the accelerator (in channels-last order, with ``channels_last=True``) and otherwise left as it is (modes
-            of its modules, gradients of parameters).
+            of its modules, gradients of parameters). The precision is ``precision=``, also of one that Accelerate has
+            prepared for another.
         dataset: what `arrest-eval` takes, or (pixels [N, C, H, W] as uint8 or floats in [0, 1], labels [N]).
         teacher: a standard network to compare with, by name or as a module; None: none.
         output_dir: where to write the record (results.json, verdicts.parquet, figures/); None: nowhere.
@@ -105,7 +106,7 @@ def evaluate(
     if isinstance(module, Backbone | PretrainedClassifier) and options.get("image_size") is not None:
         problems.append("image_size: the network has one already: load it with another, image_size=... there.")
     for name, network in (("model", model), ("teacher", teacher)):
-        problems += _dtype_problem(name, network) if isinstance(network, nn.Module) else []
+        problems += _module_problem(name, network) if isinstance(network, nn.Module) else []
     if problems:
         raise ConfigError(problems)
     config = EvalConfig(
@@ -115,13 +116,18 @@ def evaluate(
         output_dir="" if output_dir is None else os.fspath(output_dir),
         **options,
     )
-    return run_evaluation(
-        config, module=module, pair=pair, teacher_module=teacher_module, write=output_dir is not None
-    ).report
+    with own_forward(*filter(None, (module, teacher_module))):
+        return run_evaluation(
+            config, module=module, pair=pair, teacher_module=teacher_module, write=output_dir is not None
+        ).report
 
 
-def _dtype_problem(name: str, network: nn.Module) -> list[str]:
-    """A line where a network's own numbers cannot be multiplied with float32 images."""
+def _module_problem(name: str, network: nn.Module) -> list[str]:
+    """A line where a network cannot be attacked as it is, or its numbers not be multiplied with float32 images."""
+    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in network.parameters()):
+        return [f"the {name} has layers without weights yet (torch's lazy ones): give it a batch of images first."]
+    if any(parameter.is_inference() for parameter in network.parameters()):
+        return [f"the {name} was made within torch.inference_mode() and gives no gradients: make it outside."]
     other = {value.dtype for value in network.parameters() if value.is_floating_point()} - {torch.float32}
     known = isinstance(network, Backbone | PretrainedClassifier)  # others may convert the images themselves
     if not other or not (known or torch.float64 in other):

@@ -168,7 +168,7 @@ def per_class_figure(
     few = k <= MOST_BARS
     figure = Figure(figsize=(WIDTH, max(HEIGHT, 1.3 + 0.33 * k) if few else HEIGHT), layout="constrained")
     handles = (_class_bars if few else _class_curves)(figure, class_names, clean, robust)
-    _head(figure, f"Accuracy of each class, clean and under {attack}", handles, ["clean", f"{attack} ({norm} {eps})"])
+    _head(figure, "Accuracy of each class, clean and under attack", handles, ["clean", f"{attack} ({norm} {eps})"])
     return figure
 
 

@@ -11,6 +11,7 @@ from arrest_hub.card_facts import threat_tags
 from arrest_hub.errors import ConfigError
 from arrest_hub.fields import eps_problem, fraction_text
 from arrest_hub.hub_access import with_retries
+from arrest_hub.results import attack_rank
 
 TAG = "arrest-hub"
 NORMS = ("linf", "l2")
@@ -21,7 +22,7 @@ class PublishedModel:
     """A robust model on the Hub, as its card's header describes it; None and empty for what that does not say.
 
     ``norm`` and ``eps`` are the threat model it was trained for. ``clean_accuracy`` and ``robust_accuracy`` (under
-    ``attack``: AutoAttack if it was run, else the attack that broke most) are fractions that whoever published states.
+    ``attack``, the one that broke most; noise is none) are fractions that whoever published states.
     """
 
     id: str
@@ -143,7 +144,7 @@ def _figures(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
                         robust.append(metric)
     except (KeyError, IndexError, TypeError):
         return {}, {}
-    best = next((metric for metric in robust if metric["args"]["attack"] == "autoattack"), None)
-    # as `EvalReport.strongest` has it
-    weakest = min(robust, key=lambda metric: (float(metric["value"]), metric["args"]["attack"] == "noise"), default={})
-    return clean, best or weakest
+    # as `EvalReport.get` has it
+    robust = [metric for metric in robust if metric["args"]["attack"] != "noise"]
+    robust.sort(key=lambda metric: attack_rank(metric["args"]["attack"]), reverse=True)
+    return clean, min(robust, key=lambda metric: float(metric["value"]), default={})

@@ -33,10 +33,10 @@ def use_channels_last(network: Backbone) -> None:
     Raises:
         BackboneError: the network assumes another layout.
     """
-    if network.memory_format is torch.channels_last:
+    if network.channels_last:
         return
     network.to(memory_format=torch.channels_last)
-    network.memory_format = torch.channels_last
+    network.channels_last = True
     pixels = torch.zeros(2, 3, *network.preprocessing.size, device=network.mean.device, requires_grad=True)
     try:
         with frozen_eval(network), torch.enable_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
+from arrest_hub.attacks import modes_kept
 from arrest_hub.backbones import Backbone, ModelSource, load_backbone
 from arrest_hub.data import to_pixels
 from arrest_hub.errors import BackboneError, HashMismatch, HubError
@@ -81,7 +82,9 @@ class PretrainedClassifier(nn.Module):
         BackboneError for what is no PIL image.
         """
         transform = eval_transform(self.preprocessing)
-        several = [images] if isinstance(images, Image.Image | str | os.PathLike) else list(images)
+        several = [*images] if isinstance(images, Iterable) and not isinstance(images, str) else [images]
+        if not several:
+            raise BackboneError("there are no images: give at least one.")
         if strange := [type(image).__name__ for image in several if not isinstance(image, Image.Image)]:
             raise BackboneError(f"a {strange[0]} is no PIL image: PIL.Image.open(path) or .fromarray(array) gives one.")
         pixels = torch.stack([transform(upright_rgb(image)) for image in several])
@@ -90,10 +93,11 @@ class PretrainedClassifier(nn.Module):
     @torch.no_grad()
     def classify(self, image: Image.Image, top: int = 5) -> list[tuple[str, float]]:
         """The ``top`` most probable classes of one PIL image, as (name, probability); a class without a name is its
-        number. Raises BackboneError for several."""
+        number. In eval mode, whatever the model's. Raises BackboneError for several."""
         if not isinstance(image, Image.Image):
             raise BackboneError(f"image is a {type(image).__name__}: give one PIL image, as of PIL.Image.open(path).")
-        probabilities = self(self.preprocess(image))[0].softmax(0)
+        with modes_kept(self):
+            probabilities = self.eval()(self.preprocess(image))[0].softmax(0)
         best = probabilities.topk(min(top, len(probabilities)))
         names = self.label_names or [str(index) for index in range(len(probabilities))]
         return [(names[index], value) for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]

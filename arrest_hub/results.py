@@ -138,16 +138,22 @@ class EvalReport:
         write_whole(path, self.to_json())
 
     def get(self, metric: str, *, attack: str | None = None, teacher: bool = False) -> Result | None:
-        """The first result of that metric (under that attack, if given), of the model or of its teacher."""
-        rows = self.teacher_results if teacher else self.results
-        return next((row for row in rows if row.metric == metric and attack in (None, row.attack)), None)
+        """The first result of that metric (under that attack, if given), of the model or of its teacher.
+
+        Of several robust accuracies on the same images and radius it is the lowest one, of two that are alike the
+        stronger attack's. What noise leaves is no robustness, and is had by ``attack="noise"`` alone.
+        """
+        rows = [row for row in (self.teacher_results if teacher else self.results) if row.metric == metric]
+        if attack is not None or metric != "robust_accuracy":
+            return next((row for row in rows if attack in (None, row.attack)), None)
+        rows = [row for row in rows if row.attack != "noise"]
+        alike = [row for row in rows if _place(row) == _place(rows[0])]
+        alike.sort(key=lambda row: attack_rank(row.attack), reverse=True)
+        return min(alike, key=lambda row: row.value, default=None)
 
     def strongest(self) -> Result | None:
-        """The robust accuracy that the harmonic mean is taken with: the lowest one there is, of two that are alike the
-        stronger attack's. What noise leaves is no robustness."""
-        rows = [row for row in self.results if row.metric == "robust_accuracy" and row.attack != "noise"]
-        rows.sort(key=lambda row: attack_rank(row.attack), reverse=True)
-        return min(rows, key=lambda row: row.value, default=None)
+        """The robust accuracy that the harmonic mean is taken with."""
+        return self.get("robust_accuracy")
 
     @property
     def warnings(self) -> list[Check]:
@@ -247,7 +253,12 @@ def radius(eps: str | None) -> Fraction | str | None:
 
 
 def _key(row: Result) -> tuple[Any, ...]:
-    return row.metric, row.attack, row.norm, radius(row.eps), row.dataset, row.split
+    return row.metric, row.attack, *_place(row)
+
+
+def _place(row: Result) -> tuple[Any, ...]:
+    """Where a figure was measured: radius and images."""
+    return row.norm, radius(row.eps), row.dataset, row.split
 
 
 def weaker_figures(old: Iterable[Result], new: Iterable[Result]) -> list[tuple[Result, Result]]:

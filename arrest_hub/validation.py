@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -122,18 +123,23 @@ def _correct(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
 
 
+_MEASURING = threading.RLock()
+
+
 @contextlib.contextmanager
 def arithmetic(precision: str = "fp32") -> Iterator[None]:
     """TF32 on for "tf32" and off for anything else, and cuDNN deterministic, so that an evaluation can be repeated; put
-    back afterwards. Figures are reported in fp32 without TF32."""
+    back afterwards. Figures are reported in fp32 without TF32. These switches are the process's: threads wait for each
+    other here."""
     cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        with tf32(precision == "tf32"):
-            yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before
+    with _MEASURING:
+        before = cudnn.deterministic, cudnn.benchmark
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            with tf32(precision == "tf32"):
+                yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before
 
 
 def to_results(counts: Counts, settings: PgdSettings, *, eps: str, dataset: str, split: str, seed: int) -> list[Result]:

@@ -66,13 +66,16 @@ class WeightPerturbation:
             averaged = self.average(torch.cat(flat)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
             saved = [weight.detach().clone() for weight in self.weights]
             directions = averaged.split([weight.numel() for weight in self.weights])
-            for weight, direction in zip(self.weights, directions, strict=True):
-                length = torch.linalg.vector_norm(direction).clamp_min(1e-30)
-                size = self.gamma * torch.linalg.vector_norm(weight) / length
-                weight.add_((size * direction).view_as(weight))
         try:
+            with torch.no_grad():
+                for weight, direction in zip(self.weights, directions, strict=True):
+                    length = torch.linalg.vector_norm(direction).clamp_min(1e-30)
+                    size = self.gamma * torch.linalg.vector_norm(weight) / length
+                    weight.add_((size * direction).view_as(weight))
+            torch.clear_autocast_cache()  # within one autocast the next pass would have the weights of the last
             yield
         finally:
             with torch.no_grad():
                 for weight, before in zip(self.weights, saved, strict=True):
                     weight.copy_(before)
+            torch.clear_autocast_cache()

@@ -237,6 +237,17 @@ def test_random_in_ball_is_uniform(norm):
         assert math.isclose((radius < eps / 2).float().mean().item(), 1 / 16, rel_tol=0.1)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("shape", [(32, 3), (3, 8, 8), (2, 3, 4, 8, 8)])
+def test_random_in_ball_of_any_shape(norm, shape):
+    for eps in (0.1, torch.full(shape[:1], 0.1)):
+        noise = random_in_ball(torch.full(shape, 0.5), eps=eps, norm=norm) - 0.5
+        assert noise.shape == shape
+        size = noise.flatten(1).abs().amax(1) if norm == "linf" else noise.flatten(1).norm(dim=1)
+        assert (size <= 0.1 + 1e-6).all()
+        assert (size > 0).all()
+
+
 def test_random_in_ball_clips_to_pixels_and_repeats():
     pixels = torch.zeros(4, 3, 8, 8)
     first = random_in_ball(pixels, eps=0.5, norm="linf", generator=torch.Generator().manual_seed(7))

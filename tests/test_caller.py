@@ -3,18 +3,22 @@
 import contextlib
 import json
 import threading
+import time
 from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from tiny import patterns, robust_net, tiny_config
+from tiny import patterns, robust_net, tiny_config, write_model
 
 import arrest_hub
 from arrest_hub.caller import undisturbed
+from arrest_hub.errors import ConfigError
 from arrest_hub.export import weights_digest
+from arrest_hub.tf32 import tf32_allowed
 from arrest_hub.train import finetune
+from arrest_hub.validation import arithmetic
 
 
 def evaluated(net=None, pair=None):
@@ -41,6 +45,74 @@ def test_the_callers_accelerator_goes_on_as_it_was(tmp_path):
     finetune(tiny_config(tmp_path, max_steps=1))
     assert accelerator.mixed_precision == "bf16"
     assert steps(accelerator, net) == before
+
+
+def test_a_prepared_network_is_evaluated_in_the_precision_that_is_recorded():
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    net, seen = torch.nn.Sequential(robust_net()), []
+    prepared = accelerator.unwrap_model(accelerator.prepare(net))
+    net[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    forward = prepared.forward
+    assert prepared(patterns(2, 4)[0]).dtype == torch.float32
+    assert seen == [torch.bfloat16]
+    options = {"attacks": "pgd-1", "checks": False}
+    arrest_hub.evaluate(prepared, patterns(4, 4), teacher=prepared, fold_batchnorm=True, **options)
+    with pytest.raises(ConfigError):
+        arrest_hub.evaluate(prepared, (torch.full((2, 3, 8, 8), 2.0), torch.zeros(2).long()), teacher=None, **options)
+    assert set(seen[1:]) == {torch.float32}
+    assert prepared.forward == forward, "and is left as it was"
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("setting", ["bf16", "float64", "inference", "no_grad", "meta"])
+def test_a_network_is_loaded_whatever_the_caller_has_set(tmp_path, setting):
+    folder = write_model(tmp_path / "model")
+    expected, pair = arrest_hub.load(folder), patterns(6, 3)
+    options = {"attacks": "pgd-1", "teacher": None, "checks": False}
+    dtype = {"bf16": torch.bfloat16, "float64": torch.float64}.get(setting, torch.float32)
+    mode = {"inference": torch.inference_mode, "no_grad": torch.no_grad}.get(setting, contextlib.nullcontext)
+    try:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device("meta" if setting == "meta" else "cpu")
+        with mode():
+            found = arrest_hub.load(folder)
+            figures = [row.correct for row in arrest_hub.evaluate(folder, pair, **options).results]
+        assert torch.get_default_dtype() == dtype
+        assert torch.get_default_device().type == ("meta" if setting == "meta" else "cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for parameter, same in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(parameter, same)
+        assert parameter.requires_grad is same.requires_grad
+    assert [row.correct for row in arrest_hub.evaluate(found, pair, **options).results] == figures
+
+
+def test_calls_at_once_leave_the_switches_as_they_were():
+    """And each measures in its own arithmetic."""
+    cudnn, both = torch.backends.cudnn, threading.Barrier(2)
+    before = cudnn.deterministic, cudnn.benchmark
+    seen = []
+
+    def measure(precision):
+        both.wait()
+        for _ in range(20):
+            with arithmetic(precision):
+                time.sleep(0.001)
+                seen.append((precision, *tf32_allowed(), cudnn.deterministic))
+
+    cudnn.benchmark = True
+    try:
+        threads = [threading.Thread(target=measure, args=(precision,)) for precision in ("fp32", "tf32")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (cudnn.deterministic, cudnn.benchmark) == (before[0], True)
+    finally:
+        cudnn.benchmark = before[1]
+    assert set(seen) == {("fp32", False, False, True), ("tf32", True, True, True)}
 
 
 def test_an_accelerator_may_be_made_afterwards():

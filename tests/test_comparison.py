@@ -157,7 +157,7 @@ def test_what_makes_figures_hard_to_compare_is_noted():
         "- precision differs: fp32 (a); bf16 (b)",
         "- image size differs: 32x32 px (a); 224x224 px (b)",
         "- hardware differs, so do not compare speeds: 1 x CPU (a); 1 x GPU (b)",
-        "- the harmonic mean is of clean accuracy and different attacks: AutoAttack (a); PGD-20 (b)",
+        "- the harmonic mean is of clean accuracy and different attacks: AutoAttack (a); PGD-20 x5 (b)",
         "- PGD-20 was run differently: restarts 1 (a); restarts 5 (b)",
     ]
     cascade = [entry("a"), entry("b", after=["pgd-20"])]
@@ -193,8 +193,13 @@ def test_a_worst_case_is_never_shown_under_the_name_of_one_attack():
     assert [cells(line)[1] for line in pairs.splitlines() if line.startswith("| a / b")] == ["clean", *titles]
     robust = json.loads(comparison_json(both))["models"][0]["robust"]
     assert robust["noise"]["attack_parameters"]["after"] == ["apgd-ce", "pgd-20"]
-    mixed = comparison_table([cascade("a"), entry("b")])
-    assert "| PGD-20 |" in mixed
+    mixed = comparison_table([cascade("a"), entry("b", 900, 460, None)])
+    header, _, first, second = mixed.split("\n\n")[1].splitlines()
+    assert "PGD-20" in cells(header)
+    assert "**" not in first + second, "neither is the best of figures that are not alike"
+    assert "of clean accuracy and different attacks: PGD-20 x5 after APGD-CE (a); PGD-20 (b)" in mixed
+    pairs = comparison_markdown([*both, entry("c", seen=both[0].verdicts)]).split("## Pairs")[1]
+    assert [cells(line)[1] for line in pairs.splitlines() if line.startswith("| a / b")] == ["clean", *titles]
     assert "PGD-20 was run differently: restarts 5, on what was left by apgd-ce (a)" in mixed
 
 

@@ -968,16 +968,44 @@ def test_what_is_no_picture_is_one_clear_error(folder):
     for wrong in ("x.png", np.zeros((8, 8, 3), np.uint8), [image, image]):
         with pytest.raises(BackboneError, match="give one PIL image"):
             model.classify(wrong)
-    for wrong in ("x.png", [image, np.zeros((8, 8, 3), np.uint8)]):
+    for wrong in ("x.png", Path("x.png"), None, [image, np.zeros((8, 8, 3), np.uint8)]):
         with pytest.raises(BackboneError, match="is no PIL image"):
             model.preprocess(wrong)
+    with pytest.raises(BackboneError, match="no images"):
+        model.preprocess([])
     assert len(model.preprocess([image, image])) == 2
+
+
+def test_a_model_in_training_classifies_as_it_does_in_eval_mode(folder):
+    model = arrest_hub.load(folder / "model")
+    image = Image.new("RGB", (9, 9), (200, 10, 10))
+    expected = model.classify(image)
+    before = {name: value.clone() for name, value in model.train().state_dict().items()}
+    assert model.classify(image) == expected
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_can_be_saved_whole(folder, tmp_path):
+    model = arrest_hub.load(folder / "model")
+    torch.save(model, tmp_path / "model.pt")
+    pixels = patterns(2, 4)[0]
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(pixels), model(pixels))
 
 
 def test_a_run_is_not_its_network(tmp_path):
     write_model(tmp_path / "run/export")
     with pytest.raises(BackboneError, match=r"is a run: give its network, '.*/run/export'"):
         arrest_hub.load(tmp_path / "run")
+
+
+def test_a_module_without_weights_or_gradients_is_one_clear_error():
+    lazy = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(4))
+    with torch.inference_mode():
+        frozen = robust_net()
+    for network, said in ((lazy, "layers without weights yet"), (frozen, r"was made within torch.inference_mode\(\)")):
+        with pytest.raises(ConfigError, match=said):
+            arrest_hub.evaluate(network, patterns(8, 4), attacks="pgd-1", teacher=None, checks=False)
 
 
 def test_what_is_no_dataset_and_no_network_is_one_clear_error():

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -180,7 +181,8 @@ def test_get_finds_by_metric_attack_and_network():
     report = full_report()
     assert report.get("clean_accuracy").correct == 90
     assert report.get("clean_accuracy", teacher=True).correct == 95
-    assert report.get("robust_accuracy").attack == "pgd-20"
+    assert report.get("robust_accuracy").attack == "autoattack"
+    assert report.get("robust_accuracy", attack="pgd-20").attack == "pgd-20"
     assert report.get("robust_accuracy", attack="autoattack").correct == 42
     assert report.get("robust_accuracy", attack="autoattack", teacher=True) is None
     assert report.get("robust_accuracy", attack="pgd-50") is None
@@ -193,6 +195,11 @@ def test_strongest_is_the_lowest():
     assert EvalReport([robust("noise", 30)]).strongest() is None, "it is no attack"
     both = [robust("autoattack", 40), robust("pgd-20", 40), robust("fab-t", 40)]
     assert EvalReport(both).strongest().attack == EvalReport(both[::-1]).strongest().attack == "autoattack"
+    # figures of other images, or at another radius, say nothing of these
+    other = dataclasses.replace(robust("autoattack", 5), dataset="another")
+    smaller = dataclasses.replace(robust("autoattack", 4), eps="4/255")
+    assert EvalReport([robust("noise", 1), robust("pgd-20", 40), other, smaller]).strongest().correct == 40
+    assert EvalReport([robust("pgd-20", 40), robust("noise", 1)]).get("robust_accuracy", attack="noise").correct == 1
     # in a cascade, or where AutoAttack was the weaker one
     assert EvalReport([robust("autoattack", 40), robust("pgd-20", 39)]).strongest().attack == "pgd-20"
 

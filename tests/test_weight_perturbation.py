@@ -66,6 +66,51 @@ def test_weights_come_back_after_an_error():
     assert torch.equal(net.conv.weight, before)
 
 
+def test_weights_come_back_after_an_error_while_they_are_moved(monkeypatch):
+    """A full GPU, or Ctrl-C in a notebook."""
+    net, plain = TinyClassifier().train(), torch.linalg.vector_norm
+    before = copy.deepcopy(net.state_dict())
+    perturbation, calls = WeightPerturbation(net, GAMMA), []
+
+    def norm(tensor):
+        calls.append(tensor)
+        if len(calls) == 4:
+            assert not torch.equal(net.conv.weight, before["conv.weight"])
+            raise KeyboardInterrupt
+        return plain(tensor)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", norm)
+    with pytest.raises(KeyboardInterrupt), perturbation.worst_case(lambda: loss_of(net)):
+        pass
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_within_one_autocast_every_pass_has_the_weights_of_its_time():
+    """It keeps the weights that it has rounded."""
+    net = TinyClassifier().train()
+    perturbation, losses = WeightPerturbation(net, 0.5), []
+
+    def loss():
+        return F.cross_entropy(net(PIXELS).logits.float(), LABELS)
+
+    def rounded():
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss().item()
+
+    expected = [rounded()]
+    with perturbation.worst_case(loss):
+        expected.append(rounded())
+    expected.append(rounded())
+    with torch.autocast("cpu", torch.bfloat16):
+        losses.append(loss().item())
+        with perturbation.worst_case(loss):
+            losses.append(loss().item())
+        losses.append(loss().item())
+    assert losses == pytest.approx(expected, rel=2e-2)
+    assert losses[1] > losses[0] * 1.2
+    assert losses[2] == losses[0]
+
+
 @pytest.mark.parametrize("factor", [float("nan"), 0.0])
 def test_a_gradient_that_is_none_moves_nothing(factor):
     """An fp16 gradient that overflows, or none at all."""

@@ -1,0 +1,32 @@
+"""What a search makes of a card's header; searching itself is in test_hub_push.py."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from arrest_hub.hub_search import _from_info
+
+
+def found(*figures):
+    """The model whose card states these accuracies, (attack or None, fraction)."""
+    metrics = [{"type": "accuracy", "value": value, "args": {"attack": attack}} for attack, value in figures]
+    header = {"model-index": [{"results": [{"metrics": [metric]} for metric in metrics]}]}
+    card = SimpleNamespace(to_dict=lambda: header)
+    return _from_info(
+        SimpleNamespace(id="a/b", sha="0" * 40, library_name="timm", tags=[], downloads=1, card_data=card)
+    )
+
+
+@pytest.mark.parametrize(
+    ("figures", "attack", "value"),
+    [
+        ([("autoattack", 0.4), ("pgd-20", 0.39)], "pgd-20", 0.39),
+        ([("noise", 0.3), ("pgd-20", 0.4)], "pgd-20", 0.4),
+        ([("pgd-20", 0.4), ("autoattack", 0.4)], "autoattack", 0.4),
+        ([("noise", 0.3)], None, None),
+        ([], None, None),
+    ],
+)
+def test_the_robust_accuracy_is_the_lowest_and_never_noise(figures, attack, value):
+    model = found((None, 0.8), *figures)
+    assert (model.clean_accuracy, model.attack, model.robust_accuracy) == (0.8, attack, value)
