@@ -170,7 +170,7 @@ VARIANTS = {
     "best-lr-0.04-ema-hold-fp32": Variant(
         "+ averaged (0.995), learning rate held at 0.3, fp32",
         BEST | {"lr": 0.04, "mixed_precision": "no", "ema_decay": 0.995, "lr_hold": 0.3},
-        (1,),
+        (1, 2),
         "precision",
     ),
     "best-lr-0.04-awp-fp32": Variant(
