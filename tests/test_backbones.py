@@ -948,6 +948,22 @@ def mobilenet_folder(folder: Path, **options) -> Path:
     return folder
 
 
+def dropped_by_the_head(backbone, pixels, rate):
+    """The logits with dropout on: it is the head's, and nothing of the network itself drops."""
+    assert isinstance(backbone.head.dropout, torch.nn.Dropout)
+    assert backbone.head.dropout.p == rate
+    expected = backbone.eval()(pixels)
+    assert torch.equal(backbone(pixels).logits, expected.logits)
+    backbone.body.training = True
+    backbone.head.dropout.train()
+    torch.manual_seed(0)
+    dropped = backbone(pixels)
+    assert torch.equal(dropped.representation, expected.representation)
+    assert not torch.equal(dropped.logits, expected.logits)
+    backbone.eval()
+    return dropped.logits
+
+
 @pytest.mark.parametrize("library", ["timm", "timm, then flattened", "transformers"])
 def test_dropout_before_the_head_is_not_in_the_representation(library, tmp_path):
     """It is noise, which the distance from the teacher would be made of."""
@@ -962,15 +978,8 @@ def test_dropout_before_the_head_is_not_in_the_representation(library, tmp_path)
         backbone = load_backbone(mobilenet_folder(tmp_path / "mobilenet", classifier_dropout_prob=0.5))
     pixels = torch.rand(4, 3, 32, 32)
     for _ in range(2):
-        assert isinstance(backbone.head.dropout, torch.nn.Dropout)
-        assert backbone.head.dropout.p == 0.5
-        expected = backbone.eval()(pixels)
-        backbone.head.dropout.train()
-        torch.manual_seed(0)
-        dropped = backbone(pixels)
-        assert torch.equal(dropped.representation, expected.representation)
-        assert not torch.equal(dropped.logits, expected.logits)
-        with backbone.eval().native() as network:
+        dropped_by_the_head(backbone, pixels, 0.5)
+        with backbone.native() as network:
             network.train()
             assert sum(isinstance(m, torch.nn.Dropout) and m.p == 0.5 and m.training for m in network.modules()) == 1
         backbone.reset_head(3)
@@ -990,21 +999,12 @@ def test_dropout_that_is_no_module_is_not_in_the_representation_either(name, arg
     backbone = load_backbone(name, num_classes=5, image_size=32, model_args=args)
     pixels = torch.rand(4, 3, 32, 32)
     for _ in range(2):
-        assert isinstance(backbone.head.dropout, torch.nn.Dropout)
-        assert backbone.head.dropout.p == rate
-        expected = backbone.eval()(pixels)
-        assert torch.equal(backbone(pixels).logits, expected.logits)
-        backbone.body.training = True
-        backbone.head.dropout.train()
-        torch.manual_seed(0)
-        dropped = backbone(pixels)
-        assert torch.equal(dropped.representation, expected.representation)
-        assert not torch.equal(dropped.logits, expected.logits)
-        with backbone.eval().native() as network:
+        dropped = dropped_by_the_head(backbone, pixels, rate)
+        with backbone.native() as network:
             assert network.drop_rate == rate
             network.training = True
             torch.manual_seed(0)
-            assert torch.equal(network(backbone.normalize(pixels)), dropped.logits)
+            assert torch.equal(network(backbone.normalize(pixels)), dropped)
         backbone.reset_head(3)
     write_model_folder(backbone, tmp_path / "export")
     torch.testing.assert_close(load_backbone(tmp_path / "export")(pixels).logits, backbone.eval()(pixels).logits)
