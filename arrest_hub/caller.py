@@ -3,48 +3,67 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
 
 from arrest_hub.seeding import random_states_kept
 
+T = TypeVar("T")
 
-class _SharedState:
-    """What is the process's, not the thread's: the states that all Accelerators share, the default dtype.
 
-    The first of several calls at once (in threads, or one within another) keeps it, the last one puts it back.
+class _Shared(Generic[T]):
+    """Something that is the process's, not the thread's.
+
+    ``begin`` changes it and gives what it was, ``end`` puts that back: for the first and the last of several calls at
+    once (in threads, or one within another).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begin: Callable[[], T], end: Callable[[T], None]) -> None:
+        self.begin, self.end = begin, end
         self.lock = threading.Lock()
         self.calls = 0
-        self.kept: tuple[list[dict[str, Any]], torch.dtype] = ([], torch.float32)
+        self.kept: T | None = None
 
-    def enter(self) -> None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
         with self.lock:
             if self.calls == 0:
-                states = [dict(state._shared_state) for state in (AcceleratorState, GradientState)]
-                self.kept = states, torch.get_default_dtype()
-                torch.set_default_dtype(torch.float32)
+                self.kept = self.begin()
             self.calls += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.calls -= 1
-            if self.calls == 0:
-                states, dtype = self.kept
-                for shared, before in zip((AcceleratorState, GradientState), states, strict=True):
-                    shared._shared_state.clear()  # the same object: the caller's Accelerators look into it
-                    shared._shared_state.update(before)
-                torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.calls -= 1
+                if self.calls == 0:
+                    self.end(cast(T, self.kept))
+                    self.kept = None
 
 
-_SHARED = _SharedState()
+def _float32_by_default() -> torch.dtype:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    return before
+
+
+def _put_states_back(states: list[dict[str, Any]]) -> None:
+    for shared, before in zip((AcceleratorState, GradientState), states, strict=True):
+        shared._shared_state.clear()  # the same object: the caller's Accelerators look into it
+        shared._shared_state.update(before)
+
+
+_DTYPE = _Shared(_float32_by_default, torch.set_default_dtype)
+# what all Accelerators of the process share
+_STATES = _Shared(lambda: [dict(state._shared_state) for state in (AcceleratorState, GradientState)], _put_states_back)
+_FORWARD: WeakKeyDictionary[nn.Module, _Shared[Any]] = WeakKeyDictionary()
+_FORWARD_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -74,19 +93,36 @@ def _autocast_off() -> Iterator[None]:
 
 @contextmanager
 def own_forward(*networks: nn.Module) -> Iterator[None]:
-    """Networks that Accelerate has prepared for mixed precision run their own forward within, without its autocast."""
-    prepared = [
-        module.__dict__ for network in networks for module in network.modules()
-        if {"forward", "_original_forward"} <= module.__dict__.keys()
-    ]  # fmt: skip
-    wrapped = [attributes["forward"] for attributes in prepared]
-    try:
-        for attributes in prepared:
-            attributes["forward"] = attributes["_original_forward"]
+    """Networks that Accelerate has prepared for mixed precision run their own forward within, without its autocast.
+
+    A forward that somebody else has put in its place, or around it, stays.
+    """
+    with ExitStack() as stack:
+        for module in (module for network in networks for module in network.modules()):
+            if "_original_forward" in module.__dict__:
+                with _FORWARD_LOCK:
+                    shared = _FORWARD.setdefault(module, _unprepared(module))
+                stack.enter_context(shared.held())
         yield
-    finally:
-        for attributes, forward in zip(prepared, wrapped, strict=True):
-            attributes["forward"] = forward
+
+
+def _unprepared(module: nn.Module) -> _Shared[Any]:
+    """Accelerate's forward taken away, and put back."""
+    found = ref(module)  # or the dictionary's value would keep its key
+
+    def begin() -> Any:
+        attributes = cast(nn.Module, found()).__dict__
+        forward = attributes.get("forward")
+        if not isinstance(getattr(forward, "__wrapped__", None), ConvertOutputsToFp32):
+            return None
+        attributes["forward"] = attributes["_original_forward"]
+        return forward
+
+    def end(forward: Any) -> None:
+        if forward is not None:
+            cast(nn.Module, found()).__dict__["forward"] = forward
+
+    return _Shared(begin, end)
 
 
 @contextmanager
@@ -99,13 +135,8 @@ def on_cpu_unless_told() -> Iterator[None]:
 @contextmanager
 def as_by_default() -> Iterator[None]:
     """Networks made within are of float32, on the CPU and trainable, whatever the caller has set."""
-    dtype = torch.get_default_dtype()
-    with torch.inference_mode(False), torch.enable_grad(), on_cpu_unless_told():
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
+    with torch.inference_mode(False), torch.enable_grad(), on_cpu_unless_told(), _DTYPE.held():
+        yield
 
 
 @contextmanager
@@ -123,6 +154,6 @@ def undisturbed() -> Iterator[None]:
         stack.enter_context(on_cpu_unless_told())
         stack.enter_context(_autocast_off())
         stack.enter_context(random_states_kept())
-        _SHARED.enter()
-        stack.callback(_SHARED.leave)
+        stack.enter_context(_DTYPE.held())
+        stack.enter_context(_STATES.held())
         yield

@@ -126,7 +126,7 @@ def _module_problem(name: str, network: nn.Module) -> list[str]:
     """A line where a network cannot be attacked as it is, or its numbers not be multiplied with float32 images."""
     if any(isinstance(parameter, nn.UninitializedParameter) for parameter in network.parameters()):
         return [f"the {name} has layers without weights yet (torch's lazy ones): give it a batch of images first."]
-    if any(parameter.is_inference() for parameter in network.parameters()):
+    if any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers())):
         return [f"the {name} was made within torch.inference_mode() and gives no gradients: make it outside."]
     other = {value.dtype for value in network.parameters() if value.is_floating_point()} - {torch.float32}
     known = isinstance(network, Backbone | PretrainedClassifier)  # others may convert the images themselves

@@ -131,20 +131,21 @@ def _from_info(info: Any) -> PublishedModel:
 
 def _figures(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The clean figure and the robust one of a card's model-index; empty for what it has not, or not as we write it."""
-    clean: dict[str, Any] = {}
-    robust: list[dict[str, Any]] = []
+    found: list[tuple[Any, str | None, Any, dict[str, Any]]] = []  # dataset, attack, radius, metric
     try:
         for result in header["model-index"][0]["results"]:
             for metric in result["metrics"]:
-                attack = (metric.get("args") or {}).get("attack")
+                args = metric.get("args") or {}
+                attack = args.get("attack")
                 if metric["type"] == "accuracy" and isinstance(metric["value"], float | int):
-                    if attack is None:
-                        clean = clean or metric
-                    else:
-                        robust.append(metric)
-    except (KeyError, IndexError, TypeError):
+                    found.append((result.get("dataset"), attack, (args.get("norm"), args.get("eps")), metric))
+    except (KeyError, IndexError, TypeError, AttributeError):
         return {}, {}
     # as `EvalReport.get` has it
-    robust = [metric for metric in robust if metric["args"]["attack"] != "noise"]
-    robust.sort(key=lambda metric: attack_rank(metric["args"]["attack"]), reverse=True)
-    return clean, min(robust, key=lambda metric: float(metric["value"]), default={})
+    clean = next((row for row in found if row[1] is None), None)
+    robust = [row for row in found if isinstance(row[1], str) and row[1] != "noise"]
+    robust = [row for row in robust if clean is not None and row[0] == clean[0]] or robust
+    robust = [row for row in robust if (row[0], row[2]) == (robust[0][0], robust[0][2])]
+    robust.sort(key=lambda row: attack_rank(row[1]), reverse=True)
+    lowest = min(robust, key=lambda row: float(row[3]["value"]), default=None)
+    return clean[3] if clean else {}, lowest[3] if lowest else {}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -82,7 +84,10 @@ class PretrainedClassifier(nn.Module):
         BackboneError for what is no PIL image.
         """
         transform = eval_transform(self.preprocessing)
-        several = [*images] if isinstance(images, Iterable) and not isinstance(images, str) else [images]
+        several: list[Any] = [images]
+        if not isinstance(images, str | os.PathLike):
+            with suppress(TypeError):  # one image, or something that is none
+                several = list(images)  # type: ignore[arg-type]
         if not several:
             raise BackboneError("there are no images: give at least one.")
         if strange := [type(image).__name__ for image in several if not isinstance(image, Image.Image)]:

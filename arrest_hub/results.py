@@ -140,13 +140,16 @@ class EvalReport:
     def get(self, metric: str, *, attack: str | None = None, teacher: bool = False) -> Result | None:
         """The first result of that metric (under that attack, if given), of the model or of its teacher.
 
-        Of several robust accuracies on the same images and radius it is the lowest one, of two that are alike the
-        stronger attack's. What noise leaves is no robustness, and is had by ``attack="noise"`` alone.
+        Of several robust accuracies on the images of the clean one, at the first of their radii, it is the lowest one,
+        of two that are alike the stronger attack's. What noise leaves is no robustness, and is had by
+        ``attack="noise"`` alone.
         """
         rows = [row for row in (self.teacher_results if teacher else self.results) if row.metric == metric]
         if attack is not None or metric != "robust_accuracy":
             return next((row for row in rows if attack in (None, row.attack)), None)
         rows = [row for row in rows if row.attack != "noise"]
+        clean = self.get("clean_accuracy", teacher=teacher)
+        rows = [row for row in rows if clean and (row.dataset, row.split) == (clean.dataset, clean.split)] or rows
         alike = [row for row in rows if _place(row) == _place(rows[0])]
         alike.sort(key=lambda row: attack_rank(row.attack), reverse=True)
         return min(alike, key=lambda row: row.value, default=None)
@@ -228,7 +231,7 @@ def attack_rank(attack: str | None) -> tuple[int, int, str]:
         return 0, 0, ""
     kind, _, steps = attack.partition("-")
     if kind == "pgd":
-        return 2, int(steps) if steps.isdecimal() else 0, attack
+        return 2, int(steps) if steps.isdecimal() and len(steps) < 10 else 0, attack
     return {"noise": 1, "autoattack": 4}.get(attack, 3), 0, attack
 
 

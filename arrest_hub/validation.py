@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -123,16 +124,26 @@ def _correct(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
 
 
-_MEASURING = threading.RLock()
+_measuring = threading.RLock()
+
+
+def _nobody_measures() -> None:
+    """In a forked process the thread that held the lock does not exist."""
+    global _measuring
+    _measuring = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_nobody_measures)
 
 
 @contextlib.contextmanager
 def arithmetic(precision: str = "fp32") -> Iterator[None]:
     """TF32 on for "tf32" and off for anything else, and cuDNN deterministic, so that an evaluation can be repeated; put
     back afterwards. Figures are reported in fp32 without TF32. These switches are the process's: threads wait for each
-    other here."""
+    other here (so a network's own forward must not wait for another thread that measures)."""
     cudnn = torch.backends.cudnn
-    with _MEASURING:
+    with _measuring:
         before = cudnn.deterministic, cudnn.benchmark
         cudnn.deterministic, cudnn.benchmark = True, False
         try:

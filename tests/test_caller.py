@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import multiprocessing
+import os
 import threading
 import time
 from functools import partial
@@ -13,7 +15,7 @@ from accelerate.state import AcceleratorState
 from tiny import patterns, robust_net, tiny_config, write_model
 
 import arrest_hub
-from arrest_hub.caller import undisturbed
+from arrest_hub.caller import own_forward, undisturbed
 from arrest_hub.errors import ConfigError
 from arrest_hub.export import weights_digest
 from arrest_hub.tf32 import tf32_allowed
@@ -63,6 +65,82 @@ def test_a_prepared_network_is_evaluated_in_the_precision_that_is_recorded():
     assert set(seen[1:]) == {torch.float32}
     assert prepared.forward == forward, "and is left as it was"
     AcceleratorState._reset_state()
+
+
+def test_two_at_once_leave_a_prepared_network_prepared():
+    AcceleratorState._reset_state()
+    net = Accelerator(cpu=True, mixed_precision="bf16").prepare(robust_net())
+    forward, inside, out = net.forward, threading.Event(), threading.Event()
+
+    def other():
+        with own_forward(net):
+            inside.set()
+            out.wait(20)
+            assert net.forward != forward
+
+    thread = threading.Thread(target=other)
+    with own_forward(net):
+        thread.start()
+        inside.wait(20)
+    assert net.forward != forward, "the other is still at it"
+    out.set()
+    thread.join()
+    assert net.forward == forward
+    AcceleratorState._reset_state()
+
+
+def test_a_forward_that_is_not_accelerates_stays():
+    """Of a name that others use too."""
+    net = robust_net()
+    net._original_forward = net.forward
+    net.forward = lambda pixels: -net._original_forward(pixels)
+    pixels, labels = patterns(12, 4, seed=7)
+    right = int((net(pixels).argmax(dim=1) == labels).sum())
+    assert evaluated(net, (pixels, labels))[0] == right < 12
+
+
+def test_loading_in_threads_leaves_the_default_dtype_to_the_last(tmp_path):
+    folder, dtypes, errors = write_model(tmp_path / "model"), set(), []
+
+    def load():
+        try:
+            for _ in range(6):
+                dtypes.update(parameter.dtype for parameter in arrest_hub.load(folder).parameters())
+        except Exception as error:
+            errors.append(error)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        threads = [threading.Thread(target=load) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not errors
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_forked_meanwhile_measures_too():
+    context, busy, done = multiprocessing.get_context("fork"), threading.Event(), threading.Event()
+
+    def measure():
+        with arithmetic():
+            busy.set()
+            done.wait(20)
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    busy.wait(20)
+    child = context.Process(target=arithmetic().__enter__)
+    child.start()
+    child.join(20)
+    done.set()
+    thread.join()
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("setting", ["bf16", "float64", "inference", "no_grad", "meta"])

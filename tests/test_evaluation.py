@@ -975,6 +975,12 @@ def test_what_is_no_picture_is_one_clear_error(folder):
         model.preprocess([])
     assert len(model.preprocess([image, image])) == 2
 
+    class Pictures:
+        def __getitem__(self, index):
+            return [image, image][index]
+
+    assert len(model.preprocess(Pictures())) == 2
+
 
 def test_a_model_in_training_classifies_as_it_does_in_eval_mode(folder):
     model = arrest_hub.load(folder / "model")

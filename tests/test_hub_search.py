@@ -24,9 +24,26 @@ def found(*figures):
         ([("noise", 0.3), ("pgd-20", 0.4)], "pgd-20", 0.4),
         ([("pgd-20", 0.4), ("autoattack", 0.4)], "autoattack", 0.4),
         ([("noise", 0.3)], None, None),
+        ([(20, 0.1), ("pgd-" + "9" * 5000, 0.4)], "pgd-" + "9" * 5000, 0.4),
         ([], None, None),
     ],
 )
 def test_the_robust_accuracy_is_the_lowest_and_never_noise(figures, attack, value):
     model = found((None, 0.8), *figures)
     assert (model.clean_accuracy, model.attack, model.robust_accuracy) == (0.8, attack, value)
+
+
+def test_figures_of_one_dataset_and_radius_stand_together():
+    def result(dataset, attack, value, eps="8/255"):
+        args = {"attack": attack, "norm": "linf", "eps": eps} if attack else {}
+        return {"dataset": {"type": dataset}, "metrics": [{"type": "accuracy", "value": value, "args": args}]}
+
+    results = [
+        result("b", "pgd-20", 0.2), result("a", None, 0.9), result("a", "autoattack", 0.4), result("a", "pgd-20", 0.45),
+        result("a", "pgd-50", 0.3, "16/255"), result("b", None, 0.5),
+    ]  # fmt: skip
+    card = SimpleNamespace(to_dict=lambda: {"model-index": [{"results": results}]})
+    model = _from_info(
+        SimpleNamespace(id="a/b", sha="0" * 40, library_name="timm", tags=[], downloads=1, card_data=card)
+    )
+    assert (model.clean_accuracy, model.attack, model.robust_accuracy) == (0.9, "autoattack", 0.4)

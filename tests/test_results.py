@@ -200,6 +200,8 @@ def test_strongest_is_the_lowest():
     smaller = dataclasses.replace(robust("autoattack", 4), eps="4/255")
     assert EvalReport([robust("noise", 1), robust("pgd-20", 40), other, smaller]).strongest().correct == 40
     assert EvalReport([robust("pgd-20", 40), robust("noise", 1)]).get("robust_accuracy", attack="noise").correct == 1
+    mixed = EvalReport([make(), other, robust("pgd-20", 40)])
+    assert mixed.strongest().correct == 40, "of the images that the clean figure is of"
     # in a cascade, or where AutoAttack was the weaker one
     assert EvalReport([robust("autoattack", 40), robust("pgd-20", 39)]).strongest().attack == "pgd-20"
 
