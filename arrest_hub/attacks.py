@@ -110,7 +110,7 @@ def random_in_ball(
 ) -> Tensor:
     """A point drawn uniformly from the eps-ball around each sample, clipped to [0, 1].
 
-    [B, C, H, W] -> the same; ``eps``: one for all or [B]. The noise of noisy replay and the random start of PGD.
+    [B, ...] in [0, 1] -> the same; ``eps``: one for all or [B]. The noise of noisy replay and the random start of PGD.
     Raises ValueError for an unknown norm.
     """
     if norm == "linf" and isinstance(eps, Tensor):
