@@ -28,6 +28,7 @@ class Row:
     counts: dict[str, tuple[int, int]]
     run: dict[str, Any]
     hardware: str = ""
+    """What it was trained on; of rows kept without it, what it was evaluated on."""
 
     def share(self, attack: str) -> float | None:
         """The accuracy as a fraction; None where it is not measured."""
@@ -52,7 +53,7 @@ def read_row(folder: Path) -> Row:
     run = folder / "run.json"
     seed = folder.name.rpartition("-seed-")[2]
     facts = json.loads(run.read_text()) if run.is_file() else {}
-    return Row(int(seed) if seed.isdigit() else 0, counts, facts, report.get("hardware", ""))
+    return Row(int(seed) if seed.isdigit() else 0, counts, facts, facts.get("hardware") or report.get("hardware", ""))
 
 
 def left_by_apgd(results: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
@@ -140,8 +141,9 @@ def apgd_text(rows: Mapping[str, Sequence[Row]]) -> list[str]:
     left = sum(counts["apgd"][0] for counts in both)
     broken = left - sum(counts["autoattack"][0] for counts in both)
     return [
-        f"APGD is the first half of standard AutoAttack, APGD-CE and then APGD-T. Of the {left:,} images that it left "
-        f"on {len(both)} network{'s' * (len(both) > 1)}, the other half, FAB-T and Square, broke {broken:,}.",
+        f"APGD is the first half of standard AutoAttack, APGD-CE and then APGD-T; alone, on what PGD-20 left. Of the "
+        f"{left:,} images that it left on {len(both)} network{'s' * (len(both) > 1)}, the other half, FAB-T and "
+        f"Square, broke {broken:,}.",
         "",
     ]
 
@@ -169,6 +171,8 @@ def in_table(group: str) -> list[str]:
             return sorted((*SWEPT, *keys), key=by_method_and_rate)
         case "precision":  # each below its own in bf16
             return [name for key in keys for name in (key.removesuffix("-fp32"), key)]
+        case "parts":  # what they are added to comes first
+            return ["trades-lr-0.04-fp32", "aft-lr-0.04-fp32", "best-lr-0.04-fp32", *keys]
         case _:
             return ["arrest", *keys]
 
@@ -182,6 +186,7 @@ def suite_text(name: str, folder: Path) -> list[str]:
         "recipe": "Added to the recipe (λ 100), or changed in it", "choices": "What was chosen",
         "lambda": "λ", "tau": "τ", "lr": "Learning rate, 0.02 where not said",
         "precision": "Precision of the training, bf16 where not said",
+        "parts": "Part by part at a learning rate of 0.04, in fp32",
     }  # fmt: skip
     for group, title in titles.items():
         keys = in_table(group)
@@ -254,7 +259,7 @@ def draw_sweeps(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
                 place = (0, heights[number % len(heights)])  # several, since neighbours are close
                 axes.annotate(name, point, place, textcoords="offset points", ha="center", fontsize=8, color=colour)
     axes.margins(x=0.08, y=0.2)
-    axes.set(title=f"{SUITES['narrow'].title}: sweeps", xlabel="clean accuracy (%)", ylabel="under APGD (%)")
+    axes.set(title=f"{SUITES['narrow'].title}: sweeps, seed 0", xlabel="clean accuracy (%)", ylabel="under APGD (%)")
 
 
 def draw_published(

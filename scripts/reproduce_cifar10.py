@@ -179,6 +179,7 @@ def keep(session: Session, key: str, seed: int, run: Path, record: Path, command
         "commands": [portable(session, finetune), portable(session, command)],
         "train_minutes": round(seconds / 60, 3), "images_per_second": round(speed, 2),
         "passes": read_passes(session.folder / f"{run.name}.log"),
+        "hardware": json.loads((run / "export" / "training_record.json").read_text())["hardware"],
         "log": [{name: round(line[name], 5) for name in KEPT if name in line} for line in log],
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

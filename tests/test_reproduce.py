@@ -141,13 +141,17 @@ def test_from_nothing_to_kept_figures_and_on_after_a_stop(tiny_session):
         assert str(tmp_path) not in command
     assert "runs/tiny/teacher/teacher" in facts["commands"][0]
     assert facts["train_minutes"] > 0
+    record = json.loads((session.folder / "rgkd-seed-0" / "export" / "training_record.json").read_text())
+    assert facts["hardware"] == record["hardware"]
     assert facts["log"][0]["step"] >= 1
     assert not reproduce.has_figure(session, "rgkd", 0, "apgd")
     reproduce.attack(session, "rgkd", 0, "apgd")
     assert reproduce.has_figure(session, "rgkd", 0, "pgd")
     assert reproduce.has_figure(session, "rgkd", 0, "apgd")
     assert not reproduce.has_figure(session, "rgkd", 0, "autoattack")
+    (folder / "run.json").write_text(json.dumps(facts | {"hardware": "what trained it"}))
     row = cifar10_report.read_row(folder)
+    assert row.hardware == "what trained it", "whatever evaluates"
     assert row.counts["clean"] >= row.counts["pgd-20"] >= row.counts["apgd"], "a cascade: the worst case so far"
 
     shutil.rmtree(session.folder / "rgkd-seed-0")  # another machine, which has the figures and not the weights
