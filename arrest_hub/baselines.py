@@ -129,7 +129,6 @@ def divergence_ascent(logits: Tensor, clean_logits: Tensor) -> Tensor:
         change = logits - clean_logits
         change -= change.gather(1, clean_logits.argmax(dim=1, keepdim=True))
         far = change.amax(dim=1, keepdim=True) > 80.0  # beyond exp's range, where q - p has all its digits
-        change = change.clamp(max=80.0)
         log_ratio = change - (p * change.expm1()).sum(dim=1, keepdim=True).log1p()  # log(q / p)
         uphill = torch.where(far, logits.softmax(dim=1) - p, p * log_ratio.expm1())
         uphill /= uphill.abs().sum(dim=1, keepdim=True).clamp_min(torch.finfo(uphill.dtype).tiny)

@@ -34,7 +34,7 @@ class HubError(ArrestError):
 
 
 class HubRefusal(HubError):
-    """What is in the repository stands in the way: trying again changes nothing."""
+    """What the repository is, or what is in it, stands in the way: trying again changes nothing."""
 
 
 class HashMismatch(HubError):

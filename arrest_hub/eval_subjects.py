@@ -105,6 +105,12 @@ def dataset_name(dataset_id: str) -> str:
     return path.resolve().name if path.is_dir() else dataset_id
 
 
+def module_name(module: nn.Module) -> str:
+    """What to call a network given as an object: one of ours by its architecture, since its weights may be others."""
+    backbone = module.backbone if isinstance(module, PretrainedClassifier) else module
+    return backbone.source.architecture if isinstance(backbone, Backbone) else type(module).__name__
+
+
 def module_subject(module: nn.Module, name: str) -> Subject:
     """A network given as an object; of one that `from_pretrained` gave, the backbone, which knows size and classes."""
     if isinstance(module, PretrainedClassifier):
@@ -116,7 +122,8 @@ def module_subject(module: nn.Module, name: str) -> Subject:
 
 def _module_info(module: nn.Module, name: str) -> dict[str, Any]:
     count = sum(parameter.numel() for parameter in module.parameters())
-    return {"id": name, "architecture": type(module).__name__, "parameters": count,
+    library = {"library": module.source.library} if isinstance(module, Backbone) else {}
+    return {"id": name, **library, "architecture": module_name(module), "parameters": count,
             "weights_sha256": weights_digest(module)}  # fmt: skip
 
 

@@ -43,6 +43,7 @@ from arrest_hub.eval_subjects import (
     load_images,
     load_subject,
     load_teacher,
+    module_name,
     module_subject,
     tensor_images,
 )
@@ -110,7 +111,7 @@ def evaluate(
     if problems:
         raise ConfigError(problems)
     config = EvalConfig(
-        model=type(module).__name__ if module is not None else os.fspath(model),  # type: ignore[arg-type]
+        model=module_name(module) if module is not None else os.fspath(model),  # type: ignore[arg-type]
         dataset="given images" if pair is not None else os.fspath(dataset),  # type: ignore[arg-type]
         teacher=None if teacher_module is not None else teacher,  # type: ignore[arg-type]
         output_dir="" if output_dir is None else os.fspath(output_dir),

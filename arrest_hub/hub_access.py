@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from arrest_hub.errors import HubError, causes, did_you_mean, first_line
+from arrest_hub.errors import HubError, HubRefusal, causes, did_you_mean, first_line
 from arrest_hub.files import FULL
 
 T = TypeVar("T")
@@ -119,8 +119,9 @@ def check_access(repo_id: str, *, private: bool, create_pr: bool, say: Callable[
     ``repo_id`` is you/name, or name alone for the token's own account.
 
     Raises:
-        HubError: there is no token, it is not accepted or may only read, the namespace is not its own, the repository
-            exists and is public though ``private``, or a pull request is to go to one that does not exist.
+        HubError: there is no token, it is not accepted or may only read, the namespace is not its own, or the Hub
+            cannot be reached. HubRefusal: the repository exists and is public though ``private``, or a pull request
+            is to go to one that does not exist.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -140,11 +141,11 @@ def check_access(repo_id: str, *, private: bool, create_pr: bool, say: Callable[
         _check_namespace(full, user, me.get("orgs") or [])
     exists = with_retries(lambda: api.repo_exists(full), f"look at {full}", say)
     if create_pr and not exists:
-        raise HubError(f"cannot open a pull request at {full}: there is no such repository, or you may not see it.")
+        raise HubRefusal(f"cannot open a pull request at {full}: there is no such repository, or you may not see it.")
     if exists and private:
         info = with_retries(lambda: api.model_info(full), f"look at {full}", say)
         if not info.private:
-            raise HubError(
+            raise HubRefusal(
                 f"{full} exists and is public, and --private only says how a new repository is made. Make it private "
                 "on its settings page first, give another id, or leave --private out."
             )

@@ -55,18 +55,27 @@ def list_models(
     """The models published with arrest-hub that fit all that is given, most downloaded first.
 
     ``search`` is part of the id; ``norm`` "linf" or "l2"; ``eps`` a radius such as "8/255" or 8/255, together with
-    ``norm``; ``dataset`` a `datasets` id or a name such as "cifar10"; ``method`` "arrest", "at", "trades";
-    ``base_model`` an id; ``tags`` any others; ``author`` a user or an organisation; ``limit`` at most so many.
+    ``norm``; ``dataset`` an id on the Hub or a name such as "cifar10", as cards have it under ``datasets``; ``method``
+    "arrest", "at", "trades"; ``base_model`` an id; ``tags`` any others; ``author`` a user or an organisation;
+    ``limit`` at most so many.
 
     Raises:
         ConfigError: a value that no model can have. HubError: the Hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
+    if limit is not None and not (isinstance(limit, int) and limit >= 0):
+        raise ConfigError(f"limit {limit!r} is no number of models: give 0 or more, or None for all of them.")
     wanted = [TAG, *([tags] if isinstance(tags, str) else tags)]
     wanted += _threat_filter(norm, eps) + ([method] if method else [])
     if dataset is not None:
-        wanted.append(f"dataset:{hub_dataset_id(dataset)}")
+        hub_id = hub_dataset_id(dataset)
+        if "/" not in hub_id:
+            raise ConfigError(
+                f"dataset {dataset!r} is no id on the Hub (org/name), so that no card lists it under datasets: give "
+                "one, or cifar10, cifar100 or imagenet."
+            )
+        wanted.append(f"dataset:{hub_id}")
     if base_model is not None:
         wanted.append(f"base_model:{base_model}")
     api = HfApi()

@@ -154,6 +154,11 @@ class TrainingPhase:
         """Whether all steps are done; a validation may be left."""
         return self.progress.place >= self.total_steps
 
+    @property
+    def last_step(self) -> int:
+        """The number of the phase's last step: of those that were counted, whatever their batches were."""
+        return self.total_steps - self.progress.offset
+
     def _restore(self, checkpoint: Path, layout: dict[str, int], by_epochs: bool) -> None:
         """Go on from a checkpoint, whose batches may have been dealt out otherwise than by ``layout``."""
         run, config, accelerator = self.run, self.run.config, self.run.accelerator
@@ -169,9 +174,7 @@ class TrainingPhase:
                 accelerator.print(layout_note(progress.layout, layout))
                 progress.earlier.append(progress.layout | {"until": progress.step})
                 progress.layout = layout
-        accelerator.print(
-            f"resuming from {checkpoint} ({self.phase} phase, step {progress.place} of {self.total_steps})"
-        )
+        accelerator.print(f"resuming from {checkpoint} ({self.phase} phase, step {progress.step} of {self.last_step})")
         run.images_logged = progress.images
 
     def train(self) -> Progress:
@@ -318,7 +321,7 @@ class TrainingPhase:
         if any_process(self.run.accelerator, asked) if now else self.told(asked):
             by = "Ctrl-C" if self.termination.exit_code == 130 else "SIGTERM"
             raise Terminated(
-                f"stopped by {by} at step {self.progress.place} of {self.total_steps}; {self._save()} is written. Go "
+                f"stopped by {by} at step {self.progress.step} of {self.last_step}; {self._save()} is written. Go "
                 "on with the same command and --resume.",
                 self.termination.exit_code,
             )

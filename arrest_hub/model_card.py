@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from arrest_hub.card_facts import FIGURES, CardFacts, is_sealed, publication_mark, read_card, seal, threat_tags
-from arrest_hub.results import Result, column_title, escape_markdown, one_line, results_table
+from arrest_hub.results import CHANCE, Result, column_title, escape_markdown, one_line, results_table
 from arrest_hub.training_record import BaseModel, TrainingData
 
 TEMPLATE = "robust_model.md.j2"
@@ -100,6 +100,7 @@ def render_card(facts: CardFacts) -> str:
         table=results_table(report, before_name(training["method"]), "this model", markdown=True),
         attacks=attacks,
         warnings=report.warnings,
+        masking_checked=any(check.name != CHANCE and check.status != "skipped" for check in report.checks),
         captions=FIGURES,
         repo_id=repo_id,
         where=repo_id or "path/to/this/folder",

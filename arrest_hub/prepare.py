@@ -361,6 +361,7 @@ def describe_run(
     switches = ("channels_last", "fold_batchnorm", "compile", "grad_checkpointing", "sync_bn")
     options = "".join(f", {flag(name)[2:]}" for name in switches if getattr(config, name))
     options += ", sharded (FSDP2)" * is_sharded(accelerator)
+    arguments = "".join(f", {name}={value}" for name, value in config.model_args.items())
     attack = f"PGD-{config.attack_steps}, step {config.step_size_value:.5f}"
     if config.attack_steps_start is not None:
         attack = f"PGD-{config.attack_steps_start} at the start, growing to {attack}"
@@ -372,7 +373,7 @@ def describe_run(
         attack += f", until {plural(config.attack_stop_after, 'step')} after an image is misclassified"
     return [
         f"model       {source.model_id}{revision} ({source.library} {source.architecture}, {parameters / 1e6:.2f} M "
-        f"parameters, {size[0]}x{size[1]} px, {weights})",
+        f"parameters, {size[0]}x{size[1]} px, {weights}{arguments})",
         f"            {head_note}",
         f"teacher     {teacher}",
         f"data        {splits.dataset_id}{data_revision}: {', '.join(counts)} images, {splits.num_classes} classes",

@@ -335,3 +335,36 @@ def test_label_smoothing_written_out(setting, smoothing):
 def test_an_option_that_is_misspelt_is_an_error(setting, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         make(setting[1], **wrong)
+
+
+def test_angular_distance_of_bf16_is_computed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn(8, 32, generator=generator).bfloat16(), torch.randn(8, 32, generator=generator)
+    assert torch.equal(angular_distance(u, v), angular_distance(u.float(), v))
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_the_attack_is_told_of_the_attacked_images_alone(static_shapes):
+    def attack(logits_of, pixels, labels, *, steps, generator=None):
+        return AttackResult(pixels, torch.ones(len(pixels)), torch.ones(len(pixels)))
+
+    pixels = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels, student = torch.arange(8) % 3, TinyClassifier().eval()
+    objective = ArrestObjective(
+        TinyClassifier(seed=1).eval(), attack, lambda pixels, *, generator=None: pixels, rgkd_weight=1.0,
+        replay_threshold=0.0, attack_steps=2, static_shapes=static_shapes,
+    )  # fmt: skip
+    drift = objective(student, student, pixels, labels, torch.Generator())["drift"]
+    objective.replay_threshold = drift.median().item()
+    parts = objective(student, student, pixels, labels, torch.Generator())
+    assert 0 < parts["replayed"].sum() < 8
+    assert torch.equal(parts["zero_gradient_share"], 1 - parts["replayed"])
+    if not static_shapes:  # which attacks them all
+        assert torch.equal(parts["attack_steps"], 1 - parts["replayed"])
+
+
+def test_without_rgkd_there_is_no_second_training_pass():
+    objective = ArrestObjective(
+        None, None, None, rgkd_weight=0.0, replay_threshold=None, attack_steps=2, rgkd_input="clean"
+    )
+    assert objective.passes["training"] == 1

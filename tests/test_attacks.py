@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny import LogitsOnly, TinyClassifier, pretrained_state, tiny_backbone
 
-from arrest_hub.attack_schedule import attack_steps_at
+from arrest_hub.attack_schedule import attack_steps_at, default_step_size
 from arrest_hub.attacks import frozen_eval, margin, pgd, project, random_in_ball
 
 
@@ -452,3 +452,23 @@ def test_half_precision_l2_steps_are_as_long_as_others(scale):
     torch.testing.assert_close(half, whole, rtol=0, atol=2e-3)
     moved = (half - pixels.half().float()).flatten(1).norm(dim=1)
     assert moved.tolist() == pytest.approx([0.0 if scale == 0 else 0.5] * 2, abs=0.02)
+
+
+def test_steps_after_the_last_are_no_zero_gradients():
+    """An image that is attacked no more has none, whether its batch keeps its size or not."""
+    pixels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def logits_of(images):  # always class 0, without a gradient
+        nothing = 0 * images.flatten(1).sum(1)
+        return torch.stack([nothing + 1, nothing], 1)
+
+    for static_shapes in (False, True):
+        found = pgd(
+            logits_of, pixels, torch.tensor([1, 1, 0, 0]), eps=0.1, step_size=None, steps=5, start=pixels,
+            stop_after=1, static_shapes=static_shapes,
+        )  # fmt: skip
+        assert found.zero_gradients.tolist() == [1, 1, 5, 5]
+
+
+def test_a_single_step_may_leave_the_ball_and_is_projected():
+    assert default_step_size(0.1, 1) == pytest.approx(0.25)

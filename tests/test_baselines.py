@@ -8,6 +8,7 @@ from tiny import TinyClassifier
 from arrest_hub.attacks import pgd
 from arrest_hub.backbones import BackboneOutput
 from arrest_hub.baselines import AdversarialTraining, StandardObjective, Trades, divergence, divergence_ascent
+from arrest_hub.objective import classification_parts
 
 PIXELS = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 LABELS = torch.arange(6) % 3
@@ -140,3 +141,35 @@ def test_label_smoothing_in_the_baselines():
     clean = TinyClassifier().train()(batch.inputs).logits[:6]
     difference = smoothed(clean) - F.cross_entropy(clean, LABELS).item()
     assert parts["loss"].item() - plain["loss"].item() == pytest.approx(difference, abs=1e-5)
+
+
+def test_trades_counts_clean_and_adversarial_images_apart():
+    trades = Trades(beta=6.0, eps=0.3, step_size=0.1, steps=4, norm="linf")
+    batch = trades.prepare(TinyClassifier().train(), PIXELS, LABELS, torch.Generator().manual_seed(0))
+    halves = TinyClassifier().train()(batch.inputs).logits.chunk(2)
+    parts = trades.loss(TinyClassifier().train(), batch)
+    for name, logits in zip(("clean_correct", "adversarial_correct"), halves, strict=True):
+        assert torch.equal(parts[name], (logits.argmax(1) == LABELS).float())
+    assert not torch.equal(parts["clean_correct"], parts["adversarial_correct"])
+
+
+def test_trades_attack_is_scaled_in_fp16_and_attacks_in_parts():
+    seen, sizes = [], []
+
+    class Net(TinyClassifier):
+        def forward(self, images):
+            sizes.append(len(images))
+            output = super().forward(images)
+            if output.logits.requires_grad:
+                output.logits.register_hook(lambda gradient: seen.append(gradient.abs().sum(1)))
+            return output
+
+    trades = Trades(beta=6.0, eps=0.1, step_size=0.04, steps=1, norm="linf", gradient_scale=128.0, images_at_once=2)
+    trades.prepare(Net(), PIXELS, LABELS, torch.Generator().manual_seed(0))
+    assert torch.cat(seen).allclose(torch.full((6,), 128.0))
+    assert sizes == [6, 2, 2, 2], "the clean images in one pass"
+
+
+def test_cross_entropy_of_half_precision_logits_is_float32():
+    parts = classification_parts(torch.randn(4, 3).half(), torch.tensor([0, 1, 2, 0]), "clean_correct")
+    assert parts["cross_entropy"].dtype == torch.float32

@@ -44,6 +44,7 @@ from arrest_hub.eval_record import update_export
 from arrest_hub.eval_subjects import find_teacher
 from arrest_hub.evaluation import run_evaluation
 from arrest_hub.export import write_model_folder
+from arrest_hub.pretrained import PretrainedClassifier
 from arrest_hub.results import CHANCE, TRANSFER, Check, CurvePoint, EvalReport, Result, read_results
 from arrest_hub.train import finetune
 from arrest_hub.training_record import FILE_NAME as RECORD
@@ -902,6 +903,18 @@ def test_gradients_are_on_whatever_the_caller_has(mode):
     with mode():
         found = arrest_hub.evaluate(net, pair, attacks="clean,pgd-3", batch_size=16, num_workers=0)
     assert [row.correct for row in found.results] == [row.correct for row in expected.results]
+
+
+def test_a_network_of_ours_goes_by_its_architecture(tmp_path, capsys):
+    backbone = load_backbone(str(write_model(tmp_path / "net")))
+    pair = patterns(8, backbone.num_classes)
+    for network in (backbone, PretrainedClassifier(backbone)):
+        report = arrest_hub.evaluate(network, pair, attacks="clean", checks=False, figures=False)
+        assert report.model["architecture"] == report.model["id"] == "resnet18_cifar"
+        assert report.model["library"] == "timm"
+        out = capsys.readouterr().out
+        assert "model       resnet18_cifar (resnet18_cifar, " in out
+        assert "checks:" not in out, "none was asked for"
 
 
 def test_a_float64_network_is_refused():

@@ -1,5 +1,7 @@
 """One stage of an evaluation: what it says of the images that an attack broke, and of the teacher beside the model."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -186,3 +188,19 @@ def test_the_curve_is_drawn_by_the_evaluations_seed_and_norm(monkeypatch):
     )  # fmt: skip
     assert found == [("student", "l2", 9, 6), ("teacher", "l2", 9, 6)]
     assert list(report.eps_curve) == ["student", "teacher"]
+
+
+def test_the_first_batch_is_no_measure_of_speed():
+    class Slow(torch.nn.Module):
+        calls = 0
+
+        def forward(self, pixels):
+            self.calls += 1
+            time.sleep(0.5 if self.calls == 1 else 0.0)
+            return pixels.flatten(1)[:, :2]
+
+    accelerator = Accelerator(cpu=True)
+    images = TensorImages(torch.rand(6, 3, 8, 8), torch.zeros(6, dtype=torch.long))
+    found = Evaluator(Slow(), images, accelerator, Journal(None, {}, accelerator), batch_size=2).clean()
+    assert found.seconds > 0.5
+    assert found.images_per_second > 6 / 0.5

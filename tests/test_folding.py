@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
+from tiny import tiny_backbone
 from torch import nn
 
 import arrest_hub.architectures  # noqa: F401  registers the networks below
+from arrest_hub.baselines import StandardObjective
+from arrest_hub.config import FinetuneConfig
 from arrest_hub.folding import FoldedNetwork, foldable
+from arrest_hub.step import for_eval_passes, train_step
 
 
 def randomised(network: nn.Module) -> nn.Module:
@@ -181,3 +187,28 @@ def test_looking_at_a_network_leaves_each_modules_mode() -> None:
     images = torch.rand(2, 3, 16, 16)
     FoldedNetwork(network, foldable(network, images)).refresh()
     assert [network.training, network.conv.training, network.norm.training] == [True, True, False]
+
+
+def test_what_is_attacked_has_the_weights_of_the_step() -> None:
+    """The attack follows the student as the step before left it, and gradients are clipped once a step."""
+    config = FinetuneConfig(model="resnet18_cifar", dataset="digits")
+    student = tiny_backbone(3)
+    attacked = for_eval_passes(config, student)
+    assert isinstance(attacked, FoldedNetwork)
+    seen: list[float] = []
+
+    class Watching(StandardObjective):
+        def prepare(self, network, pixels, labels, generator):  # type: ignore[no-untyped-def]
+            with torch.no_grad():
+                plain = copy.deepcopy(student).eval()(pixels).logits
+                seen.append(float((network(pixels).logits - plain).abs().max() / plain.abs().max()))
+            return super().prepare(network, pixels, labels, generator)
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(student.train(), torch.optim.SGD(student.parameters(), lr=0.5))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    batch = {"pixels": pixels, "label": torch.arange(4) % 3}
+    parts = [train_step(accelerator, model, attacked, Watching(), optimizer, batch, generator, 1.0) for _ in range(4)]
+    assert max(seen) < 1e-4
+    assert ["grad_norm" in part for part in parts] == [False, True, False, True]

@@ -1,15 +1,18 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import killed_after, tiny_config
 
 from arrest_hub import arrest, loop, step, train
 from arrest_hub.checkpoint import list_checkpoints
 from arrest_hub.errors import ArrestError
 from arrest_hub.guards import at_chance, collapse_warning, first_not_finite, not_finite_tensor
+from arrest_hub.loop_guards import stop_if_all_skipped
 from arrest_hub.train import finetune
 
 
@@ -205,3 +208,10 @@ def test_skipped_steps_are_counted(tmp_path, monkeypatch):
     finetune(tiny_config(tmp_path, resume=True, **changes))
     last = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [line["skipped_steps"] for line in map(json.loads, last) if "loss" in line][-1] == counts[-1]
+
+
+def test_a_run_that_skips_all_steps_has_64_to_find_its_scale():
+    run = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    stop_if_all_skipped(run, SimpleNamespace(step=63, skipped=63, phase="robust"), False)
+    with pytest.raises(ArrestError):
+        stop_if_all_skipped(run, SimpleNamespace(step=64, skipped=64, phase="robust"), False)

@@ -512,6 +512,12 @@ def test_branch_tag_private_and_pull_request(hub, run, tmp_path):
     refused = push(hub, run, "--repo-id", "other/theirs")
     assert refused.code == 2
     assert "not your account" in refused.err
+    hub.create("me/open", {"README.md": "mine"})
+    for words, why in ((("open", "--private"), "is public"), (("other/none", "--create-pr"), "no such repository")):
+        refused = push(hub, run, "--repo-id", *words)
+        assert refused.code == 2
+        assert why in refused.err
+        assert "Try again" not in refused.err, "the same would be refused again"
     outcome = push(hub, run, "--repo-id", "other/theirs", "--create-pr")
     assert outcome.code == 0, outcome
     assert hub.files("other/theirs")["README.md"] == b"theirs"

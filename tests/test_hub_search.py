@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from arrest_hub.hub_search import _from_info
+from arrest_hub.errors import ConfigError
+from arrest_hub.hub_search import _from_info, list_models
 
 
 def found(*figures):
@@ -47,3 +48,15 @@ def test_figures_of_one_dataset_and_radius_stand_together():
         SimpleNamespace(id="a/b", sha="0" * 40, library_name="timm", tags=[], downloads=1, card_data=card)
     )
     assert (model.clean_accuracy, model.attack, model.robust_accuracy) == (0.9, "autoattack", 0.4)
+
+
+def test_a_limit_is_a_number_of_models():
+    for limit in (-1, 2.5, "3"):
+        with pytest.raises(ConfigError, match="is no number of models"):
+            list_models(limit=limit)
+
+
+def test_a_dataset_that_no_card_lists_is_refused():
+    for name in ("digits", "my-images"):
+        with pytest.raises(ConfigError, match=f"'{name}' is no id on the Hub"):
+            list_models(dataset=name)

@@ -246,14 +246,14 @@ def test_the_command_stands_in_a_block_of_its_own():
 def test_warnings_are_named_before_the_results_and_every_check_is_in_the_table():
     card = render_card(make(checks=CHECKS))
     warning = section(card, "Threat model")
-    assert "**Warning.** 1 of the checks for gradient masking raises doubts" in warning
-    assert "(share of zero gradients)" in warning
+    assert "**Warning.** 1 of the checks raises doubts" in warning
+    assert "(share of zero gradients); see [the checks](#is-it-gradient-masking)" in warning
     results = section(card, "Results")
     assert "| more steps are never weaker | pass | 46 % stand PGD-20, 45 % PGD-60. |" in results
     assert "| share of zero gradients | **warn** | 40 % of the images. Attacks cannot work. |" in results
     assert "| transfer | not measured | Not measured: no teacher is known. |" in results
     twice = render_card(make(checks=[CHECKS[1], dataclasses.replace(CHECKS[1], name="noise")]))
-    assert "2 of the checks for gradient masking raise doubts" in twice
+    assert "2 of the checks raise doubts" in twice
     assert "(share of zero gradients; noise)" in twice
 
 
@@ -264,6 +264,13 @@ def test_without_warnings_or_checks_none_are_shown():
     none = render_card(make())
     assert "Signs of gradient masking were not looked for" in none
     assert "### Is it gradient masking?" not in none
+    chance = Check("clean accuracy above chance", "warn", 0.1, "10 % of 10 classes.")
+    for checks in ([chance], [chance, CHECKS[2]]):  # the check that arrest-finetune makes tells nothing of gradients
+        card = render_card(make(checks=checks))
+        assert "(clean accuracy above chance); see [the checks](#checks)" in card
+        assert "### Checks\n\n| check | | finding |" in card
+        assert card.count("Signs of gradient masking were not looked for") == 1
+        assert "Is it gradient masking?" not in card
 
 
 def test_the_absence_of_autoattack_is_told_and_its_presence_cited():

@@ -312,3 +312,8 @@ def test_a_later_run_does_not_take_a_warning_off_the_card():
     assert merge_reports(old, later).checks == [Check("chance", "pass", 0.8, "80 %."), warned]
     measured = Check("share of zero gradients", "pass", 0.0, "0 %.")
     assert merge_reports(old, EvalReport([make()], checks=[measured])).checks[1] == measured
+
+
+def test_the_robust_accuracy_is_of_the_split_of_the_clean_one():
+    other = dataclasses.replace(robust("autoattack", 5), split="train")
+    assert EvalReport([make(), other, robust("pgd-20", 40)]).strongest().correct == 40

@@ -174,3 +174,23 @@ def test_a_sample_whose_gradient_overflows_is_as_sensitive_as_any(norm):
     assert eps[0] == eps.min() < EPS
     none = sensitivity(lambda x: net(x) * 1e38, pixels, labels, norm=norm, gradient_scale=128.0)
     assert torch.equal(none, torch.zeros(6)), "nothing is known: an eps for all"
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_random_start_goes_in_every_direction(norm):
+    pixels, eps = torch.full((64, 3, 8, 8), 0.5), torch.full((64,), 0.1)
+    start = random_in_ball(pixels, eps=eps, norm=norm, generator=torch.Generator().manual_seed(0)) - pixels
+    assert start.mean().abs() < 1e-3
+
+
+def test_the_sensitivity_in_fp16_is_of_the_scaled_margin():
+    """The margin's gradient to the logits has an L1 norm of 2."""
+    net, (pixels, labels), seen = robust_net(), patterns(4, 4), []
+
+    def logits_of(images):
+        logits = net(images)
+        logits.register_hook(lambda gradient: seen.append(gradient.abs().sum(1)))
+        return logits
+
+    eps_by_sensitivity(logits_of, pixels, labels, eps=EPS, spread=0.5, norm="linf", gradient_scale=64.0)
+    assert seen[0].allclose(torch.full((4,), 128.0))

@@ -12,6 +12,7 @@ from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ConfigError
 from arrest_hub.progress import Log
 from arrest_hub.schedule import Schedule, length_problems
+from arrest_hub.step import make_optimizer
 from arrest_hub.train import finetune
 
 
@@ -172,3 +173,13 @@ def test_a_trackers_steps_go_on_after_a_resumption(tmp_path, monkeypatch):
     assert steps == [16, 32]
     finetune(tiny_config(tmp_path, resume=True, **changes))
     assert steps == [16, 32, 48, 64], "of eight images each, the one between two lines too"
+
+
+def test_the_learning_rate_is_held_in_the_robust_phase_alone(tmp_path):
+    config = tiny_config(tmp_path, lr_hold=0.5)
+    found = {}
+    for robust in (False, True):
+        optimizer = make_optimizer(config, torch.nn.Linear(2, 2), 0.1)
+        Schedule(config, optimizer, 10, None, robust=robust).set_learning_rate(9)
+        found[robust] = optimizer.param_groups[0]["lr"]
+    assert found[False] < 0.05 <= found[True]

@@ -399,7 +399,7 @@ def test_weights_are_averaged_from_an_epoch_on(tmp_path, monkeypatch, start):
 
 @pytest.mark.parametrize("standard_epochs", [0, 1])
 @pytest.mark.parametrize("init", ["pretrained", "random"])
-def test_what_is_dropped_is_dropped_in_robust_training(tmp_path, monkeypatch, standard_epochs, init):
+def test_what_is_dropped_is_dropped_in_robust_training(tmp_path, monkeypatch, capsys, standard_epochs, init):
     """Also where the network comes from the folder of the clean phase, which does not tell of it."""
     rates, plain = [], train.TrainingPhase
 
@@ -419,6 +419,7 @@ def test_what_is_dropped_is_dropped_in_robust_training(tmp_path, monkeypatch, st
         )
     )  # fmt: skip
     assert rates == [("standard", 0.25)] * standard_epochs + [("robust", 0.25)]
+    assert "drop_rate=0.25)" in capsys.readouterr().out, "what was asked for is in the plan"
     assert timm.create_model(f"local-dir:{run.export}", pretrained=True) is not None
 
 

@@ -288,3 +288,15 @@ def test_an_attack_in_half_precision_does_not_underflow(images):
     for precision, scale in (("no", 1.0), ("bf16", 1.0), ("fp16", GRADIENT_SCALE)):
         chosen = validation_attack(dataclasses.replace(config, mixed_precision=precision), 3)
         assert chosen == PgdSettings("linf", 8 / 255, config.step_size_for(8 / 255), 7, 3, scale)
+
+
+def test_what_fills_a_batch_up_is_not_counted():
+    """Also where the batches come from no loader of Accelerate's, which would cut the last one itself."""
+    pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = {"pixels": pixels, "label": torch.arange(5) % 3, "index": torch.arange(5)}
+    counts = [
+        count_correct(TinyClassifier(), [batch], Accelerator(cpu=True), None, seed=0, description="t", total=5, **more)
+        for more in ({}, {"fill_to": 8})
+    ]
+    assert counts[1].n == 5
+    assert counts[0][:3] == counts[1][:3]

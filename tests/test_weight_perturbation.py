@@ -170,3 +170,45 @@ def test_without_a_perturbation_nothing_is_computed():
     net = TinyClassifier()
     with worst_case(Accelerator(cpu=True), AdversarialTraining(attack, attack_steps=1), None, None):
         assert not net.passes
+
+
+class Part(torch.nn.Module):
+    """A layer that the loss needs and one that it does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = torch.nn.Linear(4, 2), torch.nn.Linear(2, 2)
+
+
+def test_weights_without_a_gradient_stay():
+    net = Part()
+    before = copy.deepcopy(net)
+    with WeightPerturbation(net, 0.1).worst_case(lambda: net.used(torch.ones(1, 4)).sum()):
+        assert torch.equal(net.unused.weight, before.unused.weight)
+        assert not torch.equal(net.used.weight, before.used.weight)
+
+
+def test_what_an_overflowed_gradient_is_of_does_not_move():
+    net = Part()
+    before = net.used.weight.detach().clone()
+    factors = torch.tensor([torch.inf, 1.0, 1.0, 1.0])
+    with WeightPerturbation(net, 0.1).worst_case(lambda: (net.used.weight * factors).sum()):
+        moved = net.used.weight - before
+    assert not moved[:, 0].any()
+    assert moved[:, 1:].all()
+    assert moved.isfinite().all()
+
+
+def test_the_gradient_is_scaled_and_averaged():
+    net, seen = Part(), []
+
+    def loss():
+        value = net.used(torch.ones(1, 4)).sum()
+        value.register_hook(lambda gradient: seen.append(gradient.item()))
+        return value
+
+    before = net.used.weight.detach().clone()
+    perturbation = WeightPerturbation(net, 0.1, gradient_scale=64.0, average=torch.neg)
+    with perturbation.worst_case(loss):
+        assert (net.used.weight < before).all(), "where the mean over the processes points"
+    assert seen == [64.0]
