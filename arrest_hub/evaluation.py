@@ -111,7 +111,7 @@ def evaluate(
     if problems:
         raise ConfigError(problems)
     config = EvalConfig(
-        model=module_name(module) if module is not None else os.fspath(model),  # type: ignore[arg-type]
+        model=type(module).__name__ if module is not None else os.fspath(model),  # type: ignore[arg-type]
         dataset="given images" if pair is not None else os.fspath(dataset),  # type: ignore[arg-type]
         teacher=None if teacher_module is not None else teacher,  # type: ignore[arg-type]
         output_dir="" if output_dir is None else os.fspath(output_dir),
@@ -284,7 +284,7 @@ def _open(
     config: EvalConfig, accelerator: Accelerator, module: nn.Module | None = None, pair: TensorPair | None = None
 ) -> tuple[Subject, EvalImages]:
     """The model and the images of an evaluation; ``module`` and ``pair`` stand in for those that ``config`` names."""
-    subject = module_subject(module, config.model) if module is not None else load_subject(config, accelerator)
+    subject = module_subject(module, module_name(module)) if module is not None else load_subject(config, accelerator)
     images = tensor_images(pair, config.dataset) if pair is not None else load_images(config, subject, accelerator)
     return subject, images
 

@@ -162,6 +162,6 @@ def _check_namespace(repo_id: str, user: str, orgs: list[dict[str, Any]]) -> Non
     yours = f" or one of your organisations ({', '.join(writable)})" if writable else ""
     raise HubError(
         f"cannot publish {repo_id}: {namespace!r} is not your account ({user}){yours}."
-        f"{did_you_mean(namespace, [user, *writable])} Give an id of your own, or propose it with arrest-push "
-        "--create-pr."
+        f"{did_you_mean(namespace, [user, *writable])} Give an id of your own, propose it with arrest-push "
+        "--create-pr, or log in (`hf auth login`) as one who may write there."
     )

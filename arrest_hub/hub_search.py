@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -70,7 +71,7 @@ def list_models(
     wanted += _threat_filter(norm, eps) + ([method] if method else [])
     if dataset is not None:
         hub_id = hub_dataset_id(dataset)
-        if "/" not in hub_id:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
             raise ConfigError(
                 f"dataset {dataset!r} is no id on the Hub (org/name), so that no card lists it under datasets: give "
                 "one, or cifar10, cifar100 or imagenet."

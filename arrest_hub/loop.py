@@ -239,7 +239,7 @@ class TrainingPhase:
                 config.clip_grad, self.perturbation, self.recomputed,
             )  # fmt: skip
         average_statistics(accelerator, self.student)
-        self.meter.add(parts, progress.place + 1, batch["index"])
+        self.meter.add(parts, progress.step + 1, batch["index"])
         if (hits := parts.get("clean_correct")) is not None:
             replayed = parts.get("replayed", torch.zeros_like(hits))
             self.clean += torch.stack([hits.sum(), torch.ones_like(hits).sum(), replayed.sum()])

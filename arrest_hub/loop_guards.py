@@ -48,7 +48,7 @@ def stop_unless_finite(run: Run, meter: Meter, progress: Progress, student: nn.M
     problem = meter.first_not_finite()
     if problem is None:
         name = not_finite_tensor((*student.named_parameters(), *student.named_buffers()))
-        problem = None if name is None else f"the weights {name} are not finite after step {progress.place}"
+        problem = None if name is None else f"the weights {name} are not finite after step {progress.step}"
     if not any_process(accelerator, problem is not None):
         return
     where = f", on process {accelerator.process_index}" if accelerator.num_processes > 1 else ""

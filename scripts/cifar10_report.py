@@ -188,10 +188,11 @@ def suite_text(name: str, folder: Path) -> list[str]:
         "precision": "Precision of the training, bf16 where not said",
         "parts": "Part by part at a learning rate of 0.04, in fp32",
     }  # fmt: skip
+    shown = {group: {key for key in in_table(group) if key in rows} for group in titles}
     for group, title in titles.items():
-        keys = in_table(group)
-        if any(key in rows and VARIANTS[key].group == group for key in keys):
-            lines += [f"**{title}**", "", *table(rows, keys), ""]
+        told = any(shown[group] < other for other in shown.values())  # all of it stands in another table
+        if not told and any(VARIANTS[key].group == group for key in shown[group]):
+            lines += [f"**{title}**", "", *table(rows, in_table(group)), ""]
     return lines
 
 

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import killed_after, tiny_config
+from tiny import TinyClassifier, killed_after, tiny_config
 
 from arrest_hub import arrest, loop, step, train
-from arrest_hub.checkpoint import list_checkpoints
+from arrest_hub.checkpoint import Progress, list_checkpoints
+from arrest_hub.config import FinetuneConfig
 from arrest_hub.errors import ArrestError
 from arrest_hub.guards import at_chance, collapse_warning, first_not_finite, not_finite_tensor
-from arrest_hub.loop_guards import stop_if_all_skipped
+from arrest_hub.loop_guards import stop_if_all_skipped, stop_unless_finite
+from arrest_hub.progress import Meter
 from arrest_hub.train import finetune
 
 
@@ -208,6 +210,16 @@ def test_skipped_steps_are_counted(tmp_path, monkeypatch):
     finetune(tiny_config(tmp_path, resume=True, **changes))
     last = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [line["skipped_steps"] for line in map(json.loads, last) if "loss" in line][-1] == counts[-1]
+
+
+def test_weights_that_are_not_finite_are_told_by_the_number_of_the_step():
+    """The step of the log and of the checkpoints, not the place in a schedule that other batches made shorter."""
+    net = TinyClassifier()
+    with torch.no_grad():
+        next(net.parameters()).fill_(torch.nan)
+    run = SimpleNamespace(accelerator=Accelerator(cpu=True), config=FinetuneConfig())
+    with pytest.raises(ArrestError, match="are not finite after step 4"):
+        stop_unless_finite(run, Meter(), Progress("robust", step=4, offset=5), net)
 
 
 def test_a_run_that_skips_all_steps_has_64_to_find_its_scale():

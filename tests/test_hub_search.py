@@ -57,6 +57,6 @@ def test_a_limit_is_a_number_of_models():
 
 
 def test_a_dataset_that_no_card_lists_is_refused():
-    for name in ("digits", "my-images"):
+    for name in ("digits", "my-images", "/data/images", "uoft-cs/cifar10:plain_text", "uoft-cs/cifar10@main"):
         with pytest.raises(ConfigError, match=f"'{name}' is no id on the Hub"):
             list_models(dataset=name)

@@ -180,7 +180,7 @@ def test_a_sample_whose_gradient_overflows_is_as_sensitive_as_any(norm):
 def test_the_random_start_goes_in_every_direction(norm):
     pixels, eps = torch.full((64, 3, 8, 8), 0.5), torch.full((64,), 0.1)
     start = random_in_ball(pixels, eps=eps, norm=norm, generator=torch.Generator().manual_seed(0)) - pixels
-    assert start.mean().abs() < 1e-3
+    assert start.mean().abs() < 5e-3, "a start to one side has a mean of 0.05 in linf"
 
 
 def test_the_sensitivity_in_fp16_is_of_the_scaled_margin():
