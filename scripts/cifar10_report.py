@@ -172,7 +172,8 @@ def in_table(group: str) -> list[str]:
         case "precision":  # each below its own in bf16
             return [name for key in keys for name in (key.removesuffix("-fp32"), key)]
         case "parts":  # what they are added to comes first
-            return ["trades-lr-0.04-fp32", "aft-lr-0.04-fp32", "best-lr-0.04-fp32", *keys]
+            added_to = ["trades-lr-0.04-fp32", "aft-lr-0.04-fp32", "best-lr-0.04-no-replay-fp32", "best-lr-0.04-fp32"]
+            return [*added_to, *(key for key in keys if key not in added_to)]
         case _:
             return ["arrest", *keys]
 

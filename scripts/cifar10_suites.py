@@ -173,10 +173,14 @@ VARIANTS = {
         {"method": "trades", "lr": 0.04, "mixed_precision": "no"},
         group="precision",
     ),
+    "best-lr-0.04-no-replay-fp32": Variant("AFT + RGKD (λ 100)", FP32 | {"replay_threshold": "none"}, (1,), "parts"),
     "best-lr-0.04-ema-hold-fp32": Variant(
         "+ averaged (0.995), learning rate held at 0.3", FP32 | {"ema_decay": 0.995, "lr_hold": 0.3}, (1, 2), "parts"
     ),
     "best-lr-0.04-awp-fp32": Variant("+ AWP (0.005)", FP32 | {"awp_gamma": 0.005}, (1,), "parts"),
+    "best-lr-0.04-eps-spread-fp32": Variant(
+        "+ sample-wise eps (spread 0.5)", FP32 | {"eps_spread": 0.5}, (1,), "parts"
+    ),
 }  # fmt: skip
 
 PAPERS = {
