@@ -7,6 +7,8 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
+import cifar10_evidence
+import cifar10_figures
 import cifar10_report
 import cifar10_suites
 import numpy as np
@@ -150,7 +152,7 @@ def test_from_nothing_to_kept_figures_and_on_after_a_stop(tiny_session):
     assert reproduce.has_figure(session, "rgkd", 0, "apgd")
     assert not reproduce.has_figure(session, "rgkd", 0, "autoattack")
     (folder / "run.json").write_text(json.dumps(facts | {"hardware": "what trained it"}))
-    row = cifar10_report.read_row(folder)
+    row = cifar10_evidence.read_row(folder)
     assert row.hardware == "what trained it", "whatever evaluates"
     assert row.counts["clean"] >= row.counts["pgd-20"] >= row.counts["apgd"], "a cascade: the worst case so far"
 
@@ -195,7 +197,7 @@ def test_the_table_counts_what_is_there(tmp_path):
 
 def test_minutes_of_several_machines_are_kept_apart():
     times = ((4.0, "a"), (5.0, "a"), (6.0, "a"), (9.0, "b"), (11.0, "b"), (9.0, "c"))
-    runs = [cifar10_report.Row(0, {}, {"train_minutes": minutes}, place) for minutes, place in times]
+    runs = [cifar10_evidence.Row(0, {}, {"train_minutes": minutes}, place) for minutes, place in times]
     marks = cifar10_report.hardware_marks({"aft": runs[:2], "arrest": runs[2:]})
     assert marks == {"a": "", "b": "*", "c": "**"}
     assert cifar10_report.minutes_text(runs, marks) == "5.0, 10.0*, 9.0**"
@@ -208,15 +210,15 @@ def test_what_apgd_leaves_is_read_from_autoattack_and_from_a_cascade(tmp_path):
     parts = [{"name": name, "attacked": 0, "broken": broken}
              for name, broken in {"apgd-ce": 300, "apgd-t": 90, "fab-t": 2, "square": 8}.items()]  # fmt: skip
     whole = {"attack": "autoattack", "correct": 200, "n": 1000, "attack_parameters": {"parts": parts}}
-    assert cifar10_report.left_by_apgd([whole]) == (210, 1000), "600 right, 390 broken by APGD"
+    assert cifar10_evidence.left_by_apgd([whole]) == (210, 1000), "600 right, 390 broken by APGD"
     half = {"attack": "apgd-t", "correct": 205, "n": 1000, "attack_parameters": {"after": ["pgd-20", "apgd-ce"]}}
-    assert cifar10_report.left_by_apgd([half]) == (205, 1000)
+    assert cifar10_evidence.left_by_apgd([half]) == (205, 1000)
     alone = {"attack": "apgd-t", "correct": 220, "n": 1000, "attack_parameters": {}}
-    assert cifar10_report.left_by_apgd([alone]) is None, "APGD-T alone is a weaker attack"
-    assert cifar10_report.left_by_apgd([{"attack": "pgd-20", "correct": 250, "n": 1000}]) is None
+    assert cifar10_evidence.left_by_apgd([alone]) is None, "APGD-T alone is a weaker attack"
+    assert cifar10_evidence.left_by_apgd([{"attack": "pgd-20", "correct": 250, "n": 1000}]) is None
 
     counts = {"apgd": (2000, 9000), "autoattack": (1990, 9000)}
-    rows = [cifar10_report.Row(0, counts, {}), cifar10_report.Row(1, {"apgd": (100, 1000)}, {})]
+    rows = [cifar10_evidence.Row(0, counts, {}), cifar10_evidence.Row(1, {"apgd": (100, 1000)}, {})]
     (text, _) = cifar10_report.apgd_text({"aft": rows})
     assert "Of the 2,000 images that it left on 1 network, the other half, FAB-T and Square, broke 10." in text
     assert cifar10_report.apgd_text({"aft": rows[1:]}) == []
@@ -243,7 +245,7 @@ def test_the_report_in_the_docs_is_made_from_the_evidence(tmp_path):
 
 def test_the_recipe_is_above_the_others_by_more_than_seeds_differ():
     """What docs/results.md says first."""
-    rows = cifar10_report.read_suite(reproduce.EVIDENCE / "narrow")
+    rows = cifar10_evidence.read_suite(reproduce.EVIDENCE / "narrow")
 
     def harmonic(key):
         values = [row.harmonic("autoattack") for row in rows[key]]
@@ -258,7 +260,7 @@ def test_the_recipe_is_above_the_others_by_more_than_seeds_differ():
 
 
 def test_every_variant_of_the_tables_is_measured_under_apgd():
-    rows = cifar10_report.read_suite(reproduce.EVIDENCE / "narrow")
+    rows = cifar10_evidence.read_suite(reproduce.EVIDENCE / "narrow")
     assert list(rows) == list(cifar10_suites.VARIANTS)
     for key, runs in rows.items():
         assert [run.seed for run in runs] == list(cifar10_suites.VARIANTS[key].seeds), key
@@ -268,23 +270,48 @@ def test_every_variant_of_the_tables_is_measured_under_apgd():
 def test_figures_can_be_drawn_of_part_of_the_runs(tmp_path):
     for key in ("aft", "best", "lambda-30"):
         evidence(tmp_path / "narrow", key, 0, {"clean": 600, "pgd-20": 200})
-    rows = {"narrow": cifar10_report.read_suite(tmp_path / "narrow")}
-    cifar10_report.draw_tradeoff(tmp_path / "tradeoff.png", rows)
-    cifar10_report.draw_drift(tmp_path / "drift.png", rows["narrow"])
+    rows = {"narrow": cifar10_evidence.read_suite(tmp_path / "narrow")}
+    cifar10_figures.draw_tradeoff(tmp_path / "tradeoff.png", rows)
+    cifar10_figures.draw_drift(tmp_path / "drift.png", rows["narrow"])
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("tradeoff.png", "drift.png"))
 
 
 def test_a_sweeps_curve_has_the_points_that_are_measured():
-    rows = {key: [cifar10_report.Row(0, {"clean": (clean, 1000)} | apgd, {})]
+    rows = {key: [cifar10_evidence.Row(0, {"clean": (clean, 1000)} | apgd, {})]
             for key, clean, apgd in (("lambda-3", 580, {"apgd": (210, 1000)}), ("arrest", 600, {"apgd": (220, 1000)}),
                                      ("lambda-30", 620, {}), ("best", 650, {"apgd": (230, 1000)}))}  # fmt: skip
     axes = Figure().subplots()
-    cifar10_report.draw_sweeps(axes, rows)
+    cifar10_figures.draw_sweeps(axes, "λ and τ", rows)
     (curve,) = axes.lines  # λ alone: of τ there is one point
     assert curve.get_xydata().tolist() == pytest.approx(np.array([[58, 21], [60, 22], [65, 23]]))
     assert [text.get_text() for text in axes.texts] == ["λ 3", "λ 10", "λ 100"]
-    cifar10_report.draw_methods(axes, rows)
+    cifar10_figures.draw_methods(axes, rows)
     assert len(axes.containers) == 2, "a point with its interval for ARREST and for the recipe"
+
+
+def test_the_parts_are_drawn_from_aft_to_the_recipe_of_one_seed():
+    def rows(*points):
+        return [cifar10_evidence.Row(seed, {"clean": (clean, 1000), "apgd": (left, 1000)}, {})
+                for seed, clean, left in points]  # fmt: skip
+
+    axes = Figure().subplots()
+    parts = {
+        "aft-lr-0.04-fp32": rows((0, 500, 200), (1, 520, 220)),
+        "best-lr-0.04-fp32": rows((1, 630, 250)),
+        "best-lr-0.04-awp-fp32": rows((1, 610, 240)),
+        "best-lr-0.04-ema-hold-fp32": rows((2, 640, 230)),
+    }
+    cifar10_figures.draw_parts(axes, parts)
+    drawn = [np.ravel(line.get_xydata()).tolist() for line in axes.lines]
+    expected = [[50, 20], [52, 22, 63, 25], [63, 25, 61, 24], [61, 24]]
+    assert drawn == [pytest.approx(points) for points in expected], "the other seed, the path, AWP's line and point"
+    assert [text.get_text() for text in axes.texts] == ["AFT", "+ replay:\nthe recipe", "AWP"]
+
+
+def test_what_a_figure_names_is_a_variant():
+    named = [*cifar10_figures.METHODS, *cifar10_figures.PARTS]
+    named += [key for curves in cifar10_figures.SWEEPS.values() for *_, names in curves.values() for key in names]
+    assert set(named) <= set(cifar10_suites.VARIANTS)
 
 
 def test_a_report_without_a_place_is_an_error(tmp_path):
