@@ -23,6 +23,7 @@ NAME = "NVIDIA H200"
 aten = torch.ops.aten
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor}
 COPIES = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor}
+FROM_C = {aten._to_copy.default, aten.new_empty_strided.default}
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default,
          aten.is_nonzero.default}  # fmt: skip
 RealGenerator = torch.Generator
@@ -159,7 +160,7 @@ def computed(func, args, kwargs):
         return func(*args)
     device = kwargs.get("device")
     on_gpu = bool(there) if device is None else torch.device(device).type == "cuda"
-    if func is aten._to_copy.default and there and not _moving:
+    if func in FROM_C and there and not _moving:
         on_gpu = True  # from C++, which wants it where it takes it to be
     if func is aten.copy_.default:
         on_gpu = isinstance(args[0], OnGpu)

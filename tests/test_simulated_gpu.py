@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from cifar10_suites import ON_GPU
 from PIL import Image
 from safetensors.torch import load_file
 from simulated_gpu import GPU, NAME, Mixed, OnGpu, memory, simulated_gpu, waited
@@ -172,6 +173,26 @@ def test_an_evaluation_gives_the_figures_of_a_cpu(tmp_path, monkeypatch, few_ite
         (check.name, check.status, check.value) for check in cpu.checks
     ]
     assert len({row.correct for row in gpu.results}) > 1
+
+
+def test_autoattack_as_the_suites_for_a_gpu_run_it_gives_the_figures_of_a_cpu(few_iterations, few_queries):
+    """All four parts, in smaller batches than the last; in TF32, which a CPU refuses and the simulation does not
+    round to."""
+    flags = {name: value for name, value in ON_GPU.items() if name not in ("batch_size", "attack_precision")}
+    assert (ON_GPU["attack_precision"], flags) == ("tf32", {"channels_last": True, "fold_batchnorm": True})
+    options = {"eps": "20/255", "attacks": "autoattack", "checks": False, "batch_size": 3, "teacher": None, **flags}
+    network = tiny_backbone(4)
+    pixels = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pair = pixels, network.eval()(pixels).logits.argmax(dim=1)
+    with simulated_gpu():
+        gpu = arrest_hub.evaluate(network, pair, attack_precision="tf32", **options)
+    cpu = arrest_hub.evaluate(tiny_backbone(4), pair, **options)
+    broken = [[part["broken"] for part in report.get("robust_accuracy").attack_parameters["parts"]]
+              for report in (gpu, cpu)]  # fmt: skip
+    assert (gpu.hardware, gpu.precision) == (f"1 x {NAME}", "fp32 (attacks in tf32 and folded), channels_last")
+    assert broken[0] == broken[1]
+    assert 0 < sum(broken[0]) < len(pixels), "some are attacked by all four"
 
 
 @pytest.mark.parametrize(
