@@ -65,7 +65,7 @@ def draw_methods(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
     for key, colour in METHODS.items():
         if key in narrow:
             draw_points(axes, narrow[key], "apgd", VARIANTS[key].title, colour)
-    label(axes, f"{NARROW}: methods", "APGD")
+    name_panel(axes, f"{NARROW}: methods", "APGD")
 
 
 def draw_sweeps(axes: Axes, panel: str, narrow: Mapping[str, Sequence[Row]]) -> None:
@@ -77,7 +77,7 @@ def draw_sweeps(axes: Axes, panel: str, narrow: Mapping[str, Sequence[Row]]) -> 
             for key, point in points.items():
                 write(axes, *names[key], point, colour)
     axes.margins(0.2, 0.14)
-    label(axes, f"{NARROW}: {panel}, seed 0", "APGD")
+    name_panel(axes, f"{NARROW}: {panel}, seed 0", "APGD")
 
 
 def draw_parts(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
@@ -103,7 +103,7 @@ def draw_parts(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
             axes.plot(*point, "o", color=COLOURS[0], markersize=4)
             write(axes, name, place, point, COLOURS[0])
     axes.margins(0.2, 0.14)
-    label(axes, f"{NARROW}: parts, lr 0.04, seed 1", "APGD")
+    name_panel(axes, f"{NARROW}: parts, lr 0.04, seed 1", "APGD")
 
 
 def draw_published(
@@ -118,10 +118,10 @@ def draw_published(
         draw_points(axes, runs, "autoattack", VARIANTS[key].title, COLOURS[0])
     axes.margins(x=0.3, y=0.15)
     state = "published, and ours" if measured else "published"
-    label(axes, f"{title}: {state}", "AutoAttack")
+    name_panel(axes, f"{title}: {state}", "AutoAttack")
 
 
-def label(axes: Axes, title: str, attack: str) -> None:
+def name_panel(axes: Axes, title: str, attack: str) -> None:
     """Title and axes of a panel."""
     axes.set_title(title, fontsize=10)
     axes.set(xlabel="clean accuracy (%)", ylabel=f"under {attack} (%)")

@@ -176,8 +176,8 @@ def test_an_evaluation_gives_the_figures_of_a_cpu(tmp_path, monkeypatch, few_ite
 
 
 def test_autoattack_as_the_suites_for_a_gpu_run_it_gives_the_figures_of_a_cpu(few_iterations, few_queries):
-    """All four parts, in smaller batches than the last; in TF32, which a CPU refuses and the simulation does not
-    round to."""
+    """All four parts, the last batch a smaller one; in TF32, which a CPU refuses and the simulation does not round
+    to."""
     flags = {name: value for name, value in ON_GPU.items() if name not in ("batch_size", "attack_precision")}
     assert (ON_GPU["attack_precision"], flags) == ("tf32", {"channels_last": True, "fold_batchnorm": True})
     options = {"eps": "20/255", "attacks": "autoattack", "checks": False, "batch_size": 3, "teacher": None, **flags}
