@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,9 +11,6 @@ from tqdm import tqdm
 from arrest_hub.backbones import Backbone
 from arrest_hub.checkpoint import Progress, best_folder, drop_best
 from arrest_hub.data import ImageSplit, eval_loader
-from arrest_hub.errors import ArrestError
-from arrest_hub.export import write_model_folder
-from arrest_hub.processes import main_only
 from arrest_hub.results import harmonic_mean
 from arrest_hub.run import Run
 from arrest_hub.sharding import is_sharded
@@ -45,8 +41,7 @@ def validate(
         values |= {"validation_robust_accuracy": counts.robust / counts.n, "validation_harmonic_mean": score}
         if progress.best_score is None or score > progress.best_score:
             progress.best_score, progress.best_step = score, progress.step
-            whole, folder = run.whole(model), best_folder(run.paths.checkpoints, progress.step)
-            main_only(run.accelerator, lambda: _write_weights(whole, folder))
+            run.write(model, best_folder(run.paths.checkpoints, progress.step))
             if run.accelerator.is_main_process:
                 drop_best(run.paths.checkpoints, progress.step)
     run.log.write({"phase": phase, "step": progress.step, "epoch": progress.epoch, **values}, run.images_logged)
@@ -56,17 +51,6 @@ def validate(
     if run.accelerator.is_main_process:
         tqdm.write(f"{phase} epoch {progress.epoch}, step {progress.step}, {counts.n} validation images: {shown}")
     return counts
-
-
-def _write_weights(model: Backbone | None, folder: Path) -> None:
-    assert model is not None  # in the main process
-    try:
-        write_model_folder(model, folder)
-    except OSError as error:
-        raise ArrestError(
-            f"the weights {folder} cannot be written: {error}. Make room for them, then go on with the same command "
-            "and --resume."
-        ) from error
 
 
 def count_validation(

@@ -215,13 +215,14 @@ def run_evaluation(
 def _write(config: EvalConfig, paths: EvalPaths, session: EvalSession, measured: Evaluation) -> None:
     """Everything into the record's folder, and into the model's own if arrest-finetune wrote it."""
     accelerator, report = session.accelerator, measured.report
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def write() -> None:
         training = training_facts(config.model) or {}
         figures = session.draw(paths.figures, measured, training) if config.figures else []
         write_record(paths, report, measured.verdicts)
         _publish(config, report, measured.verdicts, figures)
-    accelerator.wait_for_everyone()
+
+    main_only(accelerator, write)
     if accelerator.is_local_main_process:  # nodes need not share a disk
         session.journal.remove()
     accelerator.wait_for_everyone()

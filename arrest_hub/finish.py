@@ -38,7 +38,7 @@ from arrest_hub.machine import hardware_name, library_versions
 from arrest_hub.model_card import before_name, card_is_generated, render_card
 from arrest_hub.out_of_memory import fitting_batch
 from arrest_hub.prepare import new_accelerator
-from arrest_hub.processes import from_main, raise_together
+from arrest_hub.processes import from_main, main_only, raise_together
 from arrest_hub.progress import read_log
 from arrest_hub.provenance import exported_config, training_record
 from arrest_hub.pushed_files import CARD, weight_files
@@ -99,12 +99,16 @@ def finish_run(
     saved = load_config(paths.config)  # a run that had nothing left to train may have been given another batch
     trained = dataclasses.replace(config, batch_size=saved.batch_size, grad_accum_steps=saved.grad_accum_steps)
     record = training_record(trained, accelerator, splits, base, progress, paths.checkpoints, exported_step)
-    if student is not None:
+
+    def export() -> EvalReport | None:
+        assert student is not None  # in the main process
         write_model_folder(student, paths.checkpoints / "last")
-    report = from_main(accelerator, lambda: _finished_before(chosen_weights, paths.export))
-    if report is None and student is not None:
-        _copy_whole(chosen_weights, paths.export)
-    accelerator.wait_for_everyone()
+        finished = _finished_before(chosen_weights, paths.export)
+        if finished is None:
+            _copy_whole(chosen_weights, paths.export)
+        return finished
+
+    report = from_main(accelerator, export)
     chosen = f"best validation score, step {progress.best_step}" if use_best else f"last, step {progress.step}"
     for tracker in accelerator.trackers:  # Accelerate's own end_training would also part the processes
         tracker.finish()
@@ -118,13 +122,14 @@ def finish_run(
     accelerator.print(f"\nexported {paths.export} ({chosen})")
 
     accelerator = new_accelerator(mixed_precision="no")
-    report = measure_export(config, paths, accelerator, splits, num_workers=num_workers, teacher_id=teacher_id)
-    if accelerator.is_main_process:
+    measured = measure_export(config, paths, accelerator, splits, num_workers=num_workers, teacher_id=teacher_id)
+
+    def describe() -> None:
         values = yaml.safe_dump(exported_config(trained, base), sort_keys=False, allow_unicode=True)
         write_whole(paths.export / "training_config.yaml", values)
         record.write(paths.export / RECORD)
-        report.model["steps"] = progress.step
-        report.write(paths.export / "results.json")
+        measured.model["steps"] = progress.step
+        measured.write(paths.export / "results.json")
         if config.figures:
             _draw_training(config, paths)
         flush_to_disk(paths.export)  # the card comes last: where it is, all is there
@@ -133,8 +138,9 @@ def finish_run(
             write_whole(paths.export / CARD, render_card(CardFacts.from_folder(paths.export, publication)))
         else:
             accelerator.print(f"note        {paths.export / CARD} was edited and is left as it is")
-    accelerator.wait_for_everyone()
-    return _told(config, paths, accelerator, report)
+
+    main_only(accelerator, describe)
+    return _told(config, paths, accelerator, measured)
 
 
 def _told(config: FinetuneConfig, paths: RunPaths, accelerator: Accelerator, report: EvalReport) -> RunDir:
@@ -248,10 +254,13 @@ def _measure_images(
         wanted, accelerator, subject, other, images, Journal(None, {}, accelerator), student.num_classes,
     )  # fmt: skip
     measured = session.measure()
-    if accelerator.is_main_process:
+
+    def write() -> None:
         if config.figures:
             session.draw(paths.export / "figures", measured, dataclasses.asdict(config))
         measured.verdicts.write(paths.export / "verdicts.parquet")
+
+    main_only(accelerator, write)
     return measured.report
 
 

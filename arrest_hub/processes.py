@@ -50,14 +50,14 @@ def main_only(accelerator: Accelerator, call: Callable[[], T]) -> T | None:
     call it.
 
     Raises:
-        ArrestError: what the main process found; the others raise AlreadyReported.
+        Exception: what the main process met with, be it an ArrestError or a full disk; the others AlreadyReported.
     """
-    error: ArrestError | None = None
+    error: Exception | None = None
     result: T | None = None
     if accelerator.is_main_process:
         try:
             result = call()
-        except ArrestError as found:
+        except Exception as found:
             error = found
     if accelerator.num_processes > 1:
         _wait_for_main(accelerator)

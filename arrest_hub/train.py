@@ -25,7 +25,6 @@ from arrest_hub.config_sources import anchored, load_config, resume_config
 from arrest_hub.corrupt import CorruptImages, read_entries
 from arrest_hub.errors import ConfigError
 from arrest_hub.estimate import choose_batch_size
-from arrest_hub.export import write_model_folder
 from arrest_hub.finish import RunDir, finish_run
 from arrest_hub.hub import check_push, run_push
 from arrest_hub.loop import TrainingPhase
@@ -326,10 +325,7 @@ def standard_phase(run: Run, backbone: Backbone) -> Backbone:
             run, "standard", backbone, StandardObjective(), epochs=config.standard_epochs,
             lr=config.standard_lr or config.lr, max_steps=None, ema=None,
         ).train()  # fmt: skip
-        trained = run.whole(backbone)
-        if trained is not None:
-            write_model_folder(trained, run.paths.teacher)
-        accelerator.wait_for_everyone()
+        run.write(backbone, run.paths.teacher)
         accelerator.free_memory()
     elif done := readable_progress(run.paths.checkpoints, "standard"):
         run.images_logged = done[-1].images

@@ -81,10 +81,11 @@ def test_the_teachers_figures_are_those_of_one_process(two, tmp_path):
     assert [row.correct for row in one.report.teacher_results] == [row.correct for row in report.teacher_results]
 
 
-def test_what_two_processes_do_together():
-    """The attack reaches no other process, and none waits for one that has nothing to attack or to count, or has run
-    out of memory in a rehearsal; all wait for the main one, however long it takes."""
-    found = json.loads(run_file("two_processes.py").stdout.splitlines()[-1])
+def test_what_two_processes_do_together(two):
+    """The attack reaches no other process, and none waits for one that has nothing to attack or to count, has run out
+    of memory in a rehearsal, or cannot write; all wait for the main one, however long it takes."""
+    folder, _, _ = two
+    found = json.loads(run_file("two_processes.py", str(folder)).stdout.splitlines()[-1])
     calls = found["collectives"]
     assert calls["attack"] == 0
     assert (calls["is wrapped"], calls["wrapped"]) == (1, 2), "one pass a step"
@@ -104,6 +105,11 @@ def test_what_two_processes_do_together():
     assert first.endswith(": no such folder here")
     assert second.startswith("AlreadyReported")
     assert found["teacher"] == ["resnet18_cifar"] * 2
+    assert found["full disks"].keys() == {"teacher", "export", "card", "record"}
+    for name, (first, second) in found["full disks"].items():
+        assert first.startswith("ArrestError: the weights " if name == "teacher" else "OSError: ")
+        assert "No space left on device" in first, name
+        assert second.startswith("AlreadyReported"), name
 
 
 def test_two_processes_train_as_one_does(two, tmp_path, monkeypatch):

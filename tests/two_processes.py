@@ -1,17 +1,24 @@
-"""What test_distributed.py has two processes do together; prints a line of JSON, and so does no test by itself."""
+"""What test_distributed.py has two processes do together; prints a line of JSON, and so does no test by itself.
+
+Its argument is the folder of `tiny_config`'s dataset and model.
+"""
 
 import dataclasses
+import errno
 import json
 import os
+import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tiny import NAMES, TinyClassifier, patterns, tiny_backbone
+from tiny import NAMES, TinyClassifier, patterns, tiny_backbone, tiny_config
 from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.profiler import ProfilerActivity, profile
@@ -28,12 +35,13 @@ from arrest_hub.errors import ArrestError, DataError
 from arrest_hub.estimate import measure_steps
 from arrest_hub.eval_config import EvalConfig
 from arrest_hub.eval_subjects import module_subject
+from arrest_hub.evaluation import evaluate
 from arrest_hub.network_options import synchronise_batchnorm
 from arrest_hub.prepare import new_accelerator, num_workers
 from arrest_hub.processes import main_first, main_only
 from arrest_hub.progress import Meter
 from arrest_hub.step import train_step, worst_case
-from arrest_hub.train import build_objective
+from arrest_hub.train import build_objective, finetune
 from arrest_hub.validation import PgdSettings, count_correct
 from arrest_hub.weight_perturbation import WeightPerturbation
 
@@ -137,6 +145,39 @@ def load_that_fails(accelerator: Accelerator) -> list[str]:
     return gather_object([said])
 
 
+def full_disk(*arguments: object, **keywords: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def told(accelerator: Accelerator, call: Callable[[], object]) -> list[str]:
+    """What each process is told by ``call``, which fails."""
+    try:
+        said = f"returned {call()}"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    return gather_object([said])
+
+
+def disks_that_are_full(accelerator: Accelerator, folder: Path) -> dict[str, list[str]]:
+    """What each process is told where the main one cannot write: of a run's teacher, export and card, of an
+    evaluation's record. None may wait for it."""
+    found = {}
+    config = tiny_config(folder, output_dir=str(folder / "full"), max_steps=1, validation_size=0)
+    for name, place, changes in (
+        ("teacher", "arrest_hub.run.write_model_folder", {"standard_epochs": 1}),
+        ("export", "arrest_hub.finish.write_model_folder", {}),
+        ("card", "arrest_hub.finish.render_card", {}),
+    ):
+        run = dataclasses.replace(config, overwrite=True, **changes)
+        with patch(place, full_disk):
+            found[name] = told(accelerator, partial(finetune, run))
+    with patch("arrest_hub.evaluation.write_record", full_disk):
+        found["record"] = told(accelerator, lambda: evaluate(
+            config.model, config.dataset, attacks="clean", checks=False, figures=False, output_dir=folder / "eval",
+        ))  # fmt: skip
+    return found
+
+
 def teacher_of_one_disk(accelerator: Accelerator) -> list[str | None]:
     """The teacher of each process, where only the first one's disk has the run that tells of it."""
     subject = module_subject(tiny_backbone(len(NAMES)), "mine")
@@ -237,6 +278,7 @@ if __name__ == "__main__":
         "workers": [workers_chosen(together, streaming=streaming) for streaming in (False, True)],
         "load that fails": load_that_fails(together),
         "teacher": teacher_of_one_disk(together),
+        "full disks": disks_that_are_full(together, Path(sys.argv[1])),
         "waited": waited_for_main(together),  # the last: the others would have little time after it
     }
     together.print(json.dumps(found))
