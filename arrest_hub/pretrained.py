@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +84,11 @@ class PretrainedClassifier(nn.Module):
         BackboneError for what is no PIL image.
         """
         transform = eval_transform(self.preprocessing)
-        several: list[Any] = [images]
+        rows: Iterator[Any] = iter([images])
         if not isinstance(images, str | os.PathLike):
             with suppress(TypeError):  # one image, or something that is none
-                several = list(images)  # type: ignore[arg-type]
+                rows = iter(images)  # type: ignore[arg-type]
+        several = list(rows)
         if not several:
             raise BackboneError("there are no images: give at least one.")
         if strange := [type(image).__name__ for image in several if not isinstance(image, Image.Image)]:

@@ -994,6 +994,13 @@ def test_what_is_no_picture_is_one_clear_error(folder):
 
     assert len(model.preprocess(Pictures())) == 2
 
+    def broken():
+        yield image
+        raise TypeError("of the caller's own")
+
+    with pytest.raises(TypeError, match="of the caller's own"):
+        model.preprocess(broken())
+
 
 def test_a_model_in_training_classifies_as_it_does_in_eval_mode(folder):
     model = arrest_hub.load(folder / "model")

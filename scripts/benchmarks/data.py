@@ -13,6 +13,7 @@ import argparse
 from arrest_hub.backbones import load_backbone
 from arrest_hub.data import load_splits, train_loader
 from arrest_hub.data_speed import loader_images_per_second
+from arrest_hub.errors import ArrestError
 from arrest_hub.transforms import train_transform
 
 
@@ -25,6 +26,13 @@ def main() -> None:
     parser.add_argument("--streaming", action="store_true")
     parser.add_argument("--seconds", type=float, default=5.0)
     args = parser.parse_args()
+    try:
+        measure(args)
+    except (ArrestError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def measure(args: argparse.Namespace) -> None:
     splits = load_splits(args.dataset, streaming=args.streaming)
     wants = load_backbone(args.model, pretrained=False).preprocessing
     transform = train_transform(wants)
