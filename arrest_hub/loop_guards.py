@@ -12,7 +12,7 @@ from arrest_hub.checkpoint import Progress
 from arrest_hub.corrupt import read_entries, too_many
 from arrest_hub.files import end_last_line
 from arrest_hub.guards import not_finite_tensor
-from arrest_hub.processes import any_process, raise_together
+from arrest_hub.processes import any_process, main_only, raise_together
 from arrest_hub.progress import Meter
 from arrest_hub.run import Run
 
@@ -23,14 +23,15 @@ FUTILE = 64
 def report_corrupt(run: Run) -> None:
     """Say which images were skipped since the last call, and list them. Every process must call it.
 
-    Raises ArrestError when all processes together found more than may be skipped.
+    Raises ArrestError when all processes together found more than may be skipped, and as `main_only` does.
     """
     if run.corrupt is None or not run.corrupt.limit:
         return
     found = {entry["key"]: entry for entry in gather_object(run.corrupt.entries())}
     new = [entry for key, entry in found.items() if key not in run.corrupt_told]
     run.corrupt_told |= set(found)
-    if new and run.accelerator.is_main_process:
+
+    def tell() -> None:
         listed = {entry["key"] for entry in read_entries(run.paths.corrupt)}
         if run.paths.corrupt.is_file():
             end_last_line(run.paths.corrupt)
@@ -38,6 +39,9 @@ def report_corrupt(run: Run) -> None:
             for entry in (entry for entry in new if entry["key"] not in listed):
                 file.write(json.dumps(entry) + "\n")
                 tqdm.write(f"skipped image {entry['path'] or entry['index']}: {entry['error']} ({run.paths.corrupt})")
+
+    if new:  # in all of them alike
+        main_only(run.accelerator, tell)
     excess = len(found) > run.config.skip_corrupt
     raise_together(run.accelerator, too_many(list(found.values()), run.config.skip_corrupt) if excess else None)
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from arrest_hub.files import write_whole
 from arrest_hub.guards import first_not_finite
+from arrest_hub.processes import main_only
 
 T = TypeVar("T")
 
@@ -109,14 +110,19 @@ class Log:
         write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def write(self, entry: dict[str, Any], tracker_step: int) -> None:
-        """Append one line; numbers also go to the tracker, under ``<phase>/<name>``, whose steps never go back."""
-        if not self.accelerator.is_main_process:
-            return
+        """Append one line; numbers also go to the tracker, under ``<phase>/<name>``, whose steps never go back.
+
+        Every process must call it. Raises as `main_only` does: of a full disk or a tracker that fails all learn.
+        """
         rounded = {key: _json_number(value) for key, value in entry.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded) + "\n")
         numbers = {f"{entry['phase']}/{k}": v for k, v in entry.items() if isinstance(v, (int, float)) and k != "step"}
-        self.accelerator.log(numbers, step=tracker_step)
+
+        def append() -> None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rounded) + "\n")
+            self.accelerator.log(numbers, step=tracker_step)
+
+        main_only(self.accelerator, append)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ def test_what_two_processes_do_together(two):
     assert first.endswith(": no such folder here")
     assert second.startswith("AlreadyReported")
     assert found["teacher"] == ["resnet18_cifar"] * 2
-    assert found["full disks"].keys() == {"teacher", "export", "card", "record"}
+    assert found["full disks"].keys() == {"teacher", "export", "card", "log", "record"}
     for name, (first, second) in found["full disks"].items():
         assert first.startswith("ArrestError: the weights " if name == "teacher" else "OSError: ")
         assert "No space left on device" in first, name
