@@ -125,7 +125,9 @@ def finetune(config: FinetuneConfig, notes: Sequence[str] = ()) -> RunDir:
     Raises:
         ArrestError: (ConfigError, BackboneError, DataError, HubError) for anything wrong with the input, before the
             first step and with nothing overwritten; later, for an image that cannot be read, training that diverges,
-            a full disk, or a push that fails. Terminated after a SIGTERM or Ctrl-C, with a checkpoint written.
+            a checkpoint that cannot be written, or a push that fails. Terminated after a SIGTERM or Ctrl-C, with a
+            checkpoint written. AlreadyReported in other processes than the main one.
+        OSError: the log or the export cannot be written, as on a full disk.
     """
     _check_kind(config)
     if config.dry_run:
