@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn
 
-from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError, Terminated
+from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError, OtherProcessFailed, Terminated
 from arrest_hub.files import FULL
 
 
@@ -59,12 +59,12 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str], *, resum
     try:
         main(argv)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") != "0":
-            return 2  # every process finds the same; one says it
+        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
+            return 2  # every process of a machine finds the same; one says it
         heading = f"{len(error.problems)} problems:\n  - " if len(error.problems) > 1 else ""
         print("error: " + heading + "\n  - ".join(error.problems), file=sys.stderr)
         return 2
-    except AlreadyReported:
+    except (AlreadyReported, OtherProcessFailed):
         return 2
     except Terminated as error:
         if os.environ.get("RANK", "0") == "0":

@@ -45,6 +45,10 @@ class AlreadyReported(ArrestError):
     """Another process of the run found the error and reports it; this one just stops."""
 
 
+class OtherProcessFailed(RuntimeError):
+    """Another process of the run failed, by no fault of the input, and says how; this one just stops."""
+
+
 class Terminated(ArrestError):
     """SIGTERM or Ctrl-C asked the run to stop, and it did, with everything saved: ``exit_code`` is 143 or 130."""
 

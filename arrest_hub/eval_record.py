@@ -161,7 +161,10 @@ def _start_folder(config: EvalConfig, paths: EvalPaths, accelerator: Accelerator
             shutil.rmtree(paths.progress, ignore_errors=True)
         problem = make_folder(paths.root)
         if problem is None and not (goes_on and paths.config.is_file()):
-            write_whole(paths.config, config.to_yaml())
+            try:
+                write_whole(paths.config, config.to_yaml())
+            except OSError as error:
+                problem = f"--output-dir {paths.root} cannot be written ({error.strerror}). Give another folder."
     raise_together(accelerator, problem)
 
 

@@ -53,7 +53,7 @@ from arrest_hub.machine import bf16_warning
 from arrest_hub.network_options import compile_problem
 from arrest_hub.prepare import launcher_warning, new_accelerator
 from arrest_hub.pretrained import PretrainedClassifier
-from arrest_hub.processes import from_main, main_only
+from arrest_hub.processes import agree, from_main, main_only
 from arrest_hub.results import EvalReport
 from arrest_hub.robustbench import robustbench_problems
 from arrest_hub.verdicts import Verdicts
@@ -73,7 +73,8 @@ def evaluate(
         model: what `arrest-eval` takes, or any module from pixels [B, C, H, W] in [0, 1] to logits [B, K], which is put
             on the accelerator (in channels-last order, with ``channels_last=True``) and otherwise left as it is (modes
             of its modules, gradients of parameters). The precision is ``precision=``, also of one that Accelerate has
-            prepared for another.
+            prepared for another. Of one in DistributedDataParallel it is the module within: the images, which all
+            processes must give alike, are shared out among them.
         dataset: what `arrest-eval` takes, or (pixels [N, C, H, W] as uint8 or floats in [0, 1], labels [N]).
         teacher: a standard network to compare with, by name or as a module; None: none.
         output_dir: where to write the record (results.json, verdicts.parquet, figures/); None: nowhere.
@@ -83,6 +84,10 @@ def evaluate(
     Raises:
         ArrestError: (ConfigError, BackboneError, DataError, HubError) for anything wrong with the input.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # which reaches other processes in every pass
+        model = model.module
+    if isinstance(teacher, nn.parallel.DistributedDataParallel):
+        teacher = teacher.module
     if not isinstance(model, str | os.PathLike | nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}: give a torch.nn.Module, a folder or an id.")
     if isinstance(options.get("attacks"), list | tuple):
@@ -188,6 +193,7 @@ def run_evaluation(
             raise
         teacher = None
     identity = eval_identity(config, subject, teacher, images, accelerator)
+    agree(accelerator, identity, "give all machines the same files, and all processes the same arguments.")
     if paths is not None and done:
         return _finished(config, paths, subject, identity, accelerator, *done)
     with nullcontext() if paths is None else hold_evaluation_folder(config, paths, accelerator):

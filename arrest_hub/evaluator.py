@@ -25,6 +25,7 @@ from arrest_hub.data import to_pixels
 from arrest_hub.errors import ArrestError, ConfigError
 from arrest_hub.journal import Entry, Journal
 from arrest_hub.out_of_memory import full_memory_told
+from arrest_hub.processes import all_arrive
 from arrest_hub.progress import progress_bar
 from arrest_hub.tf32 import tf32
 from arrest_hub.validation import arithmetic
@@ -241,6 +242,7 @@ class Evaluator:
         count = -(-len(positions) // self.batch_size)
         mine = self._share(stage, count)
         with (
+            all_arrive(self.accelerator),
             self.ready(),
             self._bar(len(positions), count, mine, f"{self.name}clean") as bar,
             torch.no_grad(),
@@ -276,7 +278,11 @@ class Evaluator:
         """
         count = -(-len(positions) // self.batch_size)
         mine = self._share(stage, count)
-        with self.ready(), self._bar(len(positions), count, mine, f"{self.name}{title}") as bar:
+        with (
+            all_arrive(self.accelerator),
+            self.ready(),
+            self._bar(len(positions), count, mine, f"{self.name}{title}") as bar,
+        ):
             known = [entry for number in range(count) if (entry := self.journal.entries.get((stage, number)))]
             done, broken = sum(entry["n"] for entry in known), sum(len(entry["broken"]) for entry in known)
             own_total = max(1, done + sum(min(self.batch_size, len(positions) - n * self.batch_size) for n in mine))

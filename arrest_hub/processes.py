@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,11 +17,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.distributed_c10d import _get_default_store
 
-from arrest_hub.errors import AlreadyReported, ArrestError
+from arrest_hub.errors import AlreadyReported, ArrestError, ConfigError, OtherProcessFailed
 
 T = TypeVar("T")
+HERE, REPORTED, FAILED = "here", "reported", "failed"
+"""How a process has fared: well, with an ArrestError (the main process tells it), or with another (it tells itself)."""
+PULSE, SILENCE = 10.0, 900.0
+"""How often, in seconds, a process in `all_arrive` gives a sign of life, and after how long without one it is lost."""
 _calls = itertools.count()
-"""Of `main_only`, in this process."""
+"""Of `main_only` and `all_arrive`, in this process."""
 
 
 def processes_here(accelerator: Accelerator) -> int:
@@ -28,20 +34,16 @@ def processes_here(accelerator: Accelerator) -> int:
 
 
 def main_first(accelerator: Accelerator, load: Callable[[], T]) -> T:
-    """``load()`` in the main process, then, from its caches, in the others.
+    """``load()`` in the main process, then, from its caches, in the others, each of which may take as long as it
+    needs: another machine may have to download it too.
 
     Raises:
-        ArrestError: what any of them found, of which another node's disk may give less; in all of them, so that none
-            waits for another (AlreadyReported where it is not the main process).
+        Exception: as `main_only` and `all_arrive` do. Another machine's disk may give less.
     """
     result = main_only(accelerator, load)
-    problem = None
-    if not accelerator.is_main_process:
-        try:
+    with all_arrive(accelerator):
+        if not accelerator.is_main_process:
             result = load()
-        except ArrestError as error:
-            problem = f"process {accelerator.process_index} on {socket.gethostname()}: {error}"
-    raise_together(accelerator, problem)
     return result  # type: ignore[return-value]
 
 
@@ -50,7 +52,8 @@ def main_only(accelerator: Accelerator, call: Callable[[], T]) -> T | None:
     call it.
 
     Raises:
-        Exception: what the main process met with, be it an ArrestError or a full disk; the others AlreadyReported.
+        Exception: what the main process met with; in the others AlreadyReported, or OtherProcessFailed if that is no
+            ArrestError, such as a full disk.
     """
     error: Exception | None = None
     result: T | None = None
@@ -59,33 +62,161 @@ def main_only(accelerator: Accelerator, call: Callable[[], T]) -> T | None:
             result = call()
         except Exception as found:
             error = found
-    if accelerator.num_processes > 1:
-        _wait_for_main(accelerator)
-    (failed,) = broadcast_object_list([error is not None])
-    if failed:
-        raise error or AlreadyReported
+    if accelerator.num_processes > 1 and dist.get_backend() != "mpi":  # which has no store
+        # a collective would end the run when a download takes longer than --ddp-timeout; where the main process dies,
+        # its launcher ends the others
+        store, key = _get_default_store(), f"arrest_hub/main/{next(_calls)}"
+        if accelerator.is_main_process:
+            store.set(key, HERE)
+        else:
+            _wait(lambda: store.check([key]))
+    (kind,) = broadcast_object_list([_kind(error)])
+    _stop(kind, error)
     return result
 
 
-def _wait_for_main(accelerator: Accelerator) -> None:
-    """Until the main process is here too, as often as the others. A collective would end the run when a download takes
-    longer than --ddp-timeout; where the main process dies, its launcher ends the others."""
+@contextmanager
+def all_arrive(accelerator: Accelerator) -> Iterator[None]:
+    """Within it each process does work of its own; at its end they wait for one another, however long it takes, but
+    not for one that fails, or of which nothing is heard any more. Every process must enter it; no collective within.
+
+    Raises:
+        Exception: an ArrestError that any process met with, in the main process, and AlreadyReported in the others;
+            any other error in the process that met with it, and OtherProcessFailed in the others.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    error: Exception | None = None
     if dist.get_backend() == "mpi":  # which has no store
+        try:
+            yield
+        except ArrestError as found:
+            error = found
+        raise_together(accelerator, None if error is None else _whose(accelerator, error))
         return
-    store, key = _get_default_store(), f"arrest_hub/main/{next(_calls)}"
+    store, key = _get_default_store(), f"arrest_hub/all/{next(_calls)}"
+    own = f"{key}/{accelerator.process_index}"
+    with _signs_of_life(store, own):
+        try:
+            yield
+        except Exception as found:
+            error = found
     if accelerator.is_main_process:
-        store.set(key, "here")
+        kind, text = _kind(error), ""
+        if error is None:
+            kind, text = _hear_all(store, key, accelerator.num_processes)
+        store.set(key, kind)
+        _stop(kind, ArrestError(text) if kind == REPORTED and error is None else error)
         return
-    pause = 0.001
-    while not store.check([key]):
-        time.sleep(pause)
-        pause = min(1.0, 2 * pause)
+    if error is not None:
+        store.set(own, f"{_kind(error)} {_whose(accelerator, error)}")
+        if isinstance(error, ArrestError):
+            raise AlreadyReported from error
+        raise error
+    store.set(own, HERE)
+    _wait(lambda: store.check([key]))
+    _stop(store.get(key).decode(), None)
+
+
+def _kind(error: Exception | None) -> str:
+    return HERE if error is None else REPORTED if isinstance(error, ArrestError) else FAILED
+
+
+def _stop(kind: str, error: Exception | None) -> None:
+    """Raise what this process met with, or that another one failed."""
+    if kind != HERE:
+        raise error or (AlreadyReported() if kind == REPORTED else OtherProcessFailed())
+
+
+def _whose(accelerator: Accelerator, error: Exception) -> str:
+    where = f"process {accelerator.process_index} on {socket.gethostname()}: "
+    return ("" if accelerator.is_main_process else where) + str(error)
+
+
+@contextmanager
+def _signs_of_life(store: dist.Store, key: str) -> Iterator[None]:
+    """Within it ``key`` of the store changes every `PULSE` seconds."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        with suppress(RuntimeError):  # the store is gone, and with it the run
+            for number in itertools.count():
+                store.set(key, str(number))
+                if ended.wait(PULSE):
+                    return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _hear_all(store: dist.Store, key: str, processes: int) -> tuple[str, str]:
+    """In the main process: how the others have fared, once they are all here or one has failed, and what it said."""
+    waiting = set(range(1, processes))
+    heard: dict[int, tuple[str, float]] = {}
+
+    def lost(rank: int) -> tuple[str, str] | None:
+        """What to say where this one has failed or is lost."""
+        place, now = f"{key}/{rank}", time.monotonic()
+        said = store.get(place).decode() if store.check([place]) else ""
+        kind, _, text = said.partition(" ")
+        if kind in (REPORTED, FAILED):
+            return kind, text
+        if kind == HERE:
+            waiting.remove(rank)
+        elif rank not in heard or heard[rank][0] != said:
+            heard[rank] = said, now
+        elif now - heard[rank][1] > SILENCE:
+            return REPORTED, (
+                f"nothing was heard of process {rank} for {SILENCE:.0f} s: its machine may be gone. Give the same "
+                "command again, with --resume where something was done before."
+            )
+        return None
+
+    found: list[tuple[str, str]] = []
+
+    def over() -> bool:
+        found.extend(filter(None, (lost(rank) for rank in sorted(waiting))))
+        return bool(found) or not waiting
+
+    _wait(over)
+    return found[0] if found else (HERE, "")
+
+
+def _wait(over: Callable[[], bool]) -> None:
+    """Until it is over; asks the less often the longer it takes."""
+    began = time.monotonic()
+    while not over():
+        time.sleep(min(1.0, max(0.001, (time.monotonic() - began) / 20)))
 
 
 def from_main(accelerator: Accelerator, call: Callable[[], T]) -> T:
     """``call()`` in the main process, and its result (picklable) in every one. Raises as `main_only` does."""
     (result,) = broadcast_object_list([main_only(accelerator, call)])
     return result
+
+
+def agree(accelerator: Accelerator, facts: Mapping[str, Any], cure: str) -> None:
+    """Stop every process if ``facts`` (by their names, picklable) are not the same in all. Every process must call it.
+
+    Raises:
+        ConfigError: what differs, and ``cure``, in the main process; AlreadyReported in the others.
+    """
+    own = f"process {accelerator.process_index} on {socket.gethostname()}"
+    (_, main), *others = gather_object([(own, dict(facts))])
+    problems = [
+        f"{process} has other {name} than the main process ({theirs[name]!s:.24} and {main[name]!s:.24}): {cure}"
+        for process, theirs in others
+        for name in main
+        if theirs[name] != main[name]
+    ]
+    if problems:
+        raise ConfigError(problems) if accelerator.is_main_process else AlreadyReported
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

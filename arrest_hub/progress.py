@@ -98,16 +98,20 @@ class Log:
         self.accelerator = accelerator
 
     def rewind(self, phase: str, step: int) -> None:
-        """Drop the lines of steps after the checkpoint that a resumed run goes on from."""
-        if not self.accelerator.is_main_process or not self.path.exists():
-            return
-        kept = [
-            entry
-            for entry in read_log(self.path)
-            if not (phase == "standard" and entry["phase"] == "robust")
-            and not (entry["phase"] == phase and entry["step"] > step)
-        ]
-        write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        """Drop the lines of steps after the checkpoint that a resumed run goes on from. Every process must call it."""
+
+        def drop() -> None:
+            if not self.path.exists():
+                return
+            kept = [
+                entry
+                for entry in read_log(self.path)
+                if not (phase == "standard" and entry["phase"] == "robust")
+                and not (entry["phase"] == phase and entry["step"] > step)
+            ]
+            write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+        main_only(self.accelerator, drop)
 
     def write(self, entry: dict[str, Any], tracker_step: int) -> None:
         """Append one line; numbers also go to the tracker, under ``<phase>/<name>``, whose steps never go back.

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from arrest_hub.checkpoint import put_back_replaced, remove_leftovers
 from arrest_hub.config import FinetuneConfig
 from arrest_hub.config_sources import load_config
+from arrest_hub.errors import ArrestError
 from arrest_hub.files import is_draft, write_whole
 from arrest_hub.processes import main_only, raise_together
 
@@ -124,11 +125,13 @@ def hold_folder(root: Path, problems: Callable[[], list[str]], accelerator: Acce
         ArrestError: there are any, another run is using the folder, or it cannot be made.
     """
     lock = FileLock(root / LOCK)
+
+    def take() -> None:
+        if problem := make_folder(root) or _lock(lock, root) or "\n".join(problems()):
+            raise ArrestError(problem)
+
     try:
-        problem = None
-        if accelerator.is_main_process:
-            problem = make_folder(root) or _lock(lock, root) or "\n".join(problems()) or None
-        raise_together(accelerator, problem)
+        main_only(accelerator, take)
         yield
     finally:
         lock.release()

@@ -49,7 +49,7 @@ from arrest_hub.prepare import (
     prepare_data,
     prepare_student,
 )
-from arrest_hub.processes import from_main, main_only
+from arrest_hub.processes import agree, from_main, main_only
 from arrest_hub.progress import Log
 from arrest_hub.provenance import base_for_run
 from arrest_hub.push_config import PushConfig
@@ -216,6 +216,12 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
     set_options(config, backbone)
     facts = main_only(accelerator, lambda: base_for_run(config, backbone.source))
     base, base_note = facts or (None, None)
+    origins = model_origin(backbone.source), dataset_origin(splits)
+    agree(
+        accelerator,
+        {"weights to begin with": origins[0], "training images": (splits.train.num_examples, origins[1])},
+        "give all machines the same files.",
+    )
     run = Run(
         config=config,
         paths=paths,
@@ -223,8 +229,8 @@ def _prepare(config: FinetuneConfig, notes: Sequence[str]) -> tuple[Run, Backbon
         splits=splits,
         log=Log(paths.log, accelerator),
         num_workers=num_workers(config.num_workers, accelerator, streaming=config.streaming),
-        model_origin=from_main(accelerator, lambda: model_origin(backbone.source)),
-        dataset_origin=from_main(accelerator, lambda: dataset_origin(splits)),
+        model_origin=origins[0],
+        dataset_origin=origins[1],
         images_at_once=choose_images_at_once(config, backbone, accelerator.device),
         corrupt=CorruptImages(config.skip_corrupt, read_entries(paths.corrupt) if config.resume else []),
     )
@@ -257,7 +263,7 @@ def _train(run: Run, backbone: Backbone, base: BaseModel | None) -> RunDir:
         values = {
             key: value for key, value in dataclasses.asdict(config).items() if isinstance(value, (int, float, str))
         }
-        accelerator.init_trackers("arrest-hub", config=values)
+        main_only(accelerator, lambda: accelerator.init_trackers("arrest-hub", config=values))
 
     if config.standard_epochs:
         if config.compile:
@@ -322,7 +328,7 @@ def standard_phase(run: Run, backbone: Backbone) -> Backbone:
     Skipped if a resumed run has `teacher/` already: the folder is written whole or not at all.
     """
     config, accelerator = run.config, run.accelerator
-    if not run.paths.teacher.is_dir():
+    if not from_main(accelerator, run.paths.teacher.is_dir):
         TrainingPhase(
             run, "standard", backbone, StandardObjective(), epochs=config.standard_epochs,
             lr=config.standard_lr or config.lr, max_steps=None, ema=None,

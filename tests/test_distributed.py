@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,17 +100,30 @@ def test_what_two_processes_do_together(two):
     assert found["rehearsed"] == 0
     # where a stream is shared out by how many workers read it, they must be equally many
     assert found["workers"] == [[3, 8], [3, 3]]
-    assert found["waited"] == [True, True]
-    first, second = found["load that fails"]
+    assert found["waited"] == [["loaded"] * 2] * 2
+    first, second = found["load that fails"]["missing"]
     assert first.startswith("ArrestError: process 1 on ")
     assert first.endswith(": no such folder here")
+    assert second.startswith("AlreadyReported")
+    first, second = found["load that fails"]["full"]
+    assert (first, second.split(":")[0]) == ("OtherProcessFailed: ", "OSError")
+    first, second = found["load that fails"]["silent"]
+    assert first.startswith("ArrestError: nothing was heard of process 1 for ")
+    assert second.startswith("AlreadyReported")
+    evaluated = found["evaluated"]
+    assert evaluated["wrapped"] == evaluated["network"]
+    first, second = evaluated["failing"]
+    assert re.fullmatch("ArrestError: process 1 on .*: not finite", first)
+    assert second.startswith("AlreadyReported")
+    first, second = evaluated["other images"]
+    assert re.match("ConfigError: process 1 on .* has other images than the main process", first)
     assert second.startswith("AlreadyReported")
     assert found["teacher"] == ["resnet18_cifar"] * 2
     assert found["full disks"].keys() == {"teacher", "export", "card", "log", "record"}
     for name, (first, second) in found["full disks"].items():
         assert first.startswith("ArrestError: the weights " if name == "teacher" else "OSError: ")
         assert "No space left on device" in first, name
-        assert second.startswith("AlreadyReported"), name
+        assert second.startswith("AlreadyReported" if name == "teacher" else "OtherProcessFailed"), name
 
 
 def test_two_processes_train_as_one_does(two, tmp_path, monkeypatch):

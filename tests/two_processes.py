@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from arrest_hub import eval_subjects
+from arrest_hub import eval_subjects, evaluator, processes
 from arrest_hub.arrest import ArrestObjective
 from arrest_hub.attacks import frozen_eval, pgd
 from arrest_hub.backbones import load_backbone
@@ -38,7 +38,7 @@ from arrest_hub.eval_subjects import module_subject
 from arrest_hub.evaluation import evaluate
 from arrest_hub.network_options import synchronise_batchnorm
 from arrest_hub.prepare import new_accelerator, num_workers
-from arrest_hub.processes import main_first, main_only
+from arrest_hub.processes import main_first
 from arrest_hub.progress import Meter
 from arrest_hub.step import train_step, worst_case
 from arrest_hub.train import build_objective, finetune
@@ -123,30 +123,60 @@ def workers_chosen(accelerator: Accelerator, *, streaming: bool) -> list[int]:
         return gather_object([num_workers(None, accelerator, streaming=streaming)])
 
 
-def waited_for_main(accelerator: Accelerator) -> list[bool]:
-    """Whether each process is there after the main one has taken longer than processes wait for each other."""
+def waited_for_one(accelerator: Accelerator, slow: int) -> list[str]:
+    """What each process loads where one of them takes longer than processes wait for each other in a collective."""
     _set_pg_timeout(timedelta(seconds=2))
-    main_only(accelerator, lambda: time.sleep(4))
-    return gather_object([True])
-
-
-def load_that_fails(accelerator: Accelerator) -> list[str]:
-    """What each process is told where the second cannot load what the first could."""
 
     def load() -> str:
-        if accelerator.process_index == 1:
-            raise DataError("no such folder here")
+        if accelerator.process_index == slow:
+            time.sleep(4)
         return "loaded"
 
-    try:
-        said = main_first(accelerator, load)
-    except ArrestError as error:
-        said = f"{type(error).__name__}: {error}"
-    return gather_object([said])
+    return gather_object([main_first(accelerator, load)])
 
 
 def full_disk(*arguments: object, **keywords: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def load_that_fails(accelerator: Accelerator) -> dict[str, list[str]]:
+    """What each process is told where the second cannot load what the first could, or nothing is heard of it."""
+
+    def load(fail: Callable[[], None]) -> str:
+        if accelerator.process_index == 1:
+            fail()
+        return "loaded"
+
+    def missing() -> None:
+        raise DataError("no such folder here")
+
+    ways = {"missing": missing, "full": full_disk, "silent": partial(time.sleep, 2)}
+    with patch.object(processes, "SILENCE", 0.5):
+        return {name: told(accelerator, partial(main_first, accelerator, partial(load, way)))
+                for name, way in ways.items()}  # fmt: skip
+
+
+def evaluated(accelerator: Accelerator) -> dict[str, list[object]]:
+    """What each process is told of an evaluation where one finds an image that cannot be classified, and where they
+    are given other images; and the figures of a network in DistributedDataParallel and of that network."""
+    pixels, labels = patterns(20, len(NAMES))
+    check, rank = evaluator._check_logits, accelerator.process_index
+
+    def fails_in_one(*arguments: object) -> None:
+        if rank == 1:
+            raise ArrestError("not finite")
+        check(*arguments)
+
+    def figures(network: nn.Module, images: torch.Tensor = pixels) -> list[int]:
+        report = evaluate(network, (images, labels), attacks="pgd-2", batch_size=4, checks=False, figures=False)
+        return [row.correct for row in report.results]
+
+    network = tiny_backbone(len(NAMES))
+    wrapped = nn.parallel.DistributedDataParallel(tiny_backbone(len(NAMES)))
+    found = {"network": gather_object([figures(network)]), "wrapped": gather_object([figures(wrapped)])}
+    with patch.object(evaluator, "_check_logits", fails_in_one):
+        found["failing"] = told(accelerator, lambda: figures(network))
+    return found | {"other images": told(accelerator, lambda: figures(network, pixels.roll(rank, 0)))}
 
 
 def told(accelerator: Accelerator, call: Callable[[], object]) -> list[str]:
@@ -280,7 +310,9 @@ if __name__ == "__main__":
         "load that fails": load_that_fails(together),
         "teacher": teacher_of_one_disk(together),
         "full disks": disks_that_are_full(together, Path(sys.argv[1])),
-        "waited": waited_for_main(together),  # the last: the others would have little time after it
+        "evaluated": evaluated(together),
+        # the last: the others would have little time after it
+        "waited": [waited_for_one(together, slow) for slow in (0, 1)],
     }
     together.print(json.dumps(found))
     together.end_training()
