@@ -42,6 +42,9 @@ SWEEPS: dict[str, dict[str, tuple[str, str, dict[str, tuple[str, Place]]]]] = {
 PARTS: dict[str, tuple[str, Place]] = {
     "best-lr-0.04-ema-hold-fp32": ("averaged", (14, 6)), "best-lr-0.04-awp-fp32": ("AWP", (4, -13)),
     "best-lr-0.04-eps-spread-fp32": ("sample-wise eps", (-24, -13)),
+    "best-lr-0.04-eps-10-fp32": ("eps 10/255", (-24, 6)), "best-lr-0.04-smoothing-fp32": ("smoothing", (8, 7)),
+    "best-lr-0.04-frozen-head-fp32": ("frozen head", (0, -13)),
+    "best-lr-0.04-augment-fp32": ("TrivialAugment", (0, -13)),
 }  # fmt: skip
 """What is added to the recipe, likewise."""
 
@@ -85,7 +88,7 @@ def draw_parts(axes: Axes, narrow: Mapping[str, Sequence[Row]]) -> None:
     and in grey the others of AFT and of the recipe."""
     recipe = "best-lr-0.04-fp32"
     steps = {"aft-lr-0.04-fp32": ("AFT", (0, -13)), "best-lr-0.04-no-replay-fp32": ("+ RGKD", (-8, 7)),
-             recipe: ("+ replay:\nthe recipe", (27, 0))}  # fmt: skip
+             recipe: ("+ replay:\nthe recipe", (32, -21))}  # fmt: skip
     path = {key: point for key in steps if (point := point_of(narrow.get(key, ()), 1, "apgd")) is not None}
     if not path:
         return
@@ -116,7 +119,7 @@ def draw_published(
     measured = {key: runs for key, runs in ours.items() if any("autoattack" in run.counts for run in runs)}
     for key, runs in measured.items():
         draw_points(axes, runs, "autoattack", VARIANTS[key].title, COLOURS[0])
-    axes.margins(x=0.3, y=0.15)
+    axes.margins(x=0.4, y=0.15)
     state = "published, and ours" if measured else "published"
     name_panel(axes, f"{title}: {state}", "AutoAttack")
 

@@ -18,7 +18,7 @@ class Suite:
 
     title: str
     recipe: str
-    """The recipe whose values are the suite's; also the variant "recipe"."""
+    """The recipe whose values are the suite's."""
     model: Flags
     teacher: Flags
     budget: Flags
@@ -181,6 +181,10 @@ VARIANTS = {
     "best-lr-0.04-eps-spread-fp32": Variant(
         "+ sample-wise eps (spread 0.5)", FP32 | {"eps_spread": 0.5}, (1,), "parts"
     ),
+    "best-lr-0.04-eps-10-fp32": Variant("+ eps 10/255 in training", FP32 | {"eps_train": "10/255"}, (1,), "parts"),
+    "best-lr-0.04-frozen-head-fp32": Variant("+ frozen head", FP32 | {"freeze_head": True}, (1,), "parts"),
+    "best-lr-0.04-smoothing-fp32": Variant("+ label smoothing 0.1", FP32 | {"label_smoothing": 0.1}, (1,), "parts"),
+    "best-lr-0.04-augment-fp32": Variant("+ TrivialAugment", FP32 | {"augment": "trivialaugment"}, (1,), "parts"),
 }  # fmt: skip
 
 PAPERS = {
