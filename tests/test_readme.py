@@ -67,6 +67,10 @@ def test_flags_that_the_docs_name_exist():
         "--tricks",
         "--emulate",
         "--no-direct",
+        "--variants",
+        "--without",
+        "--all-attack-steps",
+        "--batch-sizes",
     }
     for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         assert set(re.findall(r"--[a-z][a-z_-]+", path.read_text())) <= known | {"---"}, path
