@@ -115,7 +115,7 @@ def all_arrive(accelerator: Accelerator) -> Iterator[None]:
             raise AlreadyReported from error
         raise error
     store.set(own, HERE)
-    _wait(lambda: store.check([key]))
+    _wait(lambda: store.check([key]))  # raises where the main process is gone, and the store with it
     _stop(store.get(key).decode(), None)
 
 
@@ -126,7 +126,8 @@ def _kind(error: Exception | None) -> str:
 def _stop(kind: str, error: Exception | None) -> None:
     """Raise what this process met with, or that another one failed."""
     if kind != HERE:
-        raise error or (AlreadyReported() if kind == REPORTED else OtherProcessFailed())
+        other = OtherProcessFailed("another process of the run failed: what it printed says why")
+        raise error or (AlreadyReported() if kind == REPORTED else other)
 
 
 def _whose(accelerator: Accelerator, error: Exception) -> str:

@@ -171,10 +171,13 @@ def test_module_entry_point_names_its_commands():
 
 
 @pytest.mark.parametrize("rank", ["1", "3"])
-def test_only_the_first_process_reports_a_bad_configuration(rank, capsys, monkeypatch):
+def test_only_the_first_process_of_a_machine_reports_a_bad_configuration(rank, capsys, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     assert run_cli(finetune_command, ["--epocs", "3"]) == 2
     assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of a machine, which alone may be wrong
+    assert run_cli(finetune_command, ["--epocs", "3"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 1
 
 
 def test_models_behind_flags_are_taken_and_short_flags_are_not_passed_over():

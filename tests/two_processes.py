@@ -189,8 +189,8 @@ def told(accelerator: Accelerator, call: Callable[[], object]) -> list[str]:
 
 
 def disks_that_are_full(accelerator: Accelerator, folder: Path) -> dict[str, list[str]]:
-    """What each process is told where the main one cannot write: a run's teacher, export, card or log, an evaluation's
-    record. None may wait for it."""
+    """What each process is told where the main one cannot write: a run's teacher, export, card, log or lock, an
+    evaluation's record. None may wait for it."""
     found = {}
     config = tiny_config(folder, output_dir=str(folder / "full"), max_steps=1, validation_size=0)
     for name, place, changes in (
@@ -198,6 +198,7 @@ def disks_that_are_full(accelerator: Accelerator, folder: Path) -> dict[str, lis
         ("export", "arrest_hub.finish.write_model_folder", {}),
         ("card", "arrest_hub.finish.render_card", {}),
         ("log", "accelerate.Accelerator.log", {}),
+        ("lock", "arrest_hub.run_folder._lock", {}),
     ):
         run = dataclasses.replace(config, overwrite=True, **changes)
         with patch(place, full_disk):
